@@ -1,0 +1,31 @@
+from setuptools import setup
+
+setup(
+    name="sidfast",
+    version="0.1.0",
+    description="One-step text-to-image generators distilled from Stable Diffusion, without data, fast",
+    python_requires=">=3.10",
+    packages=["sidfast", "sidfast.kernels", *(f"sidfast.{name}" for name in (
+        "data", "evaluation", "method", "networks", "publishing", "teacher", "training"))],
+    package_dir={"sidfast": "sidfast", "sidfast.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "deepspeed>=0.19.8",
+        "diffusers>=0.42.1",
+        "transformers>=5.17",
+        "safetensors>=0.8",
+        "xformers>=0.0.35",
+        "torchmetrics>=1.9",
+        "torch-fidelity>=0.4",
+        "pydantic>=2.14",
+        "tensorboard>=2.21",
+        "pillow>=12",
+        "numpy>=2.4",
+        "tqdm>=4.67",
+        "pytest-benchmark>=5.2",
+    ],
+    extras_require={"test": ["pytest>=9", "ruff>=0.17"]},
+    entry_points={"console_scripts": ["sidfast = sidfast.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""Captions and the shapes world: everything that the trainer reads."""

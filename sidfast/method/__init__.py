@@ -1,0 +1,1 @@
+"""The paper, without engines or files: noise levels, guidance, denoising, losses, and the two updates."""

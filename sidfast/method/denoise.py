@@ -1,0 +1,31 @@
+"""From a network's output to a denoised estimate (method.md, eqs. 2, 4 and 6)."""
+
+import torch
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def denoise_coefficients(prediction_type, a, s):
+    """(A, B) with x_hat = A x_t + B o (method.md, eq. 2), for a, s of any shape with a^2 + s^2 = 1."""
+    if prediction_type == "epsilon":
+        return 1 / a, -s / a
+    if prediction_type == "v_prediction":
+        return a, -s
+    raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+
+
+def prediction_target(prediction_type, x, eps, a, s):
+    """What the network should output at x_t = a x + s eps, and the weight w of eq. 5.
+
+    x, eps [N, C, H, W]; a, s [N]. Returns target [N, C, H, W] and w [N].
+    """
+    if prediction_type == "epsilon":
+        return eps, torch.ones_like(a)
+    target = a[:, None, None, None] * eps - s[:, None, None, None] * x
+    return target, a**2                                  # SNR / (SNR + 1) = a^2
+
+
+def predict(network, x, t, text):
+    """One pass of a (diffusers) UNet: x [N, C, H, W], t [N], text [N, L, D] -> output [N, C, H, W] in fp32."""
+    output = network(x.to(text.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
+    return output.float()

@@ -1,0 +1,208 @@
+"""Noise levels: the teacher's schedule and the distributions that training draws from (method.md, sections 1 and 6).
+
+A distribution lives on ln sigma and has two methods, `quantile` (of u in [0, 1]) and `interval` (the u's of a range);
+`Truncated` restricts one to the teacher's range with them. So every draw is one uniform number put through a monotone
+function: no rejection, and the same numbers give the same levels however a batch is split.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+class NoiseSchedule:
+    """a_t and s_t of a teacher (method.md, eq. 1), between grid points by interpolation of ln sigma over t."""
+
+    def __init__(self, alphas_cumprod):
+        """`alphas_cumprod`: a_t^2 for t = 0 .. T-1, falling."""
+        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+        self.log_sigma = 0.5 * ((1 - alphas) / alphas).log()                 # [T], rising, float64
+
+    def __len__(self):
+        return len(self.log_sigma)
+
+    def to(self, device):
+        """The same schedule with its table on another device."""
+        other = object.__new__(NoiseSchedule)
+        other.log_sigma = self.log_sigma.to(device)
+        return other
+
+    def log_sigma_at(self, t):
+        """ln sigma of (fractional) timesteps t, any shape, in float64."""
+        t = t.to(torch.float64)
+        low = t.long().clamp(0, len(self) - 2)
+        return torch.lerp(self.log_sigma[low], self.log_sigma[low + 1], t - low)
+
+    def timestep(self, log_sigma):
+        """The inverse: fractional t in [0, T-1], float64; levels on the grid give whole numbers."""
+        high = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self) - 1)
+        below, above = self.log_sigma[high - 1], self.log_sigma[high]
+        return high - 1 + ((log_sigma - below) / (above - below)).clamp(0, 1)
+
+    def coefficients(self, t):
+        """(a, s) of timesteps t, float32: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
+        log_sigma = self.log_sigma_at(t)
+        return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
+
+
+@dataclass(frozen=True)
+class Normal:
+    """ln sigma ~ N(mean, std^2): EDM's training noise (arXiv 2206.00364). With std 1 also SD3's logit-normal
+    distribution (arXiv 2403.03206): sigma = u / (1 - u) with u = sigmoid(N(0, 1)), and its timestep shift is exp(mean)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def quantile(self, u):
+        return self.mean + self.std * torch.special.ndtri(u)
+
+    def interval(self, low, high):
+        return tuple(0.5 * math.erfc((self.mean - v) / self.std / math.sqrt(2)) for v in (low, high))
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """logSNR = -2 ln sigma ~ Laplace(mean, scale) (arXiv 2407.03297)."""
+
+    mean: float = 0.0
+    scale: float = 0.5
+
+    def quantile(self, u):
+        v = u - 0.5                                      # -logSNR ~ Laplace(-mean, scale)
+        return 0.5 * (-self.mean - self.scale * torch.sign(v) * torch.log1p(-2 * v.abs()))
+
+    def interval(self, low, high):
+        return tuple(self._cdf(v) for v in (low, high))
+
+    def _cdf(self, log_sigma):
+        x = (2 * log_sigma + self.mean) / self.scale
+        return 0.5 * math.exp(x) if x < 0 else 1 - 0.5 * math.exp(-x)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """sigma = (smax^(1/rho) + u (smin^(1/rho) - smax^(1/rho)))^rho, u uniform (arXiv 2206.00364, eq. 5); its range is
+    its own, so nothing is left to truncate."""
+
+    log_sigma_min: float
+    log_sigma_max: float
+    rho: float = 7.0
+
+    def quantile(self, u):
+        low, high = math.exp(self.log_sigma_min / self.rho), math.exp(self.log_sigma_max / self.rho)
+        return self.rho * torch.log(low + u * (high - low))
+
+    def interval(self, low, high):
+        return 0.0, 1.0
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """sigma = tan(pi/2 (u + 0.008) / 1.008), u uniform (arXiv 2102.09672)."""
+
+    offset: float = 0.008
+
+    def quantile(self, u):
+        return torch.tan(math.pi / 2 * (u + self.offset) / (1 + self.offset)).log()
+
+    def interval(self, low, high):
+        angle = (math.atan(math.exp(v)) * 2 / math.pi for v in (low, high))
+        return tuple(min(max(v * (1 + self.offset) - self.offset, 0.0), 1.0) for v in angle)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """a^2 = (g(end) - g(start + u (end - start))) / (g(end) - g(start)), g(x) = sigmoid(x / tau), u uniform
+    (arXiv 2212.11972)."""
+
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 1.0
+
+    def _g(self, x):
+        return 1 / (1 + math.exp(-x / self.tau))
+
+    def quantile(self, u):
+        g = torch.sigmoid((self.start + u * (self.end - self.start)) / self.tau)
+        return 0.5 * ((g - self._g(self.start)) / (self._g(self.end) - g)).log()
+
+    def interval(self, low, high):
+        return tuple(self._cdf(v) for v in (low, high))
+
+    def _cdf(self, log_sigma):
+        s2 = 1 / (1 + math.exp(-2 * log_sigma))          # s^2 = 1 - a^2
+        g = self._g(self.start) + s2 * (self._g(self.end) - self._g(self.start))
+        return (self.tau * math.log(g / (1 - g)) - self.start) / (self.end - self.start)
+
+
+class Grid:
+    """Uniform over given levels (rising ln sigma, [K]): the teacher's own timesteps, or another schedule's."""
+
+    def __init__(self, log_sigma):
+        self.log_sigma = log_sigma
+
+    def quantile(self, u):
+        index = (u * len(self.log_sigma)).long().clamp(0, len(self.log_sigma) - 1)
+        return self.log_sigma.to(u.device)[index]
+
+    def interval(self, low, high):
+        inside = (self.log_sigma >= low) & (self.log_sigma <= high)
+        index = inside.nonzero().flatten().tolist()
+        if not index:
+            raise ValueError("no level of the grid lies in the range")
+        return index[0] / len(self.log_sigma), (index[-1] + 1) / len(self.log_sigma)
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A distribution restricted to ln sigma in [low, high]."""
+
+    distribution: object
+    low: float
+    high: float
+
+    def quantile(self, u):
+        start, end = self.distribution.interval(self.low, self.high)
+        return self.distribution.quantile(start + u * (end - start)).clamp(self.low, self.high)
+
+
+def linear_schedule(steps=1000, beta_start=1e-4, beta_end=0.02):
+    """DDPM's original schedule (arXiv 2006.11239)."""
+    betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    return NoiseSchedule(torch.cumprod(1 - betas, 0))
+
+
+DENSITIES = {
+    "ddpm": (),
+    "edm": ("mean", "std"),
+    "karras": ("rho",),
+    "cosine": (),
+    "linear": (),
+    "sigmoid": (),
+    "laplace": ("mean", "scale"),
+    "logit_normal": ("shift",),
+}                                                        # name -> options it takes (method.md, section 6)
+
+
+class NoiseLevels:
+    """Random timesteps of a named density, truncated to [sigma(t_min), sigma(t_max)] of a teacher's schedule."""
+
+    def __init__(self, schedule, density="ddpm", t_min=20, t_max=979, **options):
+        low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
+        if density == "ddpm":
+            distribution = Grid(schedule.log_sigma)
+        elif density == "linear":
+            distribution = Grid(linear_schedule().log_sigma)
+        elif density == "karras":
+            distribution = Karras(low, high, **options)
+        elif density == "logit_normal":
+            distribution = Normal(math.log(options.get("shift", 1.0)), 1.0)
+        else:
+            distribution = {"edm": Normal, "cosine": Cosine, "sigmoid": Sigmoid, "laplace": Laplace}[density](**options)
+        self.schedule, self.distribution = schedule, Truncated(distribution, low, high)
+
+    def sample(self, n, generator):
+        """n timesteps (float64, fractional in general) on the generator's device."""
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+        return self.schedule.timestep(self.distribution.quantile(u))

@@ -1,0 +1,1 @@
+"""What a finished generator becomes: a diffusers pipeline that anyone can load."""

@@ -1,0 +1,17 @@
+"""Silence what libraries print at start-up and no user can act on."""
+
+import logging
+import os
+import warnings
+
+
+def quieten():
+    """Call before the first import of torch, diffusers, transformers or deepspeed."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("xformers").setLevel(logging.ERROR)                # "can't load C++ extensions", without a GPU
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,0 +1,1 @@
+"""The embedded teacher: a small latent diffusion model of the shapes world."""

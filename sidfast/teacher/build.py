@@ -1,0 +1,112 @@
+"""`sidfast teacher`: train the embedded teacher, judge it, and write it as diffusers and transformers folders."""
+
+import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from transformers import CLIPImageProcessor
+
+from sidfast.data import shapes
+from sidfast.evaluation.attributes import correct, save_checker
+from sidfast.evaluation.evaluate import evaluate, pipeline_generator
+from sidfast.evaluation.metrics import ShapesMetrics
+from sidfast.teacher import networks, train
+from sidfast.teacher.card import model_card
+from sidfast.teacher.tokenizer import build_tokenizer
+
+GATE = 0.97                                              # reconstructions that must keep every attribute
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)
+
+
+def build_teacher(out, recipe, device, images=5000):
+    """Train everything and write `out`/teacher, `out`/clip and `out`/checker.
+
+    `images` is the number of held-out captions behind each number of the model card. Returns those numbers. Folders of
+    an earlier teacher are replaced only once the new ones are complete. Raises RuntimeError if the VAE loses more
+    attributes than GATE allows in a run of full length: no teacher can be better than its VAE.
+    """
+    out, started = Path(out), time.time()
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer()
+    with ThreadPoolExecutor(1) as pool:                  # half a million captions, while the GPU trains the VAE
+        captions = pool.submit(train.sample_captions, recipe, tokenizer)
+        checker = train.train_checker(recipe, device)
+        vae = train.train_vae(recipe, device)
+        scenes, ids = captions.result()
+    kept = reconstruction_accuracy(vae, checker, images, device)
+    print(f"VAE reconstructions that keep every attribute: {kept['all']:.4f}", flush=True)
+    if kept["all"] < GATE and recipe.vae_steps >= train.Recipe.vae_steps:
+        raise RuntimeError(f"the VAE keeps every attribute in {kept['all']:.1%} of images, {GATE:.0%} are needed")
+    scenes, ids = scenes.to(device), ids.to(device)
+    clip = train.train_clip(recipe, tokenizer, scenes, ids, device)
+    unet, text_encoder = train.train_unet(recipe, tokenizer, vae, clip, scenes, ids, device)
+    seconds = round(time.time() - started)
+
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=networks.build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    _round_to_fp16(vae, unet, text_encoder, clip, checker)
+    numbers = {"training_seconds": seconds, "reconstruction": kept}
+    numbers |= _judge(pipe, clip, checker, tokenizer, images, device)
+    _write(out, pipe, clip, checker, tokenizer, numbers, model_card(recipe, numbers, device))
+    return numbers
+
+
+def _judge(pipe, clip, checker, tokenizer, images, device):
+    """The measures of real drawings (the best that any generator can reach) and of the teacher at each guidance."""
+    captions = shapes.captions(shapes.sample_scenes(images, "held_out", torch.Generator().manual_seed(1)))
+    drawing = torch.Generator(device).manual_seed(7)
+
+    def draw(texts, seeds):
+        return (shapes.draw(shapes.parse_captions(texts).to(device), drawing) + 1) / 2
+
+    generators = {"real": draw}
+    for g in GUIDANCE:
+        generators[f"guidance {g}"] = pipeline_generator(pipe, num_inference_steps=50, guidance_scale=g)
+    return {name: evaluate(generate, captions, ShapesMetrics(clip, checker, tokenizer, device), 1000, name)
+            for name, generate in generators.items()}
+
+
+@torch.no_grad()
+def reconstruction_accuracy(vae, checker, images, device, n=500):
+    """Share of held-out drawings whose reconstruction keeps each attribute, and all of them."""
+    hits = []
+    for start in range(0, images, n):
+        scenes = shapes.sample_scenes(min(n, images - start), "held_out", device=device)
+        latents = vae.encode(shapes.draw(scenes)).latent_dist.sample()
+        hits.append(correct(checker(vae.decode(latents).sample.clamp(-1, 1)), scenes))
+    return {k: torch.cat([h[k] for h in hits]).double().mean().item() for k in hits[0]}
+
+
+@torch.no_grad()
+def _round_to_fp16(*modules):
+    """Round weights as their fp16 files will hold them, so that what is judged is what is shipped."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
+
+
+def _write(out, pipe, clip, checker, tokenizer, numbers, card):
+    partial = out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for module in (pipe.vae, pipe.unet, pipe.text_encoder, clip):
+        nn.Module.to(module, "cpu", torch.float16)       # (diffusers' own `to` warns of fp16)
+    pipe.save_pretrained(partial / "teacher")
+    clip.save_pretrained(partial / "clip")
+    tokenizer.save_pretrained(partial / "clip")
+    side = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
+    CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+                       ).save_pretrained(partial / "clip")
+    save_checker(checker, partial / "checker")
+    (partial / "teacher" / "README.md").write_text(card)
+    (partial / "teacher" / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    for folder in partial.iterdir():
+        shutil.rmtree(out / folder.name, ignore_errors=True)
+        folder.rename(out / folder.name)
+    partial.rmdir()

@@ -1,0 +1,51 @@
+"""The embedded teacher's networks: a small Stable Diffusion, and a small CLIP, in the library's own classes."""
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+
+from sidfast.data.shapes import IMAGE_SIZE
+
+WIDTH = 128                                              # of the text encoder, and of CLIP's embedding
+
+
+def build_vae(latent_channels):
+    """64 x 64 images to 8 x 8 latents; narrow where the image is large."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=latent_channels, sample_size=IMAGE_SIZE, scaling_factor=1.0,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(24, 48, 80, 96), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False)
+
+
+def build_unet(latent_channels):
+    """A UNet of two levels (8 x 8 and 4 x 4), both with cross-attention: 5.4 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 8, in_channels=latent_channels, out_channels=latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(96, 128), layers_per_block=1, cross_attention_dim=WIDTH, attention_head_dim=4,
+        norm_num_groups=32)
+
+
+def build_clip(tokenizer):
+    """A CLIP whose text tower is also the first state of the text encoder."""
+    text = dict(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH)
+    vision = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
+                  image_size=IMAGE_SIZE, patch_size=8, projection_dim=WIDTH)
+    return CLIPModel(CLIPConfig(text_config=CLIPTextConfig(**text), vision_config=CLIPVisionConfig(**vision),
+                                projection_dim=WIDTH))
+
+
+def build_text_encoder(clip):
+    """A text encoder that starts from CLIP's text tower."""
+    encoder = CLIPTextModel(clip.config.text_config)
+    encoder.load_state_dict(clip.text_model.state_dict())
+    return encoder
+
+
+def build_scheduler():
+    """Stable Diffusion's noise schedule (method.md, section 1) with a DDIM sampler."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")

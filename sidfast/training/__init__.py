@@ -1,0 +1,1 @@
+"""Engines, run directory, checkpoints, and the loop."""

@@ -1,0 +1,177 @@
+"""DeepSpeed engines for generator and fake score, and their full state under any ZeRO stage.
+
+DeepSpeed keeps fp32 master weights in flat shards whose layout depends on the ZeRO stage and the number of processes.
+`gather` and `scatter` translate between any tensors in that layout (master weights, Adam's moments, an average) and
+whole tensors by parameter name. Checkpoints hold the latter, so they need no pickle and fit any stage and any number
+of processes.
+"""
+
+import copy
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+from sidfast.errors import UserError
+
+ENGINES = ("generator", "fake_score")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def engine_config(config, name, processes):
+    """DeepSpeed's configuration of one engine: the user's section, with batch sizes filled in.
+
+    Raises UserError if the global batch does not divide among micro-batches and processes.
+    """
+    train = config.train
+    if train.batch_size % (train.micro_batch * processes):
+        raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch x processes "
+                        f"({train.micro_batch} x {processes} = {train.micro_batch * processes})")
+    section = copy.deepcopy({k: v for k, v in config.deepspeed.items() if k not in ENGINES})
+    _merge(section, config.deepspeed.get(name, {}))
+    section.setdefault("steps_per_print", 2**31)         # the trainer prints its own progress
+    return section | {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch * processes)}
+
+
+def _merge(base, extra):
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def compute_dtype(section):
+    """The type that a `deepspeed` section makes networks compute in. Raises UserError if it asks for two."""
+    bf16, fp16 = (section.get(k, {}).get("enabled", False) for k in ("bf16", "fp16"))
+    if bf16 and fp16:
+        raise UserError("deepspeed: bf16 and fp16 are both enabled; choose one")
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def build_engine(module, adam, section, device):
+    """A DeepSpeed engine with Adam around a module in fp32. `section`: from `engine_config`."""
+    module.requires_grad_(True).train()
+    eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
+    optimizer = _adam(module, adam, eps, section, device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
+    return engine
+
+
+def set_learning_rate(engine, adam, step):
+    """The learning rate of step 0, 1, 2, ...: linear warm-up, then constant."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = adam.lr * min(1.0, (step + 1) / max(1, adam.warmup))
+
+
+def _adam(module, adam, eps, section, device):
+    options = {"lr": adam.lr, "betas": (adam.beta1, adam.beta2), "eps": eps}
+    if section.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(module.parameters(), adamw_mode=False, **options)
+    return torch.optim.Adam(module.parameters(), fused=device.type == "cuda", **options)
+
+
+def masters(engine):
+    """The fp32 tensors of this process that the optimizer steps, as a flat list, in a fixed order."""
+    optimizer = engine.optimizer
+    for name in ("fp32_partitioned_groups_flat",         # ZeRO 3
+                 "single_partition_of_fp32_groups",      # ZeRO 1 and 2
+                 "fp32_groups_flat_partition",           # ZeRO 1, bf16 with fp32 gradients
+                 "fp32_groups"):                         # ZeRO 0 in fp16 or bf16
+        groups = getattr(optimizer, name, None)
+        if groups:
+            return [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def gather(engine, tensors, keep=lambda name: True):
+    """Whole tensors {parameter name: fp32, on the CPU} out of `tensors`, which are laid out like `masters(engine)`.
+
+    Every process must call it; each keeps the names for which keep(name) holds.
+    """
+    own = masters(engine)
+    _swap(own, tensors)
+    try:
+        full = {}
+        for i, (name, parameter) in enumerate(engine.module.named_parameters()):
+            value = _whole(engine, i, parameter, own)
+            if keep(name):
+                full[name] = value.detach().to("cpu", torch.float32, copy=True)
+        return full
+    finally:
+        _swap(own, tensors)
+
+
+@torch.no_grad()
+def scatter(engine, full, tensors):
+    """The inverse of `gather`: writes this process's part of `full` ({name: tensor}) into `tensors`, in place."""
+    own = masters(engine)
+    _swap(own, tensors)
+    try:
+        for i, (name, parameter) in enumerate(engine.module.named_parameters()):
+            if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+                safe_set_full_fp32_param(parameter, full[name].to(own[0].device))
+            else:
+                own[i].copy_(full[name])
+    finally:
+        _swap(own, tensors)
+
+
+def _whole(engine, i, parameter, own):
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        return safe_get_full_fp32_param(parameter)
+    return own[i]                                        # ZeRO 0: one master per parameter, in the same order
+
+
+def _swap(left, right):
+    """Exchange the contents of two lists of tensors; nothing happens to a list and itself."""
+    for a, b in zip(left, right, strict=True):
+        if a is not b:
+            held = a.detach().clone()
+            a.data.copy_(b)
+            b.data.copy_(held)
+
+
+def moments(engine, key):
+    """Adam's moment `key` for each of `masters(engine)`; zeros before the first step."""
+    state = engine.basic_optimizer.state
+    return [state[m][key] if key in state.get(m, {}) else torch.zeros_like(m, requires_grad=False)
+            for m in masters(engine)]
+
+
+def optimizer_step(engine):
+    """Steps that Adam has taken (overflows in fp16 not counted)."""
+    steps = {int(s["step"]) for s in engine.basic_optimizer.state.values() if "step" in s}
+    return steps.pop() if steps else 0
+
+
+def restore_moments(engine, full, step):
+    """Set Adam's state from whole moments {key: {name: tensor}} after `step` steps."""
+    own, optimizer = masters(engine), engine.basic_optimizer
+    values = {key: [torch.zeros_like(m, requires_grad=False) for m in own] for key in full}
+    for key, tensors in values.items():
+        scatter(engine, full[key], tensors)
+    on_device = isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused")
+    for i, master in enumerate(own):
+        counter = step if not isinstance(optimizer, torch.optim.Adam) else torch.tensor(
+            float(step), device=master.device if on_device else "cpu")
+        optimizer.state[master] = {"step": counter, **{key: values[key][i] for key in full}}
+
+
+def loss_scale_state(engine):
+    """The dynamic loss scaler's counters in fp16 (an empty dictionary otherwise)."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None:
+        return {}
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def restore_loss_scale(engine, state):
+    """Set the loss scaler's counters again."""
+    for key, value in state.items():
+        setattr(engine.optimizer.loss_scaler, key, value)

@@ -1,0 +1,83 @@
+"""What a run shows of itself: sample grids, the export, and measures on the shapes world. First process only."""
+
+import copy
+
+import torch
+
+from sidfast.data.prompts import ShapesPrompts, open_prompts
+from sidfast.evaluation.evaluate import evaluate, pipeline_generator
+from sidfast.evaluation.metrics import load_shapes_metrics
+from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.grid import image_grid
+
+_TEACHER_STEPS = 50
+
+
+class Preview:
+    """Looks at the teacher and at the averaged generator through the pipelines that users have."""
+
+    def __init__(self, config, teacher, run):
+        self.config, self.teacher, self.run = config, teacher, run
+        source = config.data.prompts
+        held_out = "shapes:held_out" if source.startswith("shapes:") else source
+        prompts = open_prompts(held_out, seed=1)
+        self.prompts = [prompts[n] for n in range(config.train.samples)]
+        self._rows = None
+
+    def student(self, weights):
+        """The teacher's UNet with other weights ({name: tensor})."""
+        unet = copy.deepcopy(self.teacher.unet)
+        unet.load_state_dict(weights)
+        return unet
+
+    def sample(self, step, unet):
+        """Save a grid: the teacher in 50 steps, the student at the start of the run, the student now."""
+        if not self.prompts:
+            return
+        if self._rows is None:
+            name = f"teacher, {_TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
+            self._rows = {name: self._images(self._teacher_pipeline(), guidance_scale=self.config.guidance.kappa4,
+                                             num_inference_steps=_TEACHER_STEPS),
+                          "student at start, 1 step": self._images(self._pipeline(self.teacher.unet))}
+        now = {f"student after {step} updates, 1 step": self._images(self._pipeline(unet))}
+        self.run.sample(step, image_grid(self._rows | now, self.prompts))
+
+    def export(self, weights, folder):
+        """Write the one-step pipeline of these weights."""
+        write_export(self._pipeline(self.student(weights)), folder)
+
+    def evaluate(self, name, unet, again=False):
+        """Measure a one-step generator on held-out captions and keep the result under `name`; None if not wanted."""
+        section = self.config.evaluation
+        if not section.images:
+            return None
+        known = self.run.evaluation(name)
+        if known and known["images"] == section.images and not again:
+            return known
+        captions = ShapesPrompts("held_out", seed=1)
+        metrics = load_shapes_metrics(section.assets, unet.device)
+        result = evaluate(pipeline_generator(self._pipeline(unet)), [captions[n] for n in range(section.images)],
+                          metrics, section.batch_size, f"evaluate {name}")
+        self.run.evaluation(name, result)
+        return result
+
+    def _pipeline(self, unet):
+        return one_step_pipeline(self.teacher, unet, self.config.noise.t_init)
+
+    def _teacher_pipeline(self):
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        t = self.teacher
+        return StableDiffusionPipeline(
+            vae=t.vae, text_encoder=t.text_encoder, tokenizer=t.tokenizer, unet=t.unet, safety_checker=None,
+            scheduler=DDIMScheduler.from_config(t.scheduler.config), feature_extractor=None,
+            requires_safety_checker=False)
+
+    def _images(self, pipe, **options):
+        pipe.set_progress_bar_config(disable=True)
+        side = self.config.model.resolution or self.teacher.resolution
+        noise = [torch.Generator().manual_seed(n) for n in range(len(self.prompts))]
+        images = []
+        for n, prompt in enumerate(self.prompts):        # one by one: a large teacher's VAE needs the memory
+            images += pipe(prompt, height=side, width=side, generator=noise[n], **options).images
+        return images

@@ -1,0 +1,184 @@
+"""A training run, from configuration to export."""
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+import torch
+from deepspeed import comm
+from tqdm import tqdm
+
+from sidfast.data.prompts import open_prompts
+from sidfast.method.distill import Networks, Objective, update_fake_score, update_generator
+from sidfast.method.guidance import drops_prompts
+from sidfast.method.noise import NoiseLevels
+from sidfast.networks.loading import load_teacher
+from sidfast.training.batches import Batches, TextEncoder
+from sidfast.training.checkpoint import read_state, read_tensors, restore, save_checkpoint
+from sidfast.training.ema import Ema
+from sidfast.training.engines import ENGINES, build_engine, compute_dtype, engine_config, set_learning_rate
+from sidfast.training.preview import Preview
+from sidfast.training.run import RunDirectory
+
+_LOSSES = ("fake_score_loss", "generator_loss", "non_finite")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `sums` collects the losses since the last log line, on the device."""
+
+    step: int = 0
+    images: int = 0
+    sums: list = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    logged: int = 0                                      # the step of the last log line
+
+
+def train(config, out, checkpoint, device):
+    """Run or go on with a run; a collective call of all processes. Returns the final evaluation, or None."""
+    rank, processes = comm.get_rank(), comm.get_world_size()
+    _set_up_device(config, device)
+
+    # the networks
+    dtype = compute_dtype(config.deepspeed)
+    teacher = load_teacher(config.model.teacher)
+    sections = {name: engine_config(config, name, processes) for name in ENGINES}
+    engines = {}
+    for name in ENGINES:
+        unet = copy.deepcopy(teacher.unet)
+        if checkpoint:
+            unet.load_state_dict(read_tensors(checkpoint, name, "weights"))
+        engines[name] = build_engine(unet, getattr(config.optimizer, name), sections[name], device)
+    for module in (teacher.unet, teacher.vae, teacher.text_encoder):
+        module.to(device, dtype)
+    networks = Networks(**engines, teacher=teacher.unet)
+    ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
+
+    # the data, and what is optimised
+    g, schedule = config.guidance, teacher.schedule.to(device)
+    objective = Objective(schedule, teacher.prediction_type, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
+                          config.noise.t_init)
+    levels = NoiseLevels(schedule, config.noise.density, config.noise.t_min, config.noise.t_max, **config.noise.options)
+    dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
+    batches = Batches(open_prompts(config.data.prompts, config.train.seed),
+                      TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype), levels,
+                      _latent_shape(teacher, config), config.train, dropout, device, rank, processes)
+
+    # resume
+    progress = Progress()
+    if checkpoint:
+        restore(checkpoint, engines, ema)
+        progress = _resume(read_state(checkpoint)["extra"], rank, processes)
+    run = RunDirectory(out, config, progress.step) if rank == 0 else None
+    preview = Preview(config, teacher, run) if rank == 0 else None
+    if rank == 0:
+        preview.evaluate("start", teacher.unet)
+        if progress.step == 0:
+            preview.sample(0, teacher.unet)
+    comm.barrier()
+
+    _loop(config, networks, engines, ema, batches, objective, progress, run, preview, out)
+
+    # the end
+    weights = ema.gather(lambda name: rank == 0)
+    result = None
+    if rank == 0:
+        student = preview.student(weights)
+        result = preview.evaluate("end", student, again=True)
+        run.close()
+    comm.barrier()
+    return result
+
+
+def _loop(config, networks, engines, ema, batches, objective, progress, run, preview, out):
+    """Fake score and generator take turns (method.md, sections 4 and 5)."""
+    train, total, rank = config.train, config.train.total_steps, comm.get_rank()
+    bar = tqdm(total=total * train.batch_size, initial=progress.images, unit="img", unit_scale=True, desc="distil",
+               disable=rank != 0, mininterval=1, smoothing=0.1)
+    clock, timed = time.perf_counter(), progress.step
+    while progress.step < total:
+        for name in ENGINES:
+            set_learning_rate(engines[name], getattr(config.optimizer, name), progress.step)
+        fake = update_fake_score(networks, batches(progress.step, "fake_score"), objective)             # eq. 5
+        gen = update_generator(networks, batches(progress.step, "generator"), objective)                # eq. 8
+        progress.step += 1
+        progress.images += train.batch_size
+        ema.update(train.batch_size, progress.images)
+        news = (fake.loss, gen.loss, fake.non_finite + gen.non_finite)
+        progress.sums = [old + new for old, new in zip(progress.sums, news, strict=True)]
+        bar.update(train.batch_size)
+
+        if progress.step % train.log_every == 0 or progress.step == total:
+            values = _reduce(progress, train.batch_size)         # the only place that waits for the GPU
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            values["images_per_s"] = (progress.step - timed) * train.batch_size / seconds
+            timed = progress.step
+            if rank == 0:
+                run.log(progress.step, values | {"images": progress.images, **_memory()})
+                bar.set_postfix(fake=f"{values['fake_score_loss']:.4g}", gen=f"{values['generator_loss']:.4g}",
+                                refresh=False)
+        last = progress.step == total
+        if train.samples and (progress.step % train.sample_every == 0 or last):
+            weights = ema.gather(lambda name: rank == 0)
+            if rank == 0:
+                preview.sample(progress.step, preview.student(weights))
+        if progress.step % train.save_every == 0 or last:
+            _save(engines, ema, progress, train, preview, out)
+        if (progress.step % train.sample_every == 0 or progress.step % train.save_every == 0) and not last:
+            clock, timed = time.perf_counter(), progress.step                    # speed is that of training alone
+    bar.close()
+
+
+def _save(engines, ema, progress, train, preview, out):
+    """A checkpoint, and beside it the generator as others can use it."""
+    sums = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(sums, [float(v) for v in progress.sums])
+    extra = {"step": progress.step, "images": progress.images, "logged": progress.logged, "sums": sums}
+    save_checkpoint(f"{out}/checkpoints", progress.step, engines, ema, extra, train.keep)
+    weights = ema.gather(lambda name: comm.get_rank() == 0)
+    if preview is not None:
+        preview.export(weights, f"{out}/export")
+    comm.barrier()
+
+
+def _resume(extra, rank, processes):
+    """The Progress that a checkpoint holds; sums of another number of processes are dealt out evenly."""
+    sums = extra["sums"]
+    if len(sums) != processes:
+        mean, total = [sum(c) / len(sums) for c in zip(*sums, strict=True)], sum(row[2] for row in sums)
+        sums = [[mean[0], mean[1], total / processes]] * processes
+    return Progress(extra["step"], extra["images"], sums[rank], extra["logged"])
+
+
+def _reduce(progress, batch_size):
+    """Means over the steps since the last log line and over processes; resets the sums.
+
+    Raises RuntimeError if not a single sample in that time was finite.
+    """
+    device = next(v.device for v in progress.sums if torch.is_tensor(v))
+    sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in progress.sums])
+    comm.all_reduce(sums)
+    steps, processes = progress.step - progress.logged, comm.get_world_size()
+    fake, gen, non_finite = sums.tolist()
+    progress.sums, progress.logged = [0.0, 0.0, 0.0], progress.step
+    if non_finite >= 2 * batch_size * steps:
+        raise RuntimeError(f"every sample of the last {steps} steps was non-finite: the run has diverged at step "
+                           f"{progress.step}. Go on from a checkpoint with lower learning rates")
+    return dict(zip(_LOSSES, (fake / steps / processes, gen / steps / processes, non_finite), strict=True))
+
+
+def _latent_shape(teacher, config):
+    factor = 2 ** (len(teacher.vae.config.block_out_channels) - 1)
+    side = (config.model.resolution or teacher.resolution) // factor
+    return teacher.unet.config.in_channels, side, side
+
+
+def _set_up_device(config, device):
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.speed.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.speed.tf32
+        torch.backends.cudnn.benchmark = True
+
+
+def _memory():
+    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
+
