@@ -4,10 +4,12 @@ import argparse
 import sys
 
 from sidfast.errors import UserError
+from sidfast.quiet import quieten
 
 
 def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 2 the user's input is at fault (one line on stderr)."""
+    quieten()
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -26,13 +28,59 @@ def _parser():
     teacher.add_argument("--steps", type=int, metavar="N", help="UNet steps; the other stages scale alike")
     teacher.add_argument("--seed", type=int, default=0)
     teacher.set_defaults(run=_teacher)
+
+    random = commands.add_parser("random-teacher", help="write a real architecture with random weights, to try a setup")
+    random.add_argument("--architecture", required=True, metavar="NAME", help="sd15, sd21 or sd21-768")
+    random.add_argument("--out", required=True, metavar="DIR", help="gets a diffusers pipeline of about 2 GB")
+    random.set_defaults(run=_random_teacher)
+
+    sample = commands.add_parser("sample", help="make images")
+    sample.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
+    prompts = sample.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    sample.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
+    sample.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt")
+    sample.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
+    sample.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
+    sample.add_argument("--out", required=True, metavar="FILE.png", help="the grid: a row per seed, a column per prompt")
+    sample.set_defaults(run=_sample)
+
+    judge = commands.add_parser("evaluate", help="measure a generator of the shapes world on held-out captions")
+    judge.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
+    judge.add_argument("--images", type=int, default=10000, metavar="N", help="one per held-out caption (10000)")
+    judge.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
+    judge.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
+    judge.add_argument("--batch-size", type=int, default=250, metavar="N")
+    judge.add_argument("--assets", default="assets", metavar="DIR", help="folder with the clip and checker (assets)")
+    judge.add_argument("--out", required=True, metavar="RESULT.json")
+    judge.set_defaults(run=_evaluate)
     return parser
+
+
+def _device():
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _random_teacher(args):
+    from sidfast.teacher.random_init import ARCHITECTURES, write_random_teacher
+
+    if args.architecture not in ARCHITECTURES:
+        raise UserError(f"--architecture {args.architecture}: must be one of {', '.join(ARCHITECTURES)}")
+    write_random_teacher(args.architecture, args.out, _device())
+
+
+def _sample(args):
+    from sidfast.publishing.sample import sample_grid
+
+    sample_grid(args.model, args.prompt, args.prompts, args.out, args.n, args.seed, args.steps, args.guidance,
+                _device())
 
 
 def _teacher(args):
     from dataclasses import replace
-
-    import torch
 
     from sidfast.teacher.build import build_teacher
     from sidfast.teacher.train import Recipe
@@ -42,7 +90,13 @@ def _teacher(args):
         if args.steps < 1:
             raise UserError(f"--steps must be at least 1, not {args.steps}")
         recipe = recipe.scaled(args.steps)
-    build_teacher(args.out, recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    build_teacher(args.out, recipe, _device())
+
+
+def _evaluate(args):
+    from sidfast.evaluation.evaluate import evaluate_model
+
+    evaluate_model(args.model, args.images, args.steps, args.guidance, args.batch_size, args.assets, args.out, _device())
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class Adam(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float | None = Field(None, gt=0, description="1e-8, or 1e-6 in fp16, unless given")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay: int = Field(0, ge=0, description="steps of linear decay to zero at the end of the run")
 
 
 class Optimizer(Section):

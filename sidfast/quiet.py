@@ -9,9 +9,11 @@ def quieten():
     """Call before the first import of torch, diffusers, transformers or deepspeed."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)           # "No CUDA runtime is found"
     logging.getLogger("xformers").setLevel(logging.ERROR)                # "can't load C++ extensions", without a GPU
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

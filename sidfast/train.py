@@ -55,12 +55,12 @@ def run(args):
     if first:
         print(f"sidfast: {'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}",
               file=sys.stderr)
-    result = train(config, out, checkpoint, _join())
+    result = train(config, out, checkpoint, join())
     if first and result:
         _report(out, result)
 
 
-def _join():
+def join():
     """Join the other processes (or be the only one); returns this process's device."""
     import deepspeed
     import torch
@@ -69,6 +69,9 @@ def _join():
                         "MASTER_PORT": "29500"}.items():
         os.environ.setdefault(name, value)
     gpu = torch.cuda.is_available()
+    if not gpu:                                          # DeepSpeed's own collectives need a compiler; gloo needs none
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sidfast.errors import UserError
+from sidfast.networks.loading import load_teacher
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
 
@@ -64,14 +65,31 @@ def load_pipeline(model, device, dtype=torch.float32):
             raise UserError(f"{model}: the run has no export yet; one is written with every checkpoint")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{model}: neither a run directory nor a diffusers pipeline (model_index.json is missing)")
-    if folder.is_dir() and (folder / _CODE).is_file():
-        index = json.loads((folder / "model_index.json").read_text())
-        if index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]:
-            return OneStepPipeline.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).to(device), True
+    if _is_one_step(folder):                             # its code is ours: nothing of the folder's is run
+        parts = load_teacher(str(folder))
+        t_init = json.loads((folder / "model_index.json").read_text())["t_init"]
+        return one_step_pipeline(parts, parts.unet, t_init).to(device, dtype), True
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, torch_dtype=dtype,
-                                                 low_cpu_mem_usage=False)
+                                                 use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:                           # the libraries raise many kinds for a broken folder
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{model}: cannot be loaded ({lines[0]})") from None
     return pipe.to(device), False
+
+
+def sampler_options(model, one_step, steps, guidance):
+    """What to call a loaded pipeline with. Raises UserError for a one-step generator that is given either number."""
+    if not one_step:
+        return {"num_inference_steps": steps or 50, "guidance_scale": 1.5 if guidance is None else guidance}
+    if steps is not None or guidance is not None:
+        raise UserError(f"{model}: a one-step generator takes neither --steps nor --guidance")
+    return {}
+
+
+def _is_one_step(folder):
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]

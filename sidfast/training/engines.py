@@ -60,10 +60,11 @@ def build_engine(module, adam, section, device):
     return engine
 
 
-def set_learning_rate(engine, adam, step):
-    """The learning rate of step 0, 1, 2, ...: linear warm-up, then constant."""
+def set_learning_rate(engine, adam, step, total):
+    """The learning rate of step 0, 1, 2, ... of `total`: linear warm-up, constant, linear decay."""
+    factor = min(1.0, (step + 1) / max(1, adam.warmup), (total - step) / max(1, adam.decay))
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = adam.lr * min(1.0, (step + 1) / max(1, adam.warmup))
+        group["lr"] = adam.lr * factor
 
 
 def _adam(module, adam, eps, section, device):

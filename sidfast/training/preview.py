@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from sidfast.data.prompts import ShapesPrompts, open_prompts
-from sidfast.evaluation.evaluate import evaluate, pipeline_generator
+from sidfast.data.prompts import open_prompts
+from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
 from sidfast.evaluation.metrics import load_shapes_metrics
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
@@ -54,10 +54,9 @@ class Preview:
         known = self.run.evaluation(name)
         if known and known["images"] == section.images and not again:
             return known
-        captions = ShapesPrompts("held_out", seed=1)
         metrics = load_shapes_metrics(section.assets, unet.device)
-        result = evaluate(pipeline_generator(self._pipeline(unet)), [captions[n] for n in range(section.images)],
-                          metrics, section.batch_size, f"evaluate {name}")
+        result = evaluate(pipeline_generator(self._pipeline(unet)), held_out_captions(section.images), metrics,
+                          section.batch_size, f"evaluate {name}")
         self.run.evaluation(name, result)
         return result
 
@@ -76,8 +75,10 @@ class Preview:
     def _images(self, pipe, **options):
         pipe.set_progress_bar_config(disable=True)
         side = self.config.model.resolution or self.teacher.resolution
-        noise = [torch.Generator().manual_seed(n) for n in range(len(self.prompts))]
+        at_once = max(1, 512 * 512 // side**2)           # a large image's VAE needs the memory
         images = []
-        for n, prompt in enumerate(self.prompts):        # one by one: a large teacher's VAE needs the memory
-            images += pipe(prompt, height=side, width=side, generator=noise[n], **options).images
+        for start in range(0, len(self.prompts), at_once):
+            prompts = self.prompts[start:start + at_once]
+            noise = [torch.Generator().manual_seed(start + n) for n in range(len(prompts))]
+            images += pipe(prompts, height=side, width=side, generator=noise, **options).images
         return images

@@ -97,7 +97,7 @@ def _loop(config, networks, engines, ema, batches, objective, progress, run, pre
     clock, timed = time.perf_counter(), progress.step
     while progress.step < total:
         for name in ENGINES:
-            set_learning_rate(engines[name], getattr(config.optimizer, name), progress.step)
+            set_learning_rate(engines[name], getattr(config.optimizer, name), progress.step, total)
         fake = update_fake_score(networks, batches(progress.step, "fake_score"), objective)             # eq. 5
         gen = update_generator(networks, batches(progress.step, "generator"), objective)                # eq. 8
         progress.step += 1

@@ -1,0 +1,29 @@
+# make train: install, then distil the embedded teacher (about ten minutes on two cores)
+# make test:  install, then run the tests (no GPU, no network)
+
+PYTHON ?= python3
+CONFIG ?= configs/ddpm.json
+VENV := .venv
+READY := $(VENV)/.ready
+
+train: $(READY)
+	$(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(READY)
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+
+$(READY): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+.PHONY: train test test-gpu lint clean

@@ -1,0 +1,51 @@
+"""`sidfast sample`: images of one or many prompts, as one picture."""
+
+from pathlib import Path
+
+import torch
+
+from sidfast.errors import UserError
+from sidfast.publishing.export import load_pipeline, sampler_options
+from sidfast.publishing.grid import image_grid
+
+
+def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, device):
+    """Make `n` images of each prompt (seeds `seed`, `seed` + 1, ...) and write them to `out` as a PNG grid.
+
+    Raises UserError for bad arguments, before anything is computed.
+    """
+    prompts = [prompt] if prompt is not None else _read_prompts(prompts_file)
+    if n < 1:
+        raise UserError(f"-n must be at least 1, not {n}")
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32)
+    options = sampler_options(model, one_step, steps, guidance)
+    pipe.set_progress_bar_config(disable=True)
+    rows = {}
+    for k in range(n):
+        images = []
+        for text in prompts:                             # one by one, so that a prompt's image is always the same
+            noise = torch.Generator().manual_seed(seed + k)
+            images += pipe(text, generator=noise, **options).images
+        rows[f"seed {seed + k}"] = images
+    partial = out.with_name(f".{out.name}.partial")
+    image_grid(rows, prompts).save(partial, format="PNG")
+    partial.replace(out)
+
+
+def _read_prompts(path):
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"--prompts {path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts {path}: not UTF-8") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it")
+    return prompts

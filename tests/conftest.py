@@ -1,0 +1,80 @@
+"""Shared fixtures: a tiny teacher, a configuration for it, and training in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidfast.quiet import quieten
+
+quieten()
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """The folder of a tiny, randomly initialised Stable Diffusion."""
+    from tiny import write_tiny_teacher
+
+    return write_tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_teacher):
+    """A configuration, as nested dictionaries, that trains the tiny teacher for 20 steps without pictures."""
+    return {"model": {"teacher": str(tiny_teacher)}, "data": {"prompts": "shapes:train"},
+            "train": {"steps": 20, "batch_size": 4, "micro_batch": 2, "log_every": 1, "save_every": 1000, "samples": 0},
+            "optimizer": {"generator": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}}}
+
+
+@pytest.fixture
+def write_config(tmp_path, tiny_config):
+    """write_config(**{"section.key": value}) -> the path of a configuration file."""
+
+    def write(name="config.json", **changes):
+        values = json.loads(json.dumps(tiny_config))
+        for key, value in changes.items():
+            *sections, last = key.split(".")
+            target = values
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[last] = value
+        path = tmp_path / name
+        path.write_text(json.dumps(values))
+        return path
+
+    return write
+
+
+def environment(port):
+    """One thread a process, so that results do not depend on the machine; a port of its own for each test."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start_training(config, out, port, *args):
+    """Start sidfast/train.py as one process."""
+    command = [sys.executable, "sidfast/train.py", "--config", str(config), "--out", str(out), *args]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(port), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def run_jobs(jobs, folder, processes, port):
+    """Run a list of training jobs (see tests/jobs.py) under DeepSpeed's launcher."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"jobs-{port}.json"
+    file.write_text(json.dumps(jobs))
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--num_accelerators",
+               str(processes), "--master_port", str(port), "tests/jobs.py", str(file)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=environment(port) | {"PATH": path}, capture_output=True, text=True,
+                          timeout=420)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(out):
+    """[(step, fake-score loss, generator loss), ...] of a run directory."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["fake_score_loss"], row["generator_loss"]) for row in rows]

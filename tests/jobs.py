@@ -1,0 +1,22 @@
+"""Several training runs one after the other in one set of processes: `deepspeed tests/jobs.py JOBS.json`.
+
+JOBS.json: a list of {"config": nested dictionaries, "out": folder, "resume": "auto" or a checkpoint}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from sidfast.quiet import quieten
+
+quieten()
+
+from sidfast.config import build_config  # noqa: E402
+from sidfast.train import join  # noqa: E402
+from sidfast.training.run import open_run  # noqa: E402
+from sidfast.training.trainer import train  # noqa: E402
+
+device = join()
+for job in json.loads(Path(sys.argv[-1]).read_text()):
+    config = build_config(job["config"], "job")
+    train(config, Path(job["out"]), open_run(job["out"], config, job.get("resume", "auto"), print), device)

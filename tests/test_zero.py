@@ -1,0 +1,85 @@
+"""Training does not depend on ZeRO's stage, on the number of processes, or on how the batch is split."""
+
+import copy
+
+import pytest
+import torch
+from conftest import losses, run_jobs
+
+from sidfast.training.checkpoint import read_tensors
+
+STAGES = (0, 1, 2, 3)
+
+
+def changed(config, **changes):
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config.setdefault(section, {})[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, tmp_path_factory):
+    """The folder of all runs: stage-S-of-P, and a few more."""
+    folder = tmp_path_factory.mktemp("zero")
+    for processes, port in ((1, 29711), (2, 29712)):
+        jobs = [{"config": changed(tiny_config, deepspeed__zero_optimization={"stage": stage}),
+                 "out": str(folder / f"stage-{stage}-of-{processes}")} for stage in STAGES]
+        if processes == 1:
+            short = changed(tiny_config, train__steps=10)
+            bf16 = [{"config": changed(short, deepspeed__zero_optimization={"stage": stage},
+                                       deepspeed__bf16={"enabled": True}), "out": str(folder / f"bf16-{stage}")}
+                    for stage in STAGES]
+            jobs += [*bf16, {"config": changed(tiny_config, train__micro_batch=4), "out": str(folder / "one-pass")},
+                     {"config": short, "out": str(folder / "short")}]
+        else:                                            # ten steps on one process, ten more on two under another stage
+            jobs.append({"config": changed(tiny_config, deepspeed__zero_optimization={"stage": 3}),
+                         "out": str(folder / "resumed"),
+                         "resume": str(folder / "short" / "checkpoints" / "step-00000010")})
+        run_jobs(jobs, folder, processes, port)
+    return folder
+
+
+def assert_same_curve(got, want, bound):
+    assert len(got) == len(want)
+    for (step, *a), (_, *b) in zip(got, want, strict=True):
+        for name, x, y in zip(("fake_score_loss", "generator_loss"), a, b, strict=True):
+            assert x == pytest.approx(y, rel=bound), f"step {step}: {name} {x} is not {y}"
+
+
+@pytest.mark.parametrize("processes", [1, 2], ids="processes={}".format)
+@pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
+def test_same_curve_in_every_stage(runs, stage, processes):
+    want = losses(runs / "stage-0-of-1")
+    assert len(want) == 20 and want[0][1:] != want[-1][1:]
+    assert_same_curve(losses(runs / f"stage-{stage}-of-{processes}"), want, 1e-4)
+
+
+def test_accumulation_equals_one_pass(runs):
+    assert_same_curve(losses(runs / "one-pass"), losses(runs / "stage-0-of-1"), 1e-4)
+
+
+def test_resume_with_other_stage_and_process_count(runs):
+    assert_same_curve(losses(runs / "resumed"), losses(runs / "stage-0-of-1")[10:], 1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
+def test_bf16_stays_near_fp32(runs, stage):
+    """Networks in bf16: the first steps agree to bf16's accuracy, and masters and average are kept in fp32."""
+    for (_, *a), (_, *b) in zip(losses(runs / f"bf16-{stage}")[:3], losses(runs / "short")[:3], strict=True):
+        assert a[0] == pytest.approx(b[0], rel=0.02)
+    average = read_tensors(runs / f"bf16-{stage}" / "checkpoints" / "step-00000010", "generator", "ema")
+    rounded = [v for v in average.values() if not torch.equal(v, v.bfloat16().float())]
+    assert len(rounded) > len(average) / 2
+
+
+def test_checkpoints_do_not_depend_on_the_stage(runs):
+    for kind in ("weights", "exp_avg_sq", "ema"):
+        want = read_tensors(runs / "stage-0-of-1" / "checkpoints" / "step-00000020", "generator", kind)
+        for stage, processes in ((1, 1), (2, 2), (3, 2)):
+            got = read_tensors(runs / f"stage-{stage}-of-{processes}" / "checkpoints" / "step-00000020", "generator", kind)
+            assert got.keys() == want.keys()
+            for name in want:
+                error = (got[name] - want[name]).norm() / want[name].norm().clamp_min(1e-12)
+                assert error < 1e-3, f"stage {stage}, {processes} processes, {kind}, {name}: {error:.1e}"
