@@ -33,7 +33,7 @@ def run(args):
     """Check everything that can be checked before anything is written, then train."""
     from sidfast.config import load_config
     from sidfast.data.prompts import open_prompts
-    from sidfast.networks.loading import check_teacher, find_teacher
+    from sidfast.networks.loading import load_teacher
 
     config = load_config(args.config, args.set)
     if args.dry_run:
@@ -41,7 +41,6 @@ def run(args):
         return
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
-    check_teacher(find_teacher(config.model.teacher))
     open_prompts(config.data.prompts)
 
     from sidfast.training.engines import compute_dtype, engine_config
@@ -52,10 +51,11 @@ def run(args):
     compute_dtype(config.deepspeed)
     checkpoint = open_run(out, config, args.resume, lambda text: print(f"sidfast: {text}", file=sys.stderr)
                           if first else None)
+    teacher = load_teacher(config.model.teacher)
     if first:
         print(f"sidfast: {'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}",
               file=sys.stderr)
-    result = train(config, out, checkpoint, join())
+    result = train(config, out, checkpoint, teacher, join())
     if first and result:
         _report(out, result)
 

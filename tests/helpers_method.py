@@ -1,4 +1,4 @@
-"""The method once more, slowly and in float64, straight from method.md: loops over samples, nothing shared with sidfast.
+"""The method once more, slowly and in float64, straight from method.md: loops over samples, no code of sidfast's.
 
 Beside it stand-ins for the networks and for the DeepSpeed engine, and a comparison that names what is off.
 """

@@ -104,8 +104,8 @@ OUT_OF_RANGE = ("train.steps=0", "train.batch_size=-4", "train.micro_batch=0", "
                 "guidance.prompt_dropout=1", "guidance.prompt_dropout=-0.1", "optimizer.generator.lr=0",
                 "optimizer.fake_score.beta2=1", "optimizer.generator.eps=0", "ema.half_life=-1", "ema.ramp_up=0",
                 "evaluation.images=-1")
-NOT_FINITE = ("guidance.kappa1=NaN", "guidance.kappa4=Infinity", "loss.alpha=-Infinity", "optimizer.generator.lr=Infinity",
-              "ema.half_life=NaN")
+NOT_FINITE = ("guidance.kappa1=NaN", "guidance.kappa4=Infinity", "loss.alpha=-Infinity",
+              "optimizer.generator.lr=Infinity", "ema.half_life=NaN")
 
 
 @pytest.fixture(params=("file", "set"))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from helpers_method import TinyUNet, assert_close, objective_of, random_batch
-
 from sidfast.kernels.guidance import denoise_reference, guide_reference
 from sidfast.kernels.noising import add_noise_reference
+
 from sidfast.method.denoise import denoise_coefficients, predict, prediction_target
 from sidfast.method.distill import generate
 from sidfast.method.guidance import predict_guided

@@ -44,7 +44,7 @@ for_alphas = pytest.mark.parametrize("alpha", ALPHAS, ids="alpha={}".format)
 
 
 def halves(output, n, kappas):
-    """(o_null, o_cond) [n, C, H, W] of an output that was made for `kappas`; the one not needed is anything, here NaN."""
+    """(o_null, o_cond) [n, C, H, W] of an output that was made for `kappas`; one that is not needed is NaN."""
     if all(k == 1 for k in kappas):
         return torch.full_like(output, torch.nan), output
     if all(k == 0 for k in kappas):

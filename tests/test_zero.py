@@ -28,7 +28,7 @@ def runs(tiny_config, tmp_path_factory):
                  "out": str(folder / f"stage-{stage}-of-{processes}")} for stage in STAGES]
         if processes == 1:
             short = changed(tiny_config, train__steps=10)
-            bf16 = [{"config": changed(short, deepspeed__zero_optimization={"stage": stage},
+            bf16 = [{"config": changed(tiny_config, train__steps=3, deepspeed__zero_optimization={"stage": stage},
                                        deepspeed__bf16={"enabled": True}), "out": str(folder / f"bf16-{stage}")}
                     for stage in STAGES]
             jobs += [*bf16, {"config": changed(tiny_config, train__micro_batch=4), "out": str(folder / "one-pass")},
@@ -42,10 +42,12 @@ def runs(tiny_config, tmp_path_factory):
 
 
 def assert_same_curve(got, want, bound):
+    """Each loss to `bound`, relative to its size over the run (the generator's crosses zero)."""
     assert len(got) == len(want)
-    for (step, *a), (_, *b) in zip(got, want, strict=True):
-        for name, x, y in zip(("fake_score_loss", "generator_loss"), a, b, strict=True):
-            assert x == pytest.approx(y, rel=bound), f"step {step}: {name} {x} is not {y}"
+    for k, name in ((1, "fake_score_loss"), (2, "generator_loss")):
+        size = sum(abs(row[k]) for row in want) / len(want)
+        for x, y in zip(got, want, strict=True):
+            assert abs(x[k] - y[k]) <= bound * size, f"step {x[0]}: {name} {x[k]} is not {y[k]}"
 
 
 @pytest.mark.parametrize("processes", [1, 2], ids="processes={}".format)
@@ -67,9 +69,9 @@ def test_resume_with_other_stage_and_process_count(runs):
 @pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
 def test_bf16_stays_near_fp32(runs, stage):
     """Networks in bf16: the first steps agree to bf16's accuracy, and masters and average are kept in fp32."""
-    for (_, *a), (_, *b) in zip(losses(runs / f"bf16-{stage}")[:3], losses(runs / "short")[:3], strict=True):
+    for (_, *a), (_, *b) in zip(losses(runs / f"bf16-{stage}"), losses(runs / "short")[:3], strict=True):
         assert a[0] == pytest.approx(b[0], rel=0.02)
-    average = read_tensors(runs / f"bf16-{stage}" / "checkpoints" / "step-00000010", "generator", "ema")
+    average = read_tensors(runs / f"bf16-{stage}" / "checkpoints" / "step-00000003", "generator", "ema")
     rounded = [v for v in average.values() if not torch.equal(v, v.bfloat16().float())]
     assert len(rounded) > len(average) / 2
 
@@ -78,7 +80,8 @@ def test_checkpoints_do_not_depend_on_the_stage(runs):
     for kind in ("weights", "exp_avg_sq", "ema"):
         want = read_tensors(runs / "stage-0-of-1" / "checkpoints" / "step-00000020", "generator", kind)
         for stage, processes in ((1, 1), (2, 2), (3, 2)):
-            got = read_tensors(runs / f"stage-{stage}-of-{processes}" / "checkpoints" / "step-00000020", "generator", kind)
+            run = runs / f"stage-{stage}-of-{processes}"
+            got = read_tensors(run / "checkpoints" / "step-00000020", "generator", kind)
             assert got.keys() == want.keys()
             for name in want:
                 error = (got[name] - want[name]).norm() / want[name].norm().clamp_min(1e-12)

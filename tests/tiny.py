@@ -18,9 +18,8 @@ def write_tiny_teacher(folder, prediction_type="epsilon", seed=0):
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
                         block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, mid_block_add_attention=False)
     unet = UNet2DConditionModel(
-        sample_size=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
-        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8)
+        sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(16,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
     StableDiffusionPipeline(

@@ -12,7 +12,6 @@ from sidfast.data.prompts import open_prompts
 from sidfast.method.distill import Networks, Objective, update_fake_score, update_generator
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.noise import NoiseLevels
-from sidfast.networks.loading import load_teacher
 from sidfast.training.batches import Batches, TextEncoder
 from sidfast.training.checkpoint import read_state, read_tensors, restore, save_checkpoint
 from sidfast.training.ema import Ema
@@ -33,14 +32,17 @@ class Progress:
     logged: int = 0                                      # the step of the last log line
 
 
-def train(config, out, checkpoint, device):
-    """Run or go on with a run; a collective call of all processes. Returns the final evaluation, or None."""
+def train(config, out, checkpoint, teacher, device):
+    """Run or go on with a run; a collective call of all processes.
+
+    `checkpoint`: the folder to go on from, or None; `teacher`: from `load_teacher`, taken over. Returns the final
+    evaluation on the first process, or None.
+    """
     rank, processes = comm.get_rank(), comm.get_world_size()
     _set_up_device(config, device)
 
     # the networks
     dtype = compute_dtype(config.deepspeed)
-    teacher = load_teacher(config.model.teacher)
     sections = {name: engine_config(config, name, processes) for name in ENGINES}
     engines = {}
     for name in ENGINES:

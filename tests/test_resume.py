@@ -1,0 +1,180 @@
+"""Interrupted runs go on exactly: killed at any moment, with the same command, bit for bit; and what else runs leave."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment, losses, start_training
+
+from sidfast.training.checkpoint import find_checkpoint, read_tensors
+
+STEPS = 24
+
+
+def finish(process, timeout=200):
+    _, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, errors[-3000:]
+    return errors
+
+
+def wait_for(condition, process, timeout=150):
+    deadline = time.time() + timeout
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed: " + process.stderr.read()[-2000:]
+        assert time.time() < deadline
+        time.sleep(0.001)
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config, tmp_path_factory):
+    values = json.loads(json.dumps(tiny_config))
+    values["train"] |= {"steps": STEPS, "save_every": 4, "log_every": 3, "sample_every": 12, "samples": 2, "keep": 3}
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run that was never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(start_training(config, out, 29721))
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory):
+    """The same run, killed four times: at random moments, while a checkpoint is written, and after the last step."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    chance, metrics, checkpoints = random.Random(0), out / "metrics.jsonl", out / "checkpoints"
+
+    def lines():
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def saving():
+        return any(checkpoints.glob(".partial-*/*")) if checkpoints.exists() else False
+
+    for moment in (lambda: lines() >= 2, saving, lambda: (checkpoints / "step-00000016").exists()):
+        process = start_training(config, out, 29722)
+        wait_for(moment, process)
+        if moment is not saving:
+            time.sleep(chance.random() * 0.5)
+        kill(process)
+    finish(start_training(config, out, 29722))
+    return out
+
+
+def test_killed_run_equals_the_whole_one(whole, killed):
+    want = losses(whole)
+    assert [step for step, *_ in want] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert losses(killed) == want                        # exact: same bits
+
+
+def test_killed_run_ends_with_the_same_state(whole, killed):
+    for network, kind in (("generator", "weights"), ("generator", "ema"), ("fake_score", "exp_avg_sq")):
+        want, got = (read_tensors(run / "checkpoints" / f"step-{STEPS:08d}", network, kind) for run in (whole, killed))
+        assert want and got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want), f"{network} {kind}"
+
+
+def test_nothing_half_written_is_left(killed):
+    assert not [p for p in killed.rglob("*") if ".partial" in p.name or p.name.endswith(".old")]
+
+
+def test_old_checkpoints_are_removed(whole):
+    names = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000016", "step-00000020", "step-00000024"]
+    assert (whole / "checkpoints" / "latest").read_text() == "step-00000024\n"
+
+
+def test_truncated_checkpoint_falls_back_to_the_one_before(config, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    file = next((run / "checkpoints" / "step-00000024").glob("generator.ema-*"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    errors = finish(start_training(config, run, 29723))
+    assert f"{file.name} has " in errors and "falling back" in errors
+    assert "resuming from" in errors and "step-00000020" in errors
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.parametrize("damage", ["missing file", "no state", "broken state"])
+def test_damaged_checkpoints_are_never_taken(whole, tmp_path, damage):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", folder)
+    newest = folder / "step-00000024"
+    {"missing file": lambda: next(newest.glob("*.safetensors")).unlink(),
+     "no state": lambda: (newest / "state.json").unlink(),
+     "broken state": lambda: (newest / "state.json").write_text("{")}[damage]()
+    told = []
+    assert find_checkpoint(folder, told.append).name == "step-00000020"
+    assert len(told) == 1 and "step-00000024" in told[0]
+
+
+def test_no_pickle_anywhere(whole):
+    kinds = {p.suffix for p in whole.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".png", ".py", ".txt", ""}
+
+
+def test_average_equals_its_definition(config, tmp_path):
+    """The average of method.md, section 8, recomputed from the weights of every step."""
+    run = tmp_path / "run"
+    finish(start_training(config, run, 29724, "--set", "train.steps=4", "--set", "train.save_every=1", "--set",
+                          "train.keep=9", "--set", "train.samples=0", "--set", "ema.half_life=9"))
+    from sidfast.networks.loading import load_teacher
+
+    folder = json.loads(config.read_text())["model"]["teacher"]
+    average = {k: v.double() for k, v in load_teacher(folder).unet.state_dict().items()}
+    for step in range(1, 5):
+        images = 4 * step
+        decay = 0.5 ** (4 / min(9, 0.05 * images))
+        weights = read_tensors(run / "checkpoints" / f"step-{step:08d}", "generator", "weights")
+        average = {k: decay * v + (1 - decay) * weights[k].double() for k, v in average.items()}
+    got = read_tensors(run / "checkpoints" / "step-00000004", "generator", "ema")
+    for name, value in average.items():
+        assert (got[name] - value).norm() <= 1e-5 * value.norm().clamp_min(1e-3), name
+
+
+def test_run_directory_is_complete(whole):
+    described = json.loads((whole / "config.json").read_text())
+    assert described["config"]["train"]["steps"] == STEPS
+    assert described["versions"]["torch"] and described["hardware"]["cpus"] and described["command"]
+    assert {p.name for p in (whole / "samples").iterdir()} == {f"step-{n:08d}.png" for n in (0, 12, 24)}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(whole / "tensorboard"))
+    board.Reload()
+    assert [e.step for e in board.Scalars("generator_loss")] == [step for step, *_ in losses(whole)]
+
+
+def test_export_loads_without_this_package(whole, tmp_path):
+    """In plain diffusers, with `sidfast` not importable, an export makes the image that our own loader makes."""
+    script = f"""
+import sys; sys.modules["sidfast"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(whole / 'export')!r}, trust_remote_code=True, low_cpu_mem_usage=False)
+noise = [torch.Generator().manual_seed(i) for i in range(4)]
+images = pipe(["a red circle", "x"], num_images_per_prompt=2, generator=noise, output_type="pt").images
+torch.save(images, {str(tmp_path / 'images.pt')!r})
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(0), check=True, capture_output=True)
+    got = torch.load(tmp_path / "images.pt", weights_only=True)
+    from sidfast.publishing.export import load_pipeline
+
+    pipe, one_step = load_pipeline(whole, "cpu")
+    assert one_step and not (ROOT / "pipeline.py").exists()
+    noise = [torch.Generator().manual_seed(i) for i in range(4)]
+    want = pipe(["a red circle", "a red circle", "x", "x"], generator=noise, output_type="pt").images
+    assert got.shape == (4, 3, 16, 16) and got.std() > 0
+    assert torch.allclose(got, want, atol=1e-5)
