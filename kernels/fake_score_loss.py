@@ -4,7 +4,6 @@ A sample with a non-finite target or output has loss 0 and zero gradients.
 """
 
 import torch
-
 from sidfast.kernels.guidance import guide_reference
 
 

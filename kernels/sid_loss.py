@@ -8,7 +8,6 @@ A sample with a non-finite x_g, y_real, y_2 or y_3 has loss 0 and zero gradients
 """
 
 import torch
-
 from sidfast.kernels.guidance import denoise_reference
 
 

@@ -16,7 +16,7 @@ from sidfast.method.noise import DENSITIES
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -169,9 +169,14 @@ class Config(Section):
         ours = {"train_batch_size": "train.batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch",
                 "gradient_accumulation_steps": "train.batch_size", "optimizer": "optimizer",
                 "scheduler": "optimizer.generator.warmup"}
-        for key, instead in ours.items():
-            if key in self.deepspeed:
-                raise ValueError(f"deepspeed.{key} follows from the rest; set {instead} instead")
+        for engine in ("", "generator", "fake_score"):
+            section = self.deepspeed.get(engine, {}) if engine else self.deepspeed
+            name = f"deepspeed.{engine}" if engine else "deepspeed"
+            if not isinstance(section, dict):
+                raise ValueError(f"{name}: must be a section, not {section!r}")
+            for key, instead in ours.items():
+                if key in section:
+                    raise ValueError(f"{name}.{key} follows from the rest; set {instead} instead")
         return self
 
 

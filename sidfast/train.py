@@ -31,8 +31,12 @@ def main(argv=None):
 
 def run(args):
     """Check everything that can be checked before anything is written, then train."""
+    from deepspeed import comm
+
     from sidfast.config import load_config
     from sidfast.data.prompts import open_prompts
+    from sidfast.errors import UserError
+    from sidfast.method.noise import NoiseLevels
     from sidfast.networks.loading import load_teacher
 
     config = load_config(args.config, args.set)
@@ -52,10 +56,16 @@ def run(args):
     checkpoint = open_run(out, config, args.resume, lambda text: print(f"sidfast: {text}", file=sys.stderr)
                           if first else None)
     teacher = load_teacher(config.model.teacher)
+    try:
+        NoiseLevels(teacher.schedule, config.noise.density, config.noise.t_min, config.noise.t_max,
+                    **config.noise.options)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"noise: {error}") from None
     if first:
         print(f"sidfast: {'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}",
               file=sys.stderr)
     result = train(config, out, checkpoint, teacher, join())
+    comm.destroy_process_group()
     if first and result:
         _report(out, result)
 

@@ -70,7 +70,7 @@ def run_jobs(jobs, folder, processes, port):
                str(processes), "--master_port", str(port), "tests/jobs.py", str(file)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, cwd=ROOT, env=environment(port) | {"PATH": path}, capture_output=True, text=True,
-                          timeout=420)
+                          timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

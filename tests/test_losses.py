@@ -300,7 +300,7 @@ def poison(batch, *samples):
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5), ids="kappa={}".format)
-@pytest.mark.parametrize("poisoned", ("teacher", "fake_score", "generator"))
+@pytest.mark.parametrize("poisoned", ("teacher", "fake_score"))
 def test_generator_update_without_non_finite_samples(poisoned, kappa):
     """Samples 1 and 4 overflow inside a network: they are counted, and the update is that of the other three."""
     objective = objective_of(kappa, kappa, kappa, kappa, alpha=0.5)
@@ -312,7 +312,7 @@ def test_generator_update_without_non_finite_samples(poisoned, kappa):
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5), ids="kappa={}".format)
-@pytest.mark.parametrize("poisoned", ("generator", "fake_score"))
+@pytest.mark.parametrize("poisoned", ("generator",))
 def test_fake_score_update_without_non_finite_samples(poisoned, kappa):
     objective = objective_of(kappa, kappa, kappa, kappa)
     networks, batch, networks64, batch64 = setting(poisoned=(poisoned,))

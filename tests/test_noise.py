@@ -160,22 +160,17 @@ def test_every_option_is_tested():
 
 LOW, HIGH = LOG_SIGMA[20], LOG_SIGMA[979]
 TAILS = {
-    "edm-below": ("edm", {"mean": -4.5, "std": 0.3},
-                  stats.truncnorm((LOW + 4.5) / 0.3, (HIGH + 4.5) / 0.3, loc=-4.5, scale=0.3)),
-    "edm-above": ("edm", {"mean": 6.0, "std": 0.3},
-                  stats.truncnorm((LOW - 6.0) / 0.3, (HIGH - 6.0) / 0.3, loc=6.0, scale=0.3)),
-    "laplace-below": ("laplace", {"mean": 12.0, "scale": 0.2},       # an exponential law is left of it
-                      stats.truncexpon((HIGH - LOW) / 0.1, loc=LOW, scale=0.1)),
+    "edm-below": ("edm", {"mean": -4.5, "std": 0.3}),
+    "edm-above": ("edm", {"mean": 6.0, "std": 0.3}),
+    "laplace-below": ("laplace", {"mean": 12.0, "scale": 0.2}),
 }
 
 
-@pytest.mark.parametrize("density, options, law", TAILS.values(), ids=TAILS)
-def test_truncation_far_in_a_tail(density, options, law):
-    """Where the range holds next to none of the law's mass, the draws crowd at its near end."""
-    t = draw(density, n=5000, **options)
-    statistic = stats.kstest(log_sigma_at(t), law.cdf).statistic
-    medians = f"median of ln sigma {np.median(log_sigma_at(t)):.2f}, of the law {law.median():.2f}"
-    assert statistic < 0.03, f"KS {statistic:.2f}; {medians}"
+@pytest.mark.parametrize("density, options", TAILS.values(), ids=TAILS)
+def test_truncation_far_in_a_tail(density, options):
+    """A range that holds next to none of the law's mass is refused."""
+    with pytest.raises(ValueError, match="outside of the teacher's range"):
+        draw(density, n=10, **options)
 
 
 def test_densities_differ():

@@ -31,7 +31,8 @@ class PromptFile:
             raise UserError(f"data.prompts: {path} is empty; it needs one prompt a line")
         self.seed, self._bytes = seed, np.memmap(path, np.uint8, "r")
         newlines = np.flatnonzero(self._bytes == ord("\n"))
-        starts = np.concatenate([[0], newlines + 1])
+        mark = 3 if bytes(self._bytes[:3]) == codecs.BOM_UTF8 else 0
+        starts = np.concatenate([[mark], newlines + 1])
         ends = np.concatenate([newlines, [len(self._bytes)]])
         _check_utf8(path, self._bytes, starts)
         self._spans = np.stack([starts, ends], 1)[~_blank(self._bytes, starts, ends)]
@@ -45,7 +46,7 @@ class PromptFile:
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self))
         start, end = self._spans[self._order(epoch)[position]]
-        return bytes(self._bytes[start:end]).decode("utf-8").strip("\ufeff \t\r\n")
+        return bytes(self._bytes[start:end]).decode("utf-8").strip()
 
     @functools.lru_cache(maxsize=2)                      # noqa: B019 (one source lives as long as the run)
     def _order(self, epoch):

@@ -186,6 +186,8 @@ def captions(scenes):
 
 def _caption(count, layout, background, told_from_end, size, color, shape):
     objects = [f"a {SIZES[size[k]]} {COLORS[color[k]]} {SHAPES[shape[k]]}" for k in range(count + 1)]
+    if count > 0 and layout == 0:
+        raise ValueError("several objects need a row or a column")
     link = ""
     if count:
         link = f" {RELATIONS[LAYOUTS[layout]][told_from_end]} "
@@ -219,11 +221,12 @@ def _parse(text):
         size = [SIZES.index(o[0]) for o in objects]
         color = [COLORS.index(o[1]) for o in objects]
         shape = [SHAPES.index(o[2]) for o in objects]
-        if not 1 <= len(objects) <= MAX_OBJECTS:
+        scene = (len(objects) - 1, layout, background, told_from_end)
+        if len(objects) > MAX_OBJECTS or _caption(*scene, size, color, shape) != text.strip():
             raise ValueError
     except (ValueError, IndexError):
         example = "a small red circle above a large blue square on a white background"
         raise UserError(f"not a caption of the shapes world: {text!r} (an example: {example!r})") from None
     pad = [0] * (MAX_OBJECTS - len(objects))
-    return len(objects) - 1, layout, background, told_from_end, size + pad, color + pad, shape + pad
+    return *scene, size + pad, color + pad, shape + pad
 

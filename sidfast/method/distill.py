@@ -67,16 +67,19 @@ def generate(generator, z, text, objective):
 
 
 def update_fake_score(networks, batches, objective):
-    """One optimizer step of the fake score on the generator's images (eq. 5)."""
+    """One optimizer step of the fake score on the generator's images (eq. 5). Non-finite images do not count."""
     losses, left_out = [], []
     for batch in batches:
         a, s = objective.schedule.coefficients(batch.t)
         with torch.no_grad():
             x_g = generate(networks.generator.module, batch.z, batch.text, objective)
+            usable = x_g.isfinite().flatten(1).all(1)    # (0 times a non-finite activation would not be 0)
+            x_g = torch.where(usable[:, None, None, None], x_g, 0)
             x_t = add_noise_reference(x_g, batch.eps, a, s)
         text = drop_prompts(batch.text, batch.null, batch.dropped)
         output = predict_guided(networks.fake_score, x_t, batch.t, text, batch.null, [objective.kappa1])
         loss, finite = fake_score_loss(output, x_g, batch.eps, a, s, objective.prediction_type, objective.kappa1)
+        loss, finite = torch.where(usable, loss, 0), finite & usable
         networks.fake_score.backward(loss.mean())
         networks.fake_score.step()                       # steps at the accumulation boundary
         losses.append(loss.detach().mean())

@@ -162,6 +162,11 @@ class Truncated:
     low: float
     high: float
 
+    def __post_init__(self):
+        start, end = self.distribution.interval(self.low, self.high)
+        if end - start < 1e-6:
+            raise ValueError("the noise levels of this density lie outside of the teacher's range")
+
     def quantile(self, u):
         start, end = self.distribution.interval(self.low, self.high)
         return self.distribution.quantile(start + u * (end - start)).clamp(self.low, self.high)

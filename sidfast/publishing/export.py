@@ -32,8 +32,7 @@ def write_export(pipe, folder, dtype=torch.float16):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in ("vae", "text_encoder", "unet"):
-        module = copy.deepcopy(getattr(pipe, name))
-        nn.Module.to(module, "cpu", dtype).save_pretrained(partial / name)      # (diffusers' own `to` warns of fp16)
+        save_module(getattr(pipe, name), partial / name, dtype)
     pipe.tokenizer.save_pretrained(partial / "tokenizer")
     pipe.scheduler.save_pretrained(partial / "scheduler")
     index = {"_class_name": [_CODE.removesuffix(".py"), OneStepPipeline.__name__], "t_init": pipe.config.t_init}
@@ -49,6 +48,16 @@ def write_export(pipe, folder, dtype=torch.float16):
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_module(module, folder, dtype=torch.float16):
+    """Write a diffusers or transformers module in `dtype`, in a way that loads in the type that the caller asks for."""
+    module = nn.Module.to(copy.deepcopy(module), "cpu", dtype)                  # (diffusers' own `to` warns of fp16)
+    module.save_pretrained(folder)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("dtype", None)                            # transformers would load it in this type, unasked
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_pipeline(model, device, dtype=torch.float32):

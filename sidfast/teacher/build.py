@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
 from transformers import CLIPImageProcessor
 
 from sidfast.data import shapes
 from sidfast.evaluation.attributes import correct, save_checker
 from sidfast.evaluation.evaluate import evaluate, pipeline_generator
 from sidfast.evaluation.metrics import ShapesMetrics
+from sidfast.publishing.export import save_module
 from sidfast.teacher import networks, train
 from sidfast.teacher.card import model_card
 from sidfast.teacher.tokenizer import build_tokenizer
@@ -95,10 +95,10 @@ def _round_to_fp16(*modules):
 def _write(out, pipe, clip, checker, tokenizer, numbers, card):
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    for module in (pipe.vae, pipe.unet, pipe.text_encoder, clip):
-        nn.Module.to(module, "cpu", torch.float16)       # (diffusers' own `to` warns of fp16)
     pipe.save_pretrained(partial / "teacher")
-    clip.save_pretrained(partial / "clip")
+    for name in ("vae", "unet"):                         # again, in fp16; transformers would load fp16 as fp16, unasked,
+        save_module(getattr(pipe, name), partial / "teacher" / name)            # so the text encoder stays in fp32
+    save_module(clip, partial / "clip")
     tokenizer.save_pretrained(partial / "clip")
     side = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
     CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,

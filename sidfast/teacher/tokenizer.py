@@ -23,7 +23,7 @@ def words():
 
 def build_tokenizer():
     """The tokenizer of the shapes world: a word of its captions is one token, other words are spelt out."""
-    vocabulary = {t: None for t in [*_CHARACTERS, *(c + _WORD_END for c in _CHARACTERS)]}
+    vocabulary = dict.fromkeys([*_CHARACTERS, *(c + _WORD_END for c in _CHARACTERS)])
     merges = []
     for word in words():
         pieces = [*word[:-1], word[-1] + _WORD_END]

@@ -14,8 +14,17 @@ from deepspeed import comm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sidfast.training.engines import (MOMENTS, gather, loss_scale_state, masters, moments, optimizer_step,
-                                      restore_loss_scale, restore_moments, scatter)
+from sidfast.training.engines import (
+    MOMENTS,
+    gather,
+    loss_scale_state,
+    masters,
+    moments,
+    optimizer_step,
+    restore_loss_scale,
+    restore_moments,
+    scatter,
+)
 
 _STATE = "state.json"
 _PREFIX = "step-"
