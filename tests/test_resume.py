@@ -1,4 +1,4 @@
-"""Interrupted runs go on exactly: killed at any moment, with the same command, bit for bit; and what else runs leave."""
+"""Interrupted runs go on exactly, killed at any moment, with the same command, bit for bit; and what runs leave."""
 
 import json
 import random

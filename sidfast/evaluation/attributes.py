@@ -4,6 +4,7 @@ The judge is a small convolutional network, trained on real drawings only (sharp
 teacher's or student's images.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ class AttributeChecker(nn.Module):
     def __init__(self):
         super().__init__()
         widths, layers = (3, 32, 64, 96, 96), []
-        for i, (c, d) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (c, d) in enumerate(itertools.pairwise(widths)):
             stride = 1 if i == 3 else 2
             layers += [nn.Conv2d(c, d, 3, stride, 1), nn.BatchNorm2d(d), nn.ReLU()]
             layers += [nn.Conv2d(d, d, 3, 1, 1), nn.BatchNorm2d(d), nn.ReLU()]

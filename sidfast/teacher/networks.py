@@ -27,12 +27,12 @@ def build_unet(latent_channels):
 
 def build_clip(tokenizer):
     """A CLIP whose text tower is also the first state of the text encoder."""
-    text = dict(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH)
-    vision = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
-                  image_size=IMAGE_SIZE, patch_size=8, projection_dim=WIDTH)
+    text = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "max_position_embeddings": tokenizer.model_max_length,
+                "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id, "projection_dim": WIDTH}
+    vision = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
+                  "image_size": IMAGE_SIZE, "patch_size": 8, "projection_dim": WIDTH}
     return CLIPModel(CLIPConfig(text_config=CLIPTextConfig(**text), vision_config=CLIPVisionConfig(**vision),
                                 projection_dim=WIDTH))
 

@@ -8,11 +8,11 @@ from sidfast.teacher.tokenizer import build_tokenizer
 
 _VOCABULARY, _TEXT_LENGTH = 49408, 77                    # CLIP's; the tokenizer here knows the shapes world only
 
-_CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-_OPEN_CLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
-                    hidden_act="gelu", projection_dim=512)
-_SD1 = dict(cross_attention_dim=768, attention_head_dim=8)
-_SD2 = dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+                    "hidden_act": "gelu", "projection_dim": 512}
+_SD1 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+_SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 
 ARCHITECTURES = {                                        # name -> (UNet, text encoder, latent side, prediction type)
     "sd15": (_SD1, _CLIP_L, 64, "epsilon"),
