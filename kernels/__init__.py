@@ -1,1 +1,1 @@
-"""The operations of Score identity Distillation, each defined by a plain PyTorch `*_reference`. Imported as `sidfast.kernels`."""
+"""The operations of Score identity Distillation, each defined by a plain PyTorch `*_reference` (`sidfast.kernels`)."""

@@ -43,7 +43,7 @@ def _parser():
     sample.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt")
     sample.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
     sample.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
-    sample.add_argument("--out", required=True, metavar="FILE.png", help="the grid: a row per seed, a column per prompt")
+    sample.add_argument("--out", required=True, metavar="FILE.png", help="a row per seed, a column per prompt")
     sample.set_defaults(run=_sample)
 
     judge = commands.add_parser("evaluate", help="measure a generator of the shapes world on held-out captions")
@@ -96,7 +96,8 @@ def _teacher(args):
 def _evaluate(args):
     from sidfast.evaluation.evaluate import evaluate_model
 
-    evaluate_model(args.model, args.images, args.steps, args.guidance, args.batch_size, args.assets, args.out, _device())
+    evaluate_model(args.model, args.images, args.steps, args.guidance, args.batch_size, args.assets, args.out,
+                   _device())
 
 
 if __name__ == "__main__":

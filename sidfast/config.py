@@ -76,7 +76,7 @@ class Noise(Section):
 class Data(Section):
     """Prompts. There are no images."""
 
-    prompts: str = Field(description="text file, UTF-8, one prompt a line; or shapes:train, the shapes world's captions")
+    prompts: str = Field(description="UTF-8 text file, one prompt a line; or shapes:train, the shapes world")
 
 
 class Train(Section):

@@ -88,7 +88,7 @@ def update_fake_score(networks, batches, objective):
 
 
 def update_generator(networks, batches, objective):
-    """One optimizer step of the generator; gradients reach x_g through both denoisers, whose weights stand still (eq. 8)."""
+    """One optimizer step of the generator; gradients pass through both denoisers, which stand still (eq. 8)."""
     losses, left_out = [], []
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
     fake_score = networks.fake_score.module              # the engine itself would prepare for a backward of its own

@@ -49,7 +49,7 @@ class NoiseSchedule:
 @dataclass(frozen=True)
 class Normal:
     """ln sigma ~ N(mean, std^2): EDM's training noise (arXiv 2206.00364). With std 1 also SD3's logit-normal
-    distribution (arXiv 2403.03206): sigma = u / (1 - u) with u = sigmoid(N(0, 1)), and its timestep shift is exp(mean)."""
+    distribution (arXiv 2403.03206): sigma = u / (1 - u) with u = sigmoid(N(0, 1)); its shift is exp(mean)."""
 
     mean: float = -1.2
     std: float = 1.2

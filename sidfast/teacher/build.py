@@ -96,7 +96,7 @@ def _write(out, pipe, clip, checker, tokenizer, numbers, card):
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial / "teacher")
-    for name in ("vae", "unet"):                         # again, in fp16; transformers would load fp16 as fp16, unasked,
+    for name in ("vae", "unet"):                         # again, in fp16; transformers would load it as fp16,
         save_module(getattr(pipe, name), partial / "teacher" / name)            # so the text encoder stays in fp32
     save_module(clip, partial / "clip")
     tokenizer.save_pretrained(partial / "clip")
