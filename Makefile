@@ -10,7 +10,10 @@ train: $(READY)
 	$(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(READY)
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
@@ -26,4 +29,4 @@ $(READY): setup.py
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: train test test-gpu lint clean
+.PHONY: train test test-slow test-gpu lint clean
