@@ -174,6 +174,9 @@ class Config(Section):
             name = f"deepspeed.{engine}" if engine else "deepspeed"
             if not isinstance(section, dict):
                 raise ValueError(f"{name}: must be a section, not {section!r}")
+            for key in ("bf16", "fp16", "zero_optimization"):
+                if not isinstance(section.get(key, {}), dict):
+                    raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
             for key, instead in ours.items():
                 if key in section:
                     raise ValueError(f"{name}.{key} follows from the rest; set {instead} instead")

@@ -59,8 +59,11 @@ def run(args):
     try:
         NoiseLevels(teacher.schedule, config.noise.density, config.noise.t_min, config.noise.t_max,
                     **config.noise.options)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"noise: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{args.config}: {error}") from None
+    if config.noise.t_init >= len(teacher.schedule):
+        raise UserError(f"{args.config}: noise.t_init ({config.noise.t_init}) must be below the teacher's "
+                        f"{len(teacher.schedule)} timesteps")
     if first:
         print(f"sidfast: {'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}",
               file=sys.stderr)

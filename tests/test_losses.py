@@ -292,6 +292,11 @@ def test_accumulation_equals_one_batch(update, engine, size):
     check_update(getattr(parts, engine), got, want.loss, getattr(whole, engine).gradients(), bound=2e-6)
 
 
+def own_overflow(network):
+    """method.md, section 5, asks for it; not yet so: 0 times the network's own infinite activations is NaN."""
+    return pytest.param(network, marks=pytest.mark.xfail(strict=True, reason="overflow inside the trained network"))
+
+
 def poison(batch, *samples):
     """The batch with these samples' text such that a poisoned network overflows in them."""
     for sample in samples:
@@ -300,7 +305,7 @@ def poison(batch, *samples):
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5), ids="kappa={}".format)
-@pytest.mark.parametrize("poisoned", ("teacher", "fake_score"))
+@pytest.mark.parametrize("poisoned", ("teacher", "fake_score", own_overflow("generator")))
 def test_generator_update_without_non_finite_samples(poisoned, kappa):
     """Samples 1 and 4 overflow inside a network: they are counted, and the update is that of the other three."""
     objective = objective_of(kappa, kappa, kappa, kappa, alpha=0.5)
@@ -312,7 +317,7 @@ def test_generator_update_without_non_finite_samples(poisoned, kappa):
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5), ids="kappa={}".format)
-@pytest.mark.parametrize("poisoned", ("generator",))
+@pytest.mark.parametrize("poisoned", ("generator", own_overflow("fake_score")))
 def test_fake_score_update_without_non_finite_samples(poisoned, kappa):
     objective = objective_of(kappa, kappa, kappa, kappa)
     networks, batch, networks64, batch64 = setting(poisoned=(poisoned,))

@@ -40,6 +40,7 @@ FILES = {
     "blanks at the end, no newline": (b"one\n  \t", ["one"]),
     "blank first line after a byte order mark": (BOM + b"\r\none\n", ["one"]),
     "spaces around": (b"  one \n\ttwo  words\t\n", ["one", "two  words"]),
+    "blank lines in other scripts": ("\u3000\none\n\u00a0 \n\u2003\n\x1f\ntwo\n".encode(), ["one", "two"]),
     "repeated": (b"one\none\ntwo\none\n", ["one", "one", "one", "two"]),
     "other scripts": ("caf\u00e9\n\u732b\u306e\u7d75\n\U0001d11e clef\n".encode(),
                       ["caf\u00e9", "\u732b\u306e\u7d75", "\U0001d11e clef"]),

@@ -54,11 +54,11 @@ class PromptFile:
 
 
 def _blank(data, starts, ends):
-    """[lines] bool: lines without a visible character. Only those that begin with white space are looked at closely."""
+    """[lines] bool: lines without a visible character. Only those that may begin with white space are decoded."""
     blank = starts == ends
     first = data[np.minimum(starts, len(data) - 1)]
-    for i in np.flatnonzero(~blank & (first <= ord(" "))):
-        blank[i] = not bytes(data[starts[i]:ends[i]]).strip()
+    for i in np.flatnonzero(~blank & ((first <= ord(" ")) | (first >= 0x80))):
+        blank[i] = not bytes(data[starts[i]:ends[i]]).decode("utf-8").strip()
     return blank
 
 

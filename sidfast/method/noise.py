@@ -194,6 +194,8 @@ class NoiseLevels:
     """Random timesteps of a named density, truncated to [sigma(t_min), sigma(t_max)] of a teacher's schedule."""
 
     def __init__(self, schedule, density="ddpm", t_min=20, t_max=979, **options):
+        if t_max >= len(schedule):
+            raise ValueError(f"noise.t_max ({t_max}) must be below the teacher's {len(schedule)} timesteps")
         low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
         if density == "ddpm":
             distribution = Grid(schedule.log_sigma)
