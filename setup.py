@@ -22,10 +22,10 @@ setup(
         "pydantic>=2.14",
         "tensorboard>=2.21",
         "pillow>=12",
-        "numpy>=2.4",
+        "numpy>=2.2",
         "tqdm>=4.67",
         "pytest-benchmark>=5.2",
     ],
-    extras_require={"test": ["pytest>=9", "ruff>=0.17"]},
+    extras_require={"test": ["pytest>=9", "ruff>=0.17", "scipy>=1.15"]},
     entry_points={"console_scripts": ["sidfast = sidfast.cli:main"]},
 )

@@ -31,22 +31,27 @@ def main(argv=None):
 
 def run(args):
     """Check everything that can be checked before anything is written, then train."""
-    from deepspeed import comm
-
     from sidfast.config import load_config
-    from sidfast.data.prompts import open_prompts
-    from sidfast.errors import UserError
-    from sidfast.method.noise import NoiseLevels
-    from sidfast.networks.loading import load_teacher
 
     config = load_config(args.config, args.set)
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         return
+    from sidfast.data.prompts import open_prompts
+    from sidfast.errors import UserError
+
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
     open_prompts(config.data.prompts)
 
+    import torch
+
+    if not torch.cuda.is_available():                    # said once, in the run's config.json, not by each library
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import comm
+
+    from sidfast.method.noise import NoiseLevels
+    from sidfast.networks.loading import load_teacher
     from sidfast.training.engines import compute_dtype, engine_config
     from sidfast.training.run import open_run
     from sidfast.training.trainer import train

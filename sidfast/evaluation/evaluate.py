@@ -28,9 +28,9 @@ def pipeline_generator(pipe, **options):
     return generate
 
 
-def evaluate(generate, captions, metrics, batch_size=250, description="evaluate", disable=False):
+def evaluate(generate, captions, metrics, batch_size=250, description="evaluate"):
     """Make one image per caption, seeds 0, 1, 2, ..., and return `metrics.compute()` of them."""
-    for start in tqdm(range(0, len(captions), batch_size), desc=description, disable=disable, mininterval=2):
+    for start in tqdm(range(0, len(captions), batch_size), desc=description, mininterval=2):
         batch = captions[start:start + batch_size]
         metrics.update(generate(batch, range(start, start + len(batch))), batch)
     return metrics.compute()

@@ -4,8 +4,6 @@ import torch
 
 from sidfast.method.denoise import predict
 
-PROMPT_DROPOUT = 0.1
-
 
 def predict_guided(network, x, t, text, null, kappas):
     """The output that `sidfast.kernels` combine at the given scales.

@@ -42,9 +42,9 @@ class Preview:
         now = {f"student after {step} updates, 1 step": self._images(self._pipeline(unet))}
         self.run.sample(step, image_grid(self._rows | now, self.prompts))
 
-    def export(self, weights, folder):
-        """Write the one-step pipeline of these weights."""
-        write_export(self._pipeline(self.student(weights)), folder)
+    def export(self, unet, folder):
+        """Write the one-step pipeline of a UNet."""
+        write_export(self._pipeline(unet), folder)
 
     def evaluate(self, name, unet, again=False):
         """Measure a one-step generator on held-out captions and keep the result under `name`; None if not wanted."""

@@ -81,10 +81,8 @@ def train(config, out, checkpoint, teacher, device):
     _loop(config, networks, engines, ema, batches, objective, progress, run, preview, out)
 
     # the end
-    weights = ema.gather(lambda name: rank == 0)
-    result = None
+    student, result = _student(ema, preview), None
     if rank == 0:
-        student = preview.student(weights)
         result = preview.evaluate("end", student, again=True)
         run.close()
     comm.barrier()
@@ -119,27 +117,32 @@ def _loop(config, networks, engines, ema, batches, objective, progress, run, pre
                 bar.set_postfix(fake=f"{values['fake_score_loss']:.4g}", gen=f"{values['generator_loss']:.4g}",
                                 refresh=False)
         last = progress.step == total
-        if train.samples and (progress.step % train.sample_every == 0 or last):
-            weights = ema.gather(lambda name: rank == 0)
-            if rank == 0:
-                preview.sample(progress.step, preview.student(weights))
-        if progress.step % train.save_every == 0 or last:
-            _save(engines, ema, progress, train, preview, out)
-        if (progress.step % train.sample_every == 0 or progress.step % train.save_every == 0) and not last:
+        sampling = train.samples and (progress.step % train.sample_every == 0 or last)
+        saving = progress.step % train.save_every == 0 or last
+        if sampling or saving:
+            student = _student(ema, preview)
+            if sampling and rank == 0:
+                preview.sample(progress.step, student)
+            if saving:
+                _save(engines, ema, progress, train, preview, student, out)
             clock, timed = time.perf_counter(), progress.step                    # speed is that of training alone
     bar.close()
 
 
-def _save(engines, ema, progress, train, preview, out):
-    """A checkpoint, and beside it the generator as others can use it."""
+def _student(ema, preview):
+    """The averaged generator as a UNet on the first process, None on the others; a collective call."""
+    weights = ema.gather(lambda name: preview is not None)
+    return None if preview is None else preview.student(weights)
+
+
+def _save(engines, ema, progress, train, preview, student, out):
+    """The generator as others can use it, then a checkpoint."""
+    if preview is not None:
+        preview.export(student, f"{out}/export")
     sums = [None] * comm.get_world_size()
     torch.distributed.all_gather_object(sums, [float(v) for v in progress.sums])
     extra = {"step": progress.step, "images": progress.images, "logged": progress.logged, "sums": sums}
     save_checkpoint(f"{out}/checkpoints", progress.step, engines, ema, extra, train.keep)
-    weights = ema.gather(lambda name: comm.get_rank() == 0)
-    if preview is not None:
-        preview.export(weights, f"{out}/export")
-    comm.barrier()
 
 
 def _resume(extra, rank, processes):
