@@ -13,7 +13,7 @@ setup(
         "torchvision>=0.26",
         "triton>=3.6; platform_system == 'Linux'",
         "deepspeed>=0.19.8",
-        "diffusers>=0.42.1",
+        "diffusers>=0.41",
         "transformers>=5.17",
         "safetensors>=0.8",
         "xformers>=0.0.35",

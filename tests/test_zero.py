@@ -47,12 +47,10 @@ def pairs(tiny_config, runs):
 
 
 def assert_same_curve(got, want, bound):
-    """Each loss to `bound`, relative to its size over the run (the generator's crosses zero)."""
     assert len(got) == len(want)
-    for k, name in ((1, "fake_score_loss"), (2, "generator_loss")):
-        size = sum(abs(row[k]) for row in want) / len(want)
-        for x, y in zip(got, want, strict=True):
-            assert abs(x[k] - y[k]) <= bound * size, f"step {x[0]}: {name} {x[k]} is not {y[k]}"
+    for (step, *a), (_, *b) in zip(got, want, strict=True):
+        for name, x, y in zip(("fake_score_loss", "generator_loss"), a, b, strict=True):
+            assert x == pytest.approx(y, rel=bound), f"step {step}: {name} {x} is not {y}"
 
 
 @pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
