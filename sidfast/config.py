@@ -136,12 +136,17 @@ class Speed(Section):
     """How the networks run."""
 
     tf32: bool = Field(True, description="TensorFloat-32 in fp32 matrix products on a GPU")
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto", description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
+                            "deepspeed.zero_optimization.stage is 3, which moves parameters about in memory")
 
 
 class Evaluation(Section):
-    """Measures at the start and at the end of a run on the shapes world."""
+    """Measures on the shapes world, at the start and at the end of a run."""
 
     images: int = Field(0, ge=0, description="held-out captions; 0 for no evaluation")
+    every: int = Field(0, ge=0, description="steps between further evaluations, for curves; 0 for none")
+    teacher: bool = Field(False, description="measure the teacher too, in 50 steps at guidance.kappa4")
     batch_size: int = Field(250, ge=1)
     assets: str = Field("assets", description="folder with the clip and checker of `sidfast teacher`")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,10 @@ def write_config(tmp_path, tiny_config):
     return write
 
 
-def environment(port):
+def environment(port, gpu=False):
     """One thread a process, so that results do not depend on the machine; a port of its own for each test."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)} | (
+        {} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def start_training(config, out, port, *args):
@@ -61,16 +63,16 @@ def start_training(config, out, port, *args):
                             text=True)
 
 
-def run_jobs(jobs, folder, processes, port):
+def run_jobs(jobs, folder, processes, port, gpu=False):
     """Run a list of training jobs (see tests/jobs.py) under DeepSpeed's launcher."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"jobs-{port}.json"
     file.write_text(json.dumps(jobs))
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--num_accelerators",
-               str(processes), "--master_port", str(port), "tests/jobs.py", str(file)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=ROOT, env=environment(port) | {"PATH": path}, capture_output=True, text=True,
-                          timeout=1800)
+    command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
+               "--master_port", str(port), "tests/jobs.py", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path}, capture_output=True,
+                          text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

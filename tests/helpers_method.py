@@ -12,6 +12,7 @@ from torch import nn
 
 from sidfast.method.distill import Batch, Networks, Objective
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.trained import Trained
 
 BOUND = 1e-5                                             # relative norm error of fp32 against float64
 TEXT_WIDTH = 6
@@ -176,13 +177,13 @@ class TinyUNet(nn.Module):
 class Engine:
     """What the updates need of a DeepSpeed engine. Like DeepSpeed it divides the loss by the accumulation steps."""
 
-    def __init__(self, module, accumulation=1):
-        self.module, self.accumulation = module, accumulation
+    def __init__(self, unet, accumulation=1):
+        self.module, self.accumulation = Trained(unet), accumulation
         self.passes = self.backwards = self.steps = 0
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, compute, *tensors):
         self.passes += 1
-        return self.module(*args, **kwargs)
+        return self.module(compute, *tensors)
 
     def backward(self, loss):
         self.backwards += 1
@@ -193,7 +194,7 @@ class Engine:
 
     def gradients(self):
         """{name: gradient}; raises if a parameter has none."""
-        return {name: p.grad.clone() for name, p in self.module.named_parameters()}
+        return {name: p.grad.clone() for name, p in self.module.unet.named_parameters()}
 
 
 class Setting(NamedTuple):

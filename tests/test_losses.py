@@ -21,7 +21,7 @@ from helpers_method import (
     setting,
 )
 
-from sidfast.method.distill import generate, update_fake_score, update_generator
+from sidfast.method.distill import fake_score_update, generate, generator_update
 from sidfast.method.guidance import drop_prompts, drops_prompts
 from sidfast.method.losses import fake_score_loss, generator_loss
 
@@ -213,7 +213,7 @@ def has_gradients(module):
 def test_generator_update(kappas, alpha, prediction_type):
     objective = objective_of(*kappas, alpha, prediction_type)
     networks, batch, networks64, batch64 = setting()
-    sums = update_generator(networks, [batch], objective)
+    sums = generator_update(networks, objective)([batch])
     check_update(networks.generator, sums, *naive_generator_update(networks64, batch64, objective))
 
     assert sums.non_finite == 0
@@ -230,7 +230,7 @@ def test_fake_score_update(kappas, prediction_type):
     objective = objective_of(*kappas, prediction_type=prediction_type)
     networks, batch, networks64, batch64 = setting()
     assert batch.dropped.tolist() == [False, True, False, False, False]
-    sums = update_fake_score(networks, [batch], objective)
+    sums = fake_score_update(networks, objective)([batch])
     check_update(networks.fake_score, sums, *naive_fake_score_update(networks64, batch64, objective))
 
     assert sums.non_finite == 0
@@ -251,12 +251,12 @@ def test_updates_of_real_unets(prediction_type):
     objective = objective_of(*KAPPAS["unequal"], 1.2, prediction_type)
     options = {"make": small_unet, "n": 2, "shape": (4, 4, 4), "text_width": 8}
     networks, batch, networks64, batch64 = setting(**options)
-    sums = update_generator(networks, [batch], objective)
+    sums = generator_update(networks, objective)([batch])
     check_update(networks.generator, sums, *naive_generator_update(networks64, batch64, objective))
     assert not has_gradients(networks.fake_score.module) and not has_gradients(networks.teacher)
 
     networks, *_ = setting(**options)
-    sums = update_fake_score(networks, [batch], objective)
+    sums = fake_score_update(networks, objective)([batch])
     check_update(networks.fake_score, sums, *naive_fake_score_update(networks64, batch64, objective))
 
 
@@ -264,37 +264,32 @@ def test_updates_of_real_unets(prediction_type):
 def test_generator_starts_at_t_init(t_init):
     objective = objective_of(1, 1, 1, 1.5, t_init=t_init)
     networks, batch, networks64, batch64 = setting()
-    sums = update_generator(networks, [batch], objective)
+    sums = generator_update(networks, objective)([batch])
     check_update(networks.generator, sums, *naive_generator_update(networks64, batch64, objective))
 
 
 def test_updates_leave_earlier_gradients_of_others_alone():
     objective = objective_of(1.5, 1.5, 1.5, 1.5)
     networks, batch, *_ = setting()
-    update_fake_score(networks, [batch], objective)
+    fake_score_update(networks, objective)([batch])
     before = networks.fake_score.gradients()
-    update_generator(networks, [batch], objective)
+    generator_update(networks, objective)([batch])
     after = networks.fake_score.gradients()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("update, engine", [(update_generator, "generator"), (update_fake_score, "fake_score")],
+@pytest.mark.parametrize("update, engine", [(generator_update, "generator"), (fake_score_update, "fake_score")],
                          ids=["generator", "fake_score"])
 @pytest.mark.parametrize("size", (1, 2, 3))
 def test_accumulation_equals_one_batch(update, engine, size):
     objective = objective_of(*KAPPAS["unequal"], 0.5)
     whole, batch, *_ = setting(n=6)
-    want = update(whole, [batch], objective)
+    want = update(whole, objective)([batch])
     parts, batch, *_ = setting(n=6, accumulation=6 // size)
-    got = update(parts, micro_batches(batch, size), objective)
+    got = update(parts, objective)(micro_batches(batch, size))
 
     assert getattr(parts, engine).backwards == getattr(parts, engine).steps == 6 // size
     check_update(getattr(parts, engine), got, want.loss, getattr(whole, engine).gradients(), bound=2e-6)
-
-
-def own_overflow(network):
-    """method.md, section 5, asks for it; not yet so: 0 times the network's own infinite activations is NaN."""
-    return pytest.param(network, marks=pytest.mark.xfail(strict=True, reason="overflow inside the trained network"))
 
 
 def poison(batch, *samples):
@@ -305,32 +300,32 @@ def poison(batch, *samples):
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5), ids="kappa={}".format)
-@pytest.mark.parametrize("poisoned", ("teacher", "fake_score", own_overflow("generator")))
+@pytest.mark.parametrize("poisoned", ("teacher", "fake_score", "generator"))
 def test_generator_update_without_non_finite_samples(poisoned, kappa):
     """Samples 1 and 4 overflow inside a network: they are counted, and the update is that of the other three."""
     objective = objective_of(kappa, kappa, kappa, kappa, alpha=0.5)
     networks, batch, networks64, batch64 = setting(poisoned=(poisoned,))
     want = naive_generator_update(networks64, batch64, objective, skip=(1, 4))
-    sums = update_generator(networks, [poison(batch, 1, 4)], objective)
+    sums = generator_update(networks, objective)([poison(batch, 1, 4)])
     assert sums.non_finite == 2
     check_update(networks.generator, sums, *want)
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5), ids="kappa={}".format)
-@pytest.mark.parametrize("poisoned", ("generator", own_overflow("fake_score")))
+@pytest.mark.parametrize("poisoned", ("generator", "fake_score"))
 def test_fake_score_update_without_non_finite_samples(poisoned, kappa):
     objective = objective_of(kappa, kappa, kappa, kappa)
     networks, batch, networks64, batch64 = setting(poisoned=(poisoned,))
     batch.dropped[:] = batch64.dropped[:] = False
     want = naive_fake_score_update(networks64, batch64, objective, skip=(1, 4))
-    sums = update_fake_score(networks, [poison(batch, 1, 4)], objective)
+    sums = fake_score_update(networks, objective)([poison(batch, 1, 4)])
     assert sums.non_finite == 2
     check_update(networks.fake_score, sums, *want)
 
 
 def test_non_finite_samples_are_counted_over_micro_batches():
     networks, batch, *_ = setting(n=6, poisoned=("teacher",), accumulation=3)
-    sums = update_generator(networks, micro_batches(poison(batch, 0, 1, 5), 2), objective_of(1, 1, 1, 1.5))
+    sums = generator_update(networks, objective_of(1, 1, 1, 1.5))(micro_batches(poison(batch, 0, 1, 5), 2))
     assert sums.non_finite == 3 and sums.loss.isfinite()
     assert all(g.isfinite().all() for g in networks.generator.gradients().values())
 
@@ -356,11 +351,11 @@ def test_dropped_prompts_change_what_the_fake_score_reads_only():
     objective = objective_of()
     networks, batch, *_ = setting()
     seen = []
-    networks.generator.module.register_forward_pre_hook(
+    networks.generator.module.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
-    networks.fake_score.module.register_forward_pre_hook(
+    networks.fake_score.module.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
-    update_fake_score(networks, [batch], objective)
+    fake_score_update(networks, objective)([batch])
     generator_text, fake_text = seen
     assert torch.equal(generator_text, batch.text)
     assert torch.equal(fake_text[1], batch.null[0]) and torch.equal(fake_text[[0, 2, 3, 4]], batch.text[[0, 2, 3, 4]])

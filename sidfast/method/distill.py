@@ -1,9 +1,10 @@
 """Score identity Distillation with Long and Short Guidance: the two updates (method.md, sections 3 to 5).
 
-`generator` and `fake_score` are DeepSpeed engines (or anything with `module`, `backward(loss)` and `step()`, where step
-acts at the accumulation boundary); `teacher` is a frozen module.
+Generator and fake score are trained by DeepSpeed engines, or by anything with `module` (a Trained), a call that runs
+it, `backward(loss)` and `step()`, where step acts at the accumulation boundary; the teacher is a frozen UNet.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +19,11 @@ from sidfast.method.noise import NoiseSchedule
 
 
 class Networks(NamedTuple):
-    """The three networks."""
+    """Two engines, and the teacher's UNet."""
 
     generator: object
     fake_score: object
-    teacher: object
+    teacher: torch.nn.Module
 
 
 @dataclass(frozen=True)
@@ -66,65 +67,94 @@ def generate(generator, z, text, objective):
     return denoise_reference(predict(generator, x_t, t, text), x_t, A, B, 1)
 
 
-def update_fake_score(networks, batches, objective):
-    """One optimizer step of the fake score on the generator's images (eq. 5). Non-finite images do not count."""
-    losses, left_out = [], []
-    for batch in batches:
+def fake_score_update(networks, objective, wrap=lambda compute: compute, agree=bool):
+    """The fake score's Update: eq. 5 on the generator's images."""
+
+    def compute(fake_score, *tensors):
+        batch, keep = Batch(*tensors[:-1]), tensors[-1]
         a, s = objective.schedule.coefficients(batch.t)
         with torch.no_grad():
-            x_g = generate(networks.generator.module, batch.z, batch.text, objective)
-            usable = x_g.isfinite().flatten(1).all(1)    # (0 times a non-finite activation would not be 0)
-            x_g = torch.where(usable[:, None, None, None], x_g, 0)
+            x_g = generate(networks.generator.module.unet, batch.z, batch.text, objective)
             x_t = add_noise_reference(x_g, batch.eps, a, s)
         text = drop_prompts(batch.text, batch.null, batch.dropped)
-        output = predict_guided(networks.fake_score, x_t, batch.t, text, batch.null, [objective.kappa1])
+        output = predict_guided(fake_score, x_t, batch.t, text, batch.null, [objective.kappa1])
         loss, finite = fake_score_loss(output, x_g, batch.eps, a, s, objective.prediction_type, objective.kappa1)
-        loss, finite = torch.where(usable, loss, 0), finite & usable
-        networks.fake_score.backward(loss.mean())
-        networks.fake_score.step()                       # steps at the accumulation boundary
-        losses.append(loss.detach().mean())
-        left_out.append((~finite).sum())
-    return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum())
+        finite = finite & loss.isfinite() & x_g.isfinite().flatten(1).all(1)
+        return torch.where(keep, loss, 0).mean(), finite
+
+    return Update(networks.fake_score, wrap(compute), agree)
 
 
-def update_generator(networks, batches, objective):
-    """One optimizer step of the generator; gradients pass through both denoisers, which stand still (eq. 8)."""
-    losses, left_out = [], []
+def generator_update(networks, objective, wrap=lambda compute: compute, agree=bool):
+    """The generator's Update: eq. 8. Gradients pass through both denoisers, which stand still."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
-    fake_score = networks.fake_score.module              # the engine itself would prepare for a backward of its own
-    with _frozen(fake_score):
-        for batch in batches:
-            a, s = objective.schedule.coefficients(batch.t)
-            x_g = generate(networks.generator, batch.z, batch.text, objective)
-            x_t = add_noise_reference(x_g, batch.eps, a, s)
-            o_real = predict_guided(networks.teacher, x_t, batch.t, batch.text, batch.null, kappas[2:])
-            o_fake = predict_guided(fake_score, x_t, batch.t, batch.text, batch.null, kappas[:2])
-            loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
-                                          objective.alpha)
-            _stop_non_finite(x_g, finite)
-            networks.generator.backward(loss.mean())
-            networks.generator.step()
-            losses.append(loss.detach().mean())
-            left_out.append((~finite).sum())
-    return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum())
+
+    def compute(generator, *tensors):
+        batch, keep = Batch(*tensors[:-1]), tensors[-1]
+        a, s = objective.schedule.coefficients(batch.t)
+        x_g = generate(generator, batch.z, batch.text, objective)
+        x_t = add_noise_reference(x_g, batch.eps, a, s)
+        o_real = predict_guided(networks.teacher, x_t, batch.t, batch.text, batch.null, kappas[2:])
+        o_fake = predict_guided(fake_score, x_t, batch.t, batch.text, batch.null, kappas[:2])
+        loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
+                                      objective.alpha)
+        return torch.where(keep, loss, 0).mean(), finite & loss.isfinite()
+
+    fake_score = networks.fake_score.module.unet         # the engine itself would prepare for a backward of its own
+    return Update(networks.generator, wrap(compute), agree, frozen=fake_score)
 
 
-def _stop_non_finite(x_g, finite):
-    """Drop the gradient of samples that do not count: 0 times a non-finite activation is not 0."""
-    keep = finite[:, None, None, None]
-    x_g.register_hook(lambda gradient: torch.where(keep, gradient, 0))
+class Update:
+    """One optimizer step of an engine's network, out of one global batch; made by the two functions above.
+
+    `compute(unet, *batch, keep) -> (mean loss, finite [N])`, where samples with keep [N] (bool) False count as 0. A
+    sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0, and weights
+    are shared by all samples. Its micro-batch is then computed once more with another sample in its place.
+    `agree(all finite)` makes all processes do that together, where a pass is a collective call (ZeRO stage 3).
+    """
+
+    def __init__(self, engine, compute, agree=bool, frozen=None):
+        self.engine, self.compute, self.agree, self.frozen = engine, compute, agree, frozen
+
+    def __call__(self, batches):
+        """Returns Sums over `batches`, the micro-batches. Raises RuntimeError if the network has diverged."""
+        losses, left_out = [], []
+        with _frozen(self.frozen):
+            for batch in batches:
+                loss, finite = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
+                if not self.agree(finite.all()):
+                    loss = self._without(batch, finite)
+                self.engine.backward(loss)
+                self.engine.step()                       # steps at the accumulation boundary
+                losses.append(loss.detach())
+                left_out.append((~finite).sum())
+        return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum())
+
+    def _without(self, batch, finite):
+        loss, again = self.engine(self.compute, *_replaced(batch, finite), finite)
+        if not again.all():
+            raise RuntimeError("a network's output is not finite for any input: the run has diverged. Go on from an "
+                               "earlier checkpoint with lower learning rates")
+        return loss
 
 
-class _frozen:
+def _replaced(batch, finite):
+    """The batch with its first finite sample in place of those that are not (with zeros and no text if none is)."""
+    if not finite.any():
+        return batch._replace(text=batch.null.expand_as(batch.text), z=torch.zeros_like(batch.z),
+                              eps=torch.zeros_like(batch.eps))
+    rows = torch.where(finite, torch.arange(len(finite), device=finite.device), finite.to(torch.uint8).argmax())
+    return Batch(*(v if name == "null" else v[rows] for name, v in batch._asdict().items()))
+
+
+@contextmanager
+def _frozen(module):
     """A network's parameters take no gradients inside the block; gradients still pass through to its input."""
-
-    def __init__(self, module):
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self):
-        for p in self.parameters:
-            p.requires_grad_(False)
-
-    def __exit__(self, *_):
-        for p in self.parameters:
+    parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
             p.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""CUDA graphs."""
+"""CUDA graphs: a step, or a loss with its gradients, replayed without Python and launch overhead."""
 
 import torch
 
@@ -15,12 +15,7 @@ class GraphedStep:
         self._step, self._graph = step, None
         if device.type != "cuda":
             return
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(warmup):
-                step()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        _warm_up(step, device, warmup)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = step()
@@ -30,3 +25,82 @@ class GraphedStep:
             return self._step()
         self._graph.replay()
         return self._outputs
+
+
+class GraphedLoss:
+    """`compute(unet, *tensors) -> (loss, *others)` as two CUDA graphs, one forward and one backward.
+
+    loss: a scalar, differentiable in the UNet's parameters and in nothing else; others: tensors without gradient. The
+    gradients reach the parameters through autograd, so accumulation and DeepSpeed's hooks work as ever. The first call
+    captures; later calls must bring tensors of the same shapes, and parameters must stay where they are in memory
+    (ZeRO stages 0 to 2; stage 3 moves them). Graphs that share a `pool` share memory: a loss's backward pass must
+    follow before another of them runs.
+    """
+
+    def __init__(self, compute, pool=None, warmup=2):
+        self._compute, self._pool, self._warmup, self._inputs = compute, pool, warmup, None
+
+    def __call__(self, unet, *tensors):
+        if self._inputs is None:
+            self._capture(unet, tensors)
+        for static, value in zip(self._inputs, tensors, strict=True):
+            if static.shape != value.shape:
+                raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
+            static.copy_(value)
+        return _Replay.apply(self, *self._parameters)
+
+    def _capture(self, unet, tensors):
+        self._inputs = [v.clone() for v in tensors]
+        self._parameters = [p for p in unet.parameters() if p.requires_grad]
+        device = self._parameters[0].device
+
+        def forward():
+            loss, *others = self._compute(unet, *self._inputs)
+            return loss, others
+
+        def backward(loss):
+            return torch.autograd.grad(loss, self._parameters, self._d_loss, allow_unused=True)
+
+        self._d_loss = torch.ones((), device=device)
+        _warm_up(lambda: backward(forward()[0]), device, self._warmup)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        mode = {"capture_error_mode": "thread_local"}    # NCCL's watchdog thread queries events meanwhile
+        with torch.cuda.graph(self.forward_graph, pool=self._pool, **mode):
+            loss, self._others = forward()
+        with torch.cuda.graph(self.backward_graph, pool=self._pool or self.forward_graph.pool(), **mode):
+            self._gradients = backward(loss)
+        self._loss = loss.detach()                       # lets go of the autograd graph, not of its result
+
+    def replay_forward(self):
+        """Loss and others of the inputs, as tensors that later replays leave alone."""
+        self.forward_graph.replay()
+        return tuple(v.detach().clone() for v in (self._loss, *self._others))
+
+    def replay_backward(self, d_loss):
+        """The parameters' gradients (None where the loss does not depend on one), until the next replay."""
+        self._d_loss.copy_(d_loss)
+        self.backward_graph.replay()
+        return self._gradients
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphed, *parameters):
+        ctx.graphed = graphed
+        loss, *others = graphed.replay_forward()
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        return None, *ctx.graphed.replay_backward(d_loss)
+
+
+def _warm_up(step, device, times):
+    """Run a step on a side stream, as capture will (libraries initialise per stream)."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)

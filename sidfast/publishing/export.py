@@ -56,7 +56,8 @@ def save_module(module, folder, dtype=torch.float16):
     module.save_pretrained(folder)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
-    config.pop("dtype", None)                            # transformers would load it in this type, unasked
+    if "dtype" in config:                                # transformers loads in this type, or else as stored, unasked
+        config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -132,7 +132,7 @@ def write_atomically(path, text):
 
 def _share(engine, rank, ranks):
     """The parameter names that this process writes: every `ranks`-th."""
-    return {name for i, (name, _) in enumerate(engine.module.named_parameters()) if i % ranks == rank}
+    return {name for i, (name, _) in enumerate(engine.module.unet.named_parameters()) if i % ranks == rank}
 
 
 def _by_age(folder):

@@ -13,6 +13,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 from sidfast.errors import UserError
+from sidfast.networks.trained import Trained
 
 ENGINES = ("generator", "fake_score")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,9 +52,9 @@ def compute_dtype(section):
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def build_engine(module, adam, section, device):
-    """A DeepSpeed engine with Adam around a module in fp32. `section`: from `engine_config`."""
-    module.requires_grad_(True).train()
+def build_engine(unet, adam, section, device):
+    """A DeepSpeed engine with Adam around a UNet in fp32. `section`: from `engine_config`."""
+    module = Trained(unet).requires_grad_(True).train()
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
@@ -99,7 +100,7 @@ def gather(engine, tensors, keep=lambda name: True):
     _swap(own, tensors)
     try:
         full = {}
-        for i, (name, parameter) in enumerate(engine.module.named_parameters()):
+        for i, (name, parameter) in enumerate(engine.module.unet.named_parameters()):
             value = _whole(engine, i, parameter, own)
             if keep(name):
                 full[name] = value.detach().to("cpu", torch.float32, copy=True)
@@ -114,7 +115,7 @@ def scatter(engine, full, tensors):
     own = masters(engine)
     _swap(own, tensors)
     try:
-        for i, (name, parameter) in enumerate(engine.module.named_parameters()):
+        for i, (name, parameter) in enumerate(engine.module.unet.named_parameters()):
             if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
                 safe_set_full_fp32_param(parameter, full[name].to(own[0].device))
             else:

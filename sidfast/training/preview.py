@@ -14,7 +14,7 @@ _TEACHER_STEPS = 50
 
 
 class Preview:
-    """Looks at the teacher and at the averaged generator through the pipelines that users have."""
+    """Looks at the teacher and at the averaged generator through the pipelines that users have, in fp32."""
 
     def __init__(self, config, teacher, run):
         self.config, self.teacher, self.run = config, teacher, run
@@ -22,42 +22,54 @@ class Preview:
         held_out = "shapes:held_out" if source.startswith("shapes:") else source
         prompts = open_prompts(held_out, seed=1)
         self.prompts = [prompts[n] for n in range(config.train.samples)]
-        self._rows = None
+        self._rows = {}
+
+    def begin(self, step):
+        """Everything that shows the teacher, before training casts it to its own type."""
+        teacher = {"guidance_scale": self.config.guidance.kappa4, "num_inference_steps": _TEACHER_STEPS}
+        if self.prompts:
+            name = f"teacher, {_TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
+            self._rows = {name: self._images(self._teacher_pipeline(), **teacher),
+                          "student at start, 1 step": self._images(self._pipeline(self.teacher.unet))}
+        if step == 0:
+            self.sample(0, self.teacher.unet)
+        self.evaluate("start", self.teacher.unet, 0)
+        if self.config.evaluation.teacher:
+            self._evaluate("teacher", self._teacher_pipeline(), None, **teacher)
 
     def student(self, weights):
-        """The teacher's UNet with other weights ({name: tensor})."""
-        unet = copy.deepcopy(self.teacher.unet)
+        """A UNet with other weights ({name: fp32})."""
+        unet = copy.deepcopy(self.teacher.unet).float()
         unet.load_state_dict(weights)
         return unet
 
     def sample(self, step, unet):
         """Save a grid: the teacher in 50 steps, the student at the start of the run, the student now."""
-        if not self.prompts:
-            return
-        if self._rows is None:
-            name = f"teacher, {_TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
-            self._rows = {name: self._images(self._teacher_pipeline(), guidance_scale=self.config.guidance.kappa4,
-                                             num_inference_steps=_TEACHER_STEPS),
-                          "student at start, 1 step": self._images(self._pipeline(self.teacher.unet))}
-        now = {f"student after {step} updates, 1 step": self._images(self._pipeline(unet))}
-        self.run.sample(step, image_grid(self._rows | now, self.prompts))
+        if self.prompts:
+            now = {f"student after {step} updates, 1 step": self._images(self._pipeline(unet))}
+            self.run.sample(step, image_grid(self._rows | now, self.prompts))
 
     def export(self, unet, folder):
         """Write the one-step pipeline of a UNet."""
         write_export(self._pipeline(unet), folder)
 
-    def evaluate(self, name, unet, again=False):
+    def evaluate(self, name, unet, step, again=False):
         """Measure a one-step generator on held-out captions and keep the result under `name`; None if not wanted."""
+        return self._evaluate(name, self._pipeline(unet), step, again)
+
+    def _evaluate(self, name, pipe, step, again=False, **options):
         section = self.config.evaluation
         if not section.images:
             return None
         known = self.run.evaluation(name)
         if known and known["images"] == section.images and not again:
             return known
-        metrics = load_shapes_metrics(section.assets, unet.device)
-        result = evaluate(pipeline_generator(self._pipeline(unet)), held_out_captions(section.images), metrics,
+        metrics = load_shapes_metrics(section.assets, pipe.device)
+        result = evaluate(pipeline_generator(pipe, **options), held_out_captions(section.images), metrics,
                           section.batch_size, f"evaluate {name}")
         self.run.evaluation(name, result)
+        if step is not None:
+            self.run.log(step, {f"evaluation/{key}": value for key, value in result.items()})
         return result
 
     def _pipeline(self, unet):

@@ -9,9 +9,11 @@ from deepspeed import comm
 from tqdm import tqdm
 
 from sidfast.data.prompts import open_prompts
-from sidfast.method.distill import Networks, Objective, update_fake_score, update_generator
+from sidfast.errors import UserError
+from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.noise import NoiseLevels
+from sidfast.networks.graphs import GraphedLoss
 from sidfast.training.batches import Batches, TextEncoder
 from sidfast.training.checkpoint import read_state, read_tensors, restore, save_checkpoint
 from sidfast.training.ema import Ema
@@ -39,21 +41,33 @@ def train(config, out, checkpoint, teacher, device):
     evaluation on the first process, or None.
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
+    sections = {name: engine_config(config, name, processes) for name in ENGINES}
+    graphs = _wants_graphs(config, sections, device)
     _set_up_device(config, device)
+
+    # the run so far, and what it starts from
+    progress = _resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
+    for module in (teacher.unet, teacher.vae, teacher.text_encoder):
+        module.to(device)
+    run = RunDirectory(out, config, progress.step) if rank == 0 else None
+    preview = Preview(config, teacher, run) if rank == 0 else None
+    if rank == 0:
+        preview.begin(progress.step)                     # while the teacher is in fp32 and memory is free
+    comm.barrier()
 
     # the networks
     dtype = compute_dtype(config.deepspeed)
-    sections = {name: engine_config(config, name, processes) for name in ENGINES}
     engines = {}
     for name in ENGINES:
         unet = copy.deepcopy(teacher.unet)
         if checkpoint:
             unet.load_state_dict(read_tensors(checkpoint, name, "weights"))
         engines[name] = build_engine(unet, getattr(config.optimizer, name), sections[name], device)
-    for module in (teacher.unet, teacher.vae, teacher.text_encoder):
-        module.to(device, dtype)
+    teacher.unet.to(dtype)
     networks = Networks(**engines, teacher=teacher.unet)
     ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
+    if checkpoint:
+        restore(checkpoint, engines, ema)
 
     # the data, and what is optimised
     g, schedule = config.guidance, teacher.schedule.to(device)
@@ -65,32 +79,51 @@ def train(config, out, checkpoint, teacher, device):
                       TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype), levels,
                       _latent_shape(teacher, config), config.train, dropout, device, rank, processes)
 
-    # resume
-    progress = Progress()
-    if checkpoint:
-        restore(checkpoint, engines, ema)
-        progress = _resume(read_state(checkpoint)["extra"], rank, processes)
-    run = RunDirectory(out, config, progress.step) if rank == 0 else None
-    preview = Preview(config, teacher, run) if rank == 0 else None
-    if rank == 0:
-        preview.evaluate("start", teacher.unet)
-        if progress.step == 0:
-            preview.sample(0, teacher.unet)
-    comm.barrier()
-
-    _loop(config, networks, engines, ema, batches, objective, progress, run, preview, out)
+    _loop(config, engines, ema, batches, _updates(networks, objective, sections, graphs), progress, run, preview, out)
 
     # the end
     student, result = _student(ema, preview), None
     if rank == 0:
-        result = preview.evaluate("end", student, again=True)
+        result = preview.evaluate("end", student, progress.step, again=True)
         run.close()
     comm.barrier()
     return result
 
 
-def _loop(config, networks, engines, ema, batches, objective, progress, run, preview, out):
-    """Fake score and generator take turns (method.md, sections 4 and 5)."""
+def _updates(networks, objective, sections, graphs):
+    """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
+    pool = torch.cuda.graph_pool_handle() if graphs else None
+    options = {"wrap": (lambda compute: GraphedLoss(compute, pool))} if graphs else {}
+    if 3 in map(_zero_stage, sections.values()):
+        options["agree"] = _all_agree
+    return {"fake_score": fake_score_update(networks, objective, **options),
+            "generator": generator_update(networks, objective, **options)}
+
+
+def _wants_graphs(config, sections, device):
+    """Whether updates are CUDA graphs. Raises UserError if they must be and cannot."""
+    wanted, moving = config.speed.cuda_graphs, 3 in map(_zero_stage, sections.values())
+    if wanted is True and moving:
+        raise UserError("speed.cuda_graphs: impossible with deepspeed.zero_optimization.stage 3, which moves weights "
+                        "about in memory; leave it at auto, or choose a stage up to 2")
+    if wanted is True and device.type != "cuda":
+        raise UserError("speed.cuda_graphs: there is no GPU here; leave it at auto")
+    return device.type == "cuda" and not moving if wanted == "auto" else wanted
+
+
+def _zero_stage(section):
+    return section.get("zero_optimization", {}).get("stage", 0)
+
+
+def _all_agree(flag):
+    """Whether a flag (a tensor) holds on every process."""
+    flag = flag.to(torch.int32)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _loop(config, engines, ema, batches, updates, progress, run, preview, out):
+    """Fake score and generator take turns; between steps come logs, sample grids, evaluations and checkpoints."""
     train, total, rank = config.train, config.train.total_steps, comm.get_rank()
     bar = tqdm(total=total * train.batch_size, initial=progress.images, unit="img", unit_scale=True, desc="distil",
                disable=rank != 0, mininterval=1, smoothing=0.1)
@@ -98,8 +131,7 @@ def _loop(config, networks, engines, ema, batches, objective, progress, run, pre
     while progress.step < total:
         for name in ENGINES:
             set_learning_rate(engines[name], getattr(config.optimizer, name), progress.step, total)
-        fake = update_fake_score(networks, batches(progress.step, "fake_score"), objective)             # eq. 5
-        gen = update_generator(networks, batches(progress.step, "generator"), objective)                # eq. 8
+        fake, gen = (update(batches(progress.step, name)) for name, update in updates.items())
         progress.step += 1
         progress.images += train.batch_size
         ema.update(train.batch_size, progress.images)
@@ -108,7 +140,7 @@ def _loop(config, networks, engines, ema, batches, objective, progress, run, pre
         bar.update(train.batch_size)
 
         if progress.step % train.log_every == 0 or progress.step == total:
-            values = _reduce(progress, train.batch_size)         # the only place that waits for the GPU
+            values = _reduce(progress, train.batch_size)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             values["images_per_s"] = (progress.step - timed) * train.batch_size / seconds
             timed = progress.step
@@ -119,10 +151,13 @@ def _loop(config, networks, engines, ema, batches, objective, progress, run, pre
         last = progress.step == total
         sampling = train.samples and (progress.step % train.sample_every == 0 or last)
         saving = progress.step % train.save_every == 0 or last
-        if sampling or saving:
+        measuring = config.evaluation.every and progress.step % config.evaluation.every == 0 and not last
+        if sampling or saving or measuring:
             student = _student(ema, preview)
             if sampling and rank == 0:
                 preview.sample(progress.step, student)
+            if measuring and rank == 0:
+                preview.evaluate(f"step {progress.step}", student, progress.step, again=True)
             if saving:
                 _save(engines, ema, progress, train, preview, student, out)
             clock, timed = time.perf_counter(), progress.step                    # speed is that of training alone

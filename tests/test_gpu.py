@@ -1,0 +1,74 @@
+"""CUDA graphs give what running as written gives. Needs a GPU: `make test-gpu`."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import losses, run_jobs
+from helpers_method import micro_batches, objective_of, setting
+from test_losses import small_unet
+
+from sidfast.method.distill import fake_score_update, generator_update
+from sidfast.networks.graphs import GraphedLoss
+
+pytestmark = pytest.mark.gpu
+CASES = [(stage, kind) for stage in (0, 1, 2) for kind in ("fp32", "bf16", "fp16")]
+
+
+def graphed(compute):
+    return GraphedLoss(compute)
+
+
+@pytest.mark.parametrize("update, engine", [(generator_update, "generator"), (fake_score_update, "fake_score")],
+                         ids=["generator", "fake_score"])
+@pytest.mark.parametrize("poisoned", (False, True))
+def test_graphed_update_equals_the_written_one(update, engine, poisoned):
+    """Two updates of three micro-batches each; in the second case one sample overflows in the trained network."""
+    objective = objective_of(1.5, 2, 0.5, 1.5, alpha=0.5)
+    options = {"n": 6, "accumulation": 3} | ({"poisoned": (engine,)} if poisoned else {
+        "make": small_unet, "shape": (4, 4, 4), "text_width": 8})
+    sums, gradients = [], []
+    for wrap in (lambda compute: compute, graphed):
+        networks, batch, *_ = setting(**options)
+        if poisoned:
+            batch.text[3, :, -1] = 3e38
+        networks = on_gpu(networks)
+        step = update(networks, replace(objective, schedule=objective.schedule.to("cuda")), wrap)
+        for _ in range(2):
+            sums.append(step(micro_batches(type(batch)(*(v.cuda() for v in batch)), 2)))
+        gradients.append(getattr(networks, engine).gradients())
+    assert [s.non_finite.item() for s in sums] == [int(poisoned)] * 4
+    torch.testing.assert_close(torch.stack([s.loss for s in sums[2:]]), torch.stack([s.loss for s in sums[:2]]))
+    torch.testing.assert_close(*gradients[::-1], rtol=1e-4, atol=1e-5)
+
+
+def on_gpu(networks):
+    for engine in (networks.generator, networks.fake_score):
+        engine.module.cuda()
+    return networks._replace(teacher=networks.teacher.cuda())
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, tmp_path_factory):
+    """Runs with and without graphs, in every stage and type that has them."""
+    folder, jobs = tmp_path_factory.mktemp("graphs"), []
+    for stage, kind in CASES:
+        for graphs in (False, True):
+            config = copy.deepcopy(tiny_config)
+            config["speed"] = {"cuda_graphs": graphs, "tf32": False}
+            config["deepspeed"] = {"zero_optimization": {"stage": stage}}
+            if kind != "fp32":
+                config["deepspeed"][kind] = {"enabled": True}
+            jobs.append({"config": config, "out": str(folder / f"{stage}-{kind}-{graphs}")})
+    run_jobs(jobs, folder, 1, 29731, gpu=True)
+    return folder
+
+
+@pytest.mark.parametrize("stage, kind", CASES)
+def test_same_curve_with_graphs(runs, stage, kind):
+    want, got = (losses(runs / f"{stage}-{kind}-{graphs}") for graphs in (False, True))
+    assert len(got) == 20
+    bound = 1e-4 if kind == "fp32" else 2e-2             # the order of sums differs from run to run
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=bound)
