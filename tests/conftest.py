@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidfast.quiet import quieten
 
 quieten()
+if not torch.cuda.is_available():                        # kernels run in Triton's interpreter, in this process alone
+    os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).parents[1]
 
 
@@ -52,7 +55,7 @@ def write_config(tmp_path, tiny_config):
 
 def environment(port, gpu=False):
     """One thread a process, so that results do not depend on the machine; a port of its own for each test."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)} | (
+    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "0"} | (
         {} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from helpers_method import TinyUNet, assert_close, objective_of, random_batch
-from sidfast.kernels.guidance import denoise_reference, guide_reference
-from sidfast.kernels.noising import add_noise_reference
+from sidfast.kernels.guidance import denoise, guide
+from sidfast.kernels.noising import add_noise
 
 from sidfast.method.denoise import denoise_coefficients, predict, prediction_target
 from sidfast.method.distill import generate
+from sidfast.method.guidance import passes as passes_of
 from sidfast.method.guidance import predict_guided
 from sidfast.method.noise import NoiseSchedule
 
@@ -40,7 +41,8 @@ def scheduler(prediction_type):
     ([0, 1], "both"), ([1, 0], "both"), ([1, 1.5], "both"), ([2, 2], "both"), ([0, -1], "both")], ids=str)
 def test_passes(kappas, passes):
     batch, network = random_batch(3), Recorder(TinyUNet(0))
-    output = predict_guided(network, batch.z, batch.t, batch.text, batch.null, kappas)
+    x_in = batch.z.repeat(passes_of(kappas), 1, 1, 1)
+    output = predict_guided(network, x_in, batch.t, batch.text, batch.null, kappas)
 
     [(x, t, text)] = network.calls                       # one pass, whatever the scales
     null = batch.null.repeat(3, 1, 1)
@@ -55,7 +57,8 @@ def test_passes(kappas, passes):
 def test_guided_output(kappa):
     """Whichever passes are run, the combination is o_null + kappa (o_cond - o_null)."""
     batch, network = random_batch(3), TinyUNet(0)
-    got = guide_reference(predict_guided(network, batch.z, batch.t, batch.text, batch.null, [kappa]), 3, kappa)
+    x_in = batch.z.repeat(passes_of([kappa]), 1, 1, 1)
+    got = guide(predict_guided(network, x_in, batch.t, batch.text, batch.null, [kappa]), 3, kappa)
     cond = network(batch.z, batch.t, batch.text, return_dict=False)[0].double()
     null = network(batch.z, batch.t, batch.null.repeat(3, 1, 1), return_dict=False)[0].double()
     assert_close("output", got, null + kappa * (cond - null), 1e-6)
@@ -64,14 +67,14 @@ def test_guided_output(kappa):
 
 def test_guidance_refuses_other_row_counts():
     with pytest.raises(ValueError, match="5 rows are neither 3 nor 6"):
-        guide_reference(torch.zeros(5, 4, 2, 2), 3, 1.5)
+        guide(torch.zeros(5, 4, 2, 2), 3, 1.5)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_networks_run_in_the_type_of_the_text(dtype):
     batch, network = random_batch(2), Recorder(TinyUNet(0).to(dtype))
     output = predict(network, batch.z, batch.t, batch.text.to(dtype))
-    assert network.calls[0][0].dtype == dtype and output.dtype == torch.float32
+    assert network.calls[0][0].dtype == output.dtype == dtype
 
 
 @pytest.mark.parametrize("kappa", (1, 1.5, 0), ids="kappa={}".format)
@@ -81,7 +84,7 @@ def test_denoise_is_that_of_diffusers(prediction_type, kappa):
     rows = 2 * n if kappa not in (0, 1) else n
     x_t, output = (torch.randn(k, 4, 5, 3, generator=g) for k in (n, rows))
     a, s = NoiseSchedule(ddim.alphas_cumprod).coefficients(torch.tensor(TIMESTEPS))
-    got = denoise_reference(output, x_t, *denoise_coefficients(prediction_type, a, s), kappa)
+    got = denoise(output, x_t, *denoise_coefficients(prediction_type, a, s), kappa)
 
     guided = output if rows == n else output[:n].double() + kappa * (output[n:].double() - output[:n].double())
     for i, t in enumerate(TIMESTEPS):
@@ -95,7 +98,7 @@ def test_noising_and_target_are_those_of_diffusers(prediction_type):
     x, eps = (torch.randn(n, 4, 5, 3, generator=g) for _ in range(2))
     t = torch.tensor(TIMESTEPS)
     a, s = NoiseSchedule(ddim.alphas_cumprod).coefficients(t)
-    assert_close("x_t", add_noise_reference(x, eps, a, s), ddim.add_noise(x.double(), eps.double(), t))
+    assert_close("x_t", add_noise(x, eps, a, s, 1, torch.float32)[0], ddim.add_noise(x.double(), eps.double(), t))
 
     target, w = prediction_target(prediction_type, x, eps, a, s)
     if prediction_type == "epsilon":
@@ -112,8 +115,8 @@ def test_denoising_the_exact_prediction_gives_the_image(prediction_type):
     x, eps = (torch.randn(3, 4, 5, 3, generator=g) for _ in range(2))
     a, s = objective_of().schedule.coefficients(torch.tensor([20.0, 300.4, 800.9]))
     target, _ = prediction_target(prediction_type, x, eps, a, s)
-    x_t = add_noise_reference(x, eps, a, s)
-    assert_close("x_hat", denoise_reference(target, x_t, *denoise_coefficients(prediction_type, a, s), 1), x)
+    x_t = add_noise(x, eps, a, s, 1, torch.float32)[0]
+    assert_close("x_hat", denoise(target, x_t, *denoise_coefficients(prediction_type, a, s), 1), x)
 
 
 @pytest.mark.parametrize("t_init", (625, 300), ids="t_init={}".format)

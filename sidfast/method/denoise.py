@@ -26,6 +26,5 @@ def prediction_target(prediction_type, x, eps, a, s):
 
 
 def predict(network, x, t, text):
-    """One pass of a (diffusers) UNet: x [N, C, H, W], t [N], text [N, L, D] -> output [N, C, H, W] in fp32."""
-    output = network(x.to(text.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
-    return output.float()
+    """One pass of a (diffusers) UNet in the text's type: x [N, C, H, W], t [N], text [N, L, D] -> [N, C, H, W]."""
+    return network(x.to(text.dtype), t, encoder_hidden_states=text, return_dict=False)[0]

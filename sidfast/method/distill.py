@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from sidfast.kernels.guidance import denoise_reference
-from sidfast.kernels.noising import add_noise_reference
+from sidfast.kernels.guidance import denoise
+from sidfast.kernels.noising import add_noise
 from sidfast.method.denoise import denoise_coefficients, predict
-from sidfast.method.guidance import drop_prompts, predict_guided
+from sidfast.method.guidance import drop_prompts, passes, predict_guided
 from sidfast.method.losses import fake_score_loss, generator_loss
 from sidfast.method.noise import NoiseSchedule
 
@@ -64,7 +64,7 @@ def generate(generator, z, text, objective):
     a, s = objective.schedule.coefficients(t)
     A, B = denoise_coefficients(objective.prediction_type, a, s)
     x_t = s[:, None, None, None] * z
-    return denoise_reference(predict(generator, x_t, t, text), x_t, A, B, 1)
+    return denoise(predict(generator, x_t, t, text), x_t, A, B, 1)
 
 
 def fake_score_update(networks, objective, wrap=lambda compute: compute, agree=bool):
@@ -75,13 +75,14 @@ def fake_score_update(networks, objective, wrap=lambda compute: compute, agree=b
         a, s = objective.schedule.coefficients(batch.t)
         with torch.no_grad():
             x_g = generate(networks.generator.module.unet, batch.z, batch.text, objective)
-            x_t = add_noise_reference(x_g, batch.eps, a, s)
+            _, x_in = add_noise(x_g, batch.eps, a, s, passes(kappas), batch.text.dtype)
         text = drop_prompts(batch.text, batch.null, batch.dropped)
-        output = predict_guided(fake_score, x_t, batch.t, text, batch.null, [objective.kappa1])
+        output = predict_guided(fake_score, x_in, batch.t, text, batch.null, kappas)
         loss, finite = fake_score_loss(output, x_g, batch.eps, a, s, objective.prediction_type, objective.kappa1)
         finite = finite & loss.isfinite() & x_g.isfinite().flatten(1).all(1)
         return torch.where(keep, loss, 0).mean(), finite
 
+    kappas = [objective.kappa1]
     return Update(networks.fake_score, wrap(compute), agree)
 
 
@@ -93,9 +94,10 @@ def generator_update(networks, objective, wrap=lambda compute: compute, agree=bo
         batch, keep = Batch(*tensors[:-1]), tensors[-1]
         a, s = objective.schedule.coefficients(batch.t)
         x_g = generate(generator, batch.z, batch.text, objective)
-        x_t = add_noise_reference(x_g, batch.eps, a, s)
-        o_real = predict_guided(networks.teacher, x_t, batch.t, batch.text, batch.null, kappas[2:])
-        o_fake = predict_guided(fake_score, x_t, batch.t, batch.text, batch.null, kappas[:2])
+        x_t, x_in = add_noise(x_g, batch.eps, a, s, max(passes(kappas[:2]), passes(kappas[2:])), batch.text.dtype)
+        o_fake, o_real = (
+            predict_guided(network, x_in[:passes(scales) * len(x_t)], batch.t, batch.text, batch.null, scales)
+            for network, scales in ((fake_score, kappas[:2]), (networks.teacher, kappas[2:])))
         loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
                                       objective.alpha)
         return torch.where(keep, loss, 0).mean(), finite & loss.isfinite()

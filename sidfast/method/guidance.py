@@ -5,18 +5,24 @@ import torch
 from sidfast.method.denoise import predict
 
 
+def passes(kappas):
+    """How many passes the given scales need: the conditional alone if all are 1, the null alone if all are 0; or both,
+    as one over a doubled batch."""
+    return 1 if all(k == 1 for k in kappas) or all(k == 0 for k in kappas) else 2
+
+
 def predict_guided(network, x, t, text, null, kappas):
     """The output that `sidfast.kernels` combine at the given scales.
 
-    x [N, C, H, W]; t [N]; text [N, L, D]; null [1, L, D]. All kappas 1: the conditional pass alone, [N, C, H, W]; all
-    0: the null pass alone; otherwise one pass over a doubled batch, [2N, C, H, W], null half first.
+    x [passes * N, C, H, W], x_t as often as there are passes; t [N]; text [N, L, D]; null [1, L, D]. Returns
+    [passes * N, C, H, W], null half first.
     """
     if all(k == 1 for k in kappas):
         return predict(network, x, t, text)
     null = null.expand_as(text)
     if all(k == 0 for k in kappas):
         return predict(network, x, t, null)
-    return predict(network, torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, text]))
+    return predict(network, x, torch.cat([t, t]), torch.cat([null, text]))
 
 
 def drops_prompts(kappa1, kappa2, kappa3):

@@ -1,7 +1,7 @@
 """The two losses on network outputs (method.md, eqs. 5 and 8), per sample."""
 
-from sidfast.kernels.fake_score_loss import fake_score_loss_reference
-from sidfast.kernels.sid_loss import sid_loss_reference
+from sidfast.kernels.fake_score_loss import fake_score_loss as fake_score_loss_kernel
+from sidfast.kernels.sid_loss import sid_loss
 from sidfast.method.denoise import denoise_coefficients, prediction_target
 
 
@@ -11,7 +11,7 @@ def fake_score_loss(output, x_g, eps, a, s, prediction_type, kappa1):
     Returns loss [N] and finite [N] (bool).
     """
     target, w = prediction_target(prediction_type, x_g, eps, a, s)
-    return fake_score_loss_reference(output, target, w, kappa1)
+    return fake_score_loss_kernel(output, target, w, kappa1)
 
 
 def generator_loss(x_g, x_t, o_real, o_fake, a, s, prediction_type, kappas, alpha):
@@ -20,4 +20,4 @@ def generator_loss(x_g, x_t, o_real, o_fake, a, s, prediction_type, kappas, alph
     Returns loss [N] and finite [N] (bool). Gradients flow to x_g, x_t and both outputs.
     """
     A, B = denoise_coefficients(prediction_type, a, s)
-    return sid_loss_reference(x_g, x_t, o_real, o_fake, A, B, *kappas, alpha)
+    return sid_loss(x_g, x_t, o_real, o_fake, A, B, *kappas, alpha)
