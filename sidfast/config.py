@@ -136,9 +136,15 @@ class Speed(Section):
     """How the networks run."""
 
     tf32: bool = Field(True, description="TensorFloat-32 in fp32 matrix products on a GPU")
+    fused: bool | Literal["auto"] = Field("auto", description="the UNet on the fused kernels; auto: on a GPU, if they "
+                                                              "cover the teacher")
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto", description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
                             "deepspeed.zero_optimization.stage is 3, which moves parameters about in memory")
+    compile: bool = Field(False, description="torch.compile by regions, in place of the fused kernels")
+    attention: Literal["auto", "cudnn", "flash", "xformers", "efficient", "math"] = Field(
+        "auto", description="of the fused kernels; auto: time them at start, check them, take the fastest")
+    gradient_checkpointing: bool = Field(False, description="compute activations again in backward: less memory")
 
 
 class Evaluation(Section):

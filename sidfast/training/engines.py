@@ -10,9 +10,10 @@ import copy
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, set_z3_leaf_modules
 
 from sidfast.errors import UserError
+from sidfast.networks.fused import BLOCKS
 from sidfast.networks.trained import Trained
 
 ENGINES = ("generator", "fake_score")
@@ -55,6 +56,7 @@ def compute_dtype(section):
 def build_engine(unet, adam, section, device):
     """A DeepSpeed engine with Adam around a UNet in fp32. `section`: from `engine_config`."""
     module = Trained(unet).requires_grad_(True).train()
+    set_z3_leaf_modules(module, BLOCKS, raise_if_not_found=False)
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)

@@ -7,6 +7,7 @@ import torch
 from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
 from sidfast.evaluation.metrics import load_shapes_metrics
+from sidfast.networks.fused import unfuse
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
 
@@ -39,7 +40,7 @@ class Preview:
 
     def student(self, weights):
         """A UNet with other weights ({name: fp32})."""
-        unet = copy.deepcopy(self.teacher.unet).float()
+        unet = unfuse(copy.deepcopy(self.teacher.unet)).float()
         unet.load_state_dict(weights)
         return unet
 

@@ -67,11 +67,14 @@ def _flatten(values, prefix=""):
 class RunDirectory:
     """Everything that a run writes besides checkpoints."""
 
-    def __init__(self, out, config, step, seconds=0.0):
-        """Open (or go on with) a run at `step`: metrics of later steps are dropped, they will come again."""
+    def __init__(self, out, config, step, **facts):
+        """Open (or go on with) a run at `step`: metrics of later steps are dropped, they will come again.
+
+        `facts`: JSON values that config.json keeps beside the configuration.
+        """
         self.out = Path(out)
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / "config.json", json.dumps(_describe(config), indent=2) + "\n")
+        write_atomically(self.out / "config.json", json.dumps(_describe(config) | facts, indent=2) + "\n")
         self.metrics = self.out / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,6 +1,7 @@
 """A training run, from configuration to export."""
 
 import copy
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -9,7 +10,6 @@ from deepspeed import comm
 from tqdm import tqdm
 
 from sidfast.data.prompts import open_prompts
-from sidfast.errors import UserError
 from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.noise import NoiseLevels
@@ -20,6 +20,7 @@ from sidfast.training.ema import Ema
 from sidfast.training.engines import ENGINES, build_engine, compute_dtype, engine_config, set_learning_rate
 from sidfast.training.preview import Preview
 from sidfast.training.run import RunDirectory
+from sidfast.training.speed import decide_speed
 
 _LOSSES = ("fake_score_loss", "generator_loss", "non_finite")
 
@@ -42,28 +43,31 @@ def train(config, out, checkpoint, teacher, device):
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
     sections = {name: engine_config(config, name, processes) for name in ENGINES}
-    graphs = _wants_graphs(config, sections, device)
+    dtype, latent_shape = compute_dtype(config.deepspeed), _latent_shape(teacher, config)
     _set_up_device(config, device)
 
     # the run so far, and what it starts from
     progress = _resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
     for module in (teacher.unet, teacher.vae, teacher.text_encoder):
         module.to(device)
-    run = RunDirectory(out, config, progress.step) if rank == 0 else None
+    stages = [section.get("zero_optimization", {}).get("stage", 0) for section in sections.values()]
+    speed = decide_speed(config.speed, teacher, latent_shape, 2 * config.train.micro_batch, stages, dtype, device)
+    if rank == 0 and speed.notes:
+        print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
+    run = RunDirectory(out, config, progress.step, speed=speed.describe()) if rank == 0 else None
     preview = Preview(config, teacher, run) if rank == 0 else None
     if rank == 0:
         preview.begin(progress.step)                     # while the teacher is in fp32 and memory is free
     comm.barrier()
 
     # the networks
-    dtype = compute_dtype(config.deepspeed)
     engines = {}
     for name in ENGINES:
         unet = copy.deepcopy(teacher.unet)
         if checkpoint:
             unet.load_state_dict(read_tensors(checkpoint, name, "weights"))
-        engines[name] = build_engine(unet, getattr(config.optimizer, name), sections[name], device)
-    teacher.unet.to(dtype)
+        engines[name] = build_engine(speed.prepare(unet), getattr(config.optimizer, name), sections[name], device)
+    speed.prepare(teacher.unet.to(dtype))
     networks = Networks(**engines, teacher=teacher.unet)
     ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
     if checkpoint:
@@ -77,9 +81,10 @@ def train(config, out, checkpoint, teacher, device):
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     batches = Batches(open_prompts(config.data.prompts, config.train.seed),
                       TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype), levels,
-                      _latent_shape(teacher, config), config.train, dropout, device, rank, processes)
+                      latent_shape, config.train, dropout, device, rank, processes)
 
-    _loop(config, engines, ema, batches, _updates(networks, objective, sections, graphs), progress, run, preview, out)
+    updates = _updates(networks, objective, speed.cuda_graphs, 3 in stages)
+    _loop(config, engines, ema, batches, updates, progress, run, preview, out)
 
     # the end
     student, result = _student(ema, preview), None
@@ -90,29 +95,16 @@ def train(config, out, checkpoint, teacher, device):
     return result
 
 
-def _updates(networks, objective, sections, graphs):
+def _updates(networks, objective, graphs, sharded):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
-    pool = torch.cuda.graph_pool_handle() if graphs else None
-    options = {"wrap": (lambda compute: GraphedLoss(compute, pool))} if graphs else {}
-    if 3 in map(_zero_stage, sections.values()):
+    options = {}
+    if graphs:
+        pool = torch.cuda.graph_pool_handle()
+        options["wrap"] = lambda compute: GraphedLoss(compute, pool)
+    if sharded:
         options["agree"] = _all_agree
     return {"fake_score": fake_score_update(networks, objective, **options),
             "generator": generator_update(networks, objective, **options)}
-
-
-def _wants_graphs(config, sections, device):
-    """Whether updates are CUDA graphs. Raises UserError if they must be and cannot."""
-    wanted, moving = config.speed.cuda_graphs, 3 in map(_zero_stage, sections.values())
-    if wanted is True and moving:
-        raise UserError("speed.cuda_graphs: impossible with deepspeed.zero_optimization.stage 3, which moves weights "
-                        "about in memory; leave it at auto, or choose a stage up to 2")
-    if wanted is True and device.type != "cuda":
-        raise UserError("speed.cuda_graphs: there is no GPU here; leave it at auto")
-    return device.type == "cuda" and not moving if wanted == "auto" else wanted
-
-
-def _zero_stage(section):
-    return section.get("zero_optimization", {}).get("stage", 0)
 
 
 def _all_agree(flag):

@@ -1,0 +1,86 @@
+"""`pytest bench/`: benchmarks of the kernels, the UNet and the whole step; gates at the end fail the run.
+
+Small sizes on a CPU, Stable Diffusion 1.5's on a GPU. `--results FILE` keeps the numbers with the hardware named.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness import check_gates, find_machine, free, load_gates, repeated
+
+_KEY = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", metavar="FILE", help="write all numbers to a JSON file")
+    parser.addoption("--gates", metavar="FILE", help="gates other than bench/gates.json")
+
+
+def pytest_configure(config):
+    config.stash[_KEY] = {}
+
+
+@pytest.fixture(scope="session")
+def machine():
+    return find_machine()
+
+
+@pytest.fixture
+def timed(benchmark, machine, request):
+    """timed(group, implementation, step, times=1, least_bytes=0, flop=0): the median time of a step."""
+
+    def measure(group, implementation, step, times=1, least_bytes=0, flop=0):
+        free()
+        benchmark.group = group
+        run = repeated(step, machine, times)
+        benchmark.pedantic(run, rounds=10 if machine.gpu else 3, warmup_rounds=2 if machine.gpu else 1)
+        numbers = {"ms": benchmark.stats.stats.median / times * 1e3}
+        if least_bytes:
+            gb_s = least_bytes / numbers["ms"] / 1e6
+            numbers |= {"gb_s": gb_s, "share_of_copy": gb_s / machine.copy_gb_s}
+        if flop:
+            tflop_s = flop / numbers["ms"] / 1e9
+            numbers |= {"tflop_s": tflop_s, "share_of_product": tflop_s / machine.product_tflop_s}
+        if machine.gpu:
+            numbers["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        benchmark.extra_info |= numbers
+        request.config.stash[_KEY].setdefault(group, {})[implementation] = numbers
+        return numbers
+
+    return measure
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    results, where = config.stash[_KEY], "cuda" if torch.cuda.is_available() else "cpu"
+    config.stash[_KEY] = (results, check_gates(results, load_gates(config.getoption("--gates") or _gates()), where))
+    if exitstatus == 0 and any(not holds for *_, holds in config.stash[_KEY][1]):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _gates():
+    from harness import GATES
+
+    return GATES
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    results, checked = config.stash[_KEY]
+    write = terminalreporter.write_line
+    for group, rows in results.items():
+        write(f"\n{group}")
+        for name, numbers in rows.items():
+            write(f"  {name:<24}" + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    write("")
+    for gate, value, holds in checked:
+        bound = gate.get("ratio", gate.get("share_of_copy"))
+        what = f"against {gate['slow']}" if "slow" in gate else "share of the copy bandwidth"
+        write(f"{'ok  ' if holds else 'FAIL'} {gate['group']}: {gate['fast']} {what}: {value:.2f}, at least {bound}")
+    if config.getoption("--results") and results:
+        m = find_machine()
+        Path(config.getoption("--results")).write_text(json.dumps(
+            {"machine": m.name, "torch": torch.__version__, "copy_gb_s": m.copy_gb_s,
+             "product_tflop_s": m.product_tflop_s, "results": results}, indent=1) + "\n")

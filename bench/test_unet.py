@@ -1,0 +1,75 @@
+"""The UNet in its three roles: forward, forward with all gradients, forward with the gradient of its input alone."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sidfast.networks.fused import fuse, unfuse
+from sidfast.training.speed import compile_regions
+
+IMPLEMENTATIONS = ("fused", "eager", "eager channels_last", "compiled")
+ROLES = ("forward", "forward and backward", "input gradient")
+
+
+@pytest.fixture(scope="module")
+def unet(machine):
+    """SD 1.5's architecture with random weights; a small one on a CPU."""
+    torch.manual_seed(0)
+    options = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    if not machine.gpu:
+        options = {"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (32, 64), "attention_head_dim": 4,
+                   "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                   "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    with torch.device(machine.device):
+        return UNet2DConditionModel(**options).to(machine.dtype)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_unet(timed, machine, unet, role, implementation):
+    if implementation in ("fused", "compiled") and not machine.gpu:
+        pytest.skip("needs a GPU")
+    n, c = 16 if machine.gpu else 1, unet.config
+    options = {"device": machine.device, "dtype": machine.dtype}
+    x = torch.randn(n, 4, c.sample_size, c.sample_size, **options)
+    text, dy = torch.randn(n, 77, c.cross_attention_dim, **options), torch.randn_like(x)
+    t = torch.full((n,), 500, device=machine.device)
+    prepare(unet, implementation)
+    unet.requires_grad_(role == "forward and backward")
+    x.requires_grad_(role == "input gradient")
+    parameters = list(unet.parameters())
+
+    def step():
+        if role == "forward":
+            with torch.no_grad():
+                unet(x, t, text, return_dict=False)
+            return
+        y = unet(x, t, text, return_dict=False)[0]
+        torch.autograd.grad(y, parameters if role == "forward and backward" else x, dy)
+
+    name = "SD 1.5 UNet" if machine.gpu else "small UNet"
+    timed(f"{name}, batch {n}, {role}", implementation, step, flop=count_flop(unet, x, t, text) * n * {
+        "forward": 1, "forward and backward": 3, "input gradient": 2}[role])
+
+
+def prepare(unet, implementation):
+    """Undo what an earlier benchmark did to the UNet, and do what this one is about."""
+    unfuse(unet)
+    for module in unet.modules():
+        module._compiled_call_impl = None
+    unet.to(memory_format=torch.contiguous_format if implementation == "eager" else torch.channels_last)
+    if implementation == "fused":
+        fuse(unet, attention="cudnn")
+    if implementation == "compiled":
+        compile_regions(unet)
+
+
+def count_flop(unet, x, t, text):
+    """Of a forward pass over one image."""
+    fused = unfuse(unet) if type(unet) is not UNet2DConditionModel else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x[:1], t[:1], text[:1], return_dict=False)
+    if fused is not None:
+        fuse(unet, attention="cudnn")
+    return counter.get_total_flops()

@@ -1,0 +1,176 @@
+"""Differentiable operations of the fused UNet: `sidfast.kernels` and matrix products, with backward passes by hand.
+
+Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes them fast:
+
+- A GroupNorm gets its statistics from whoever wrote its input, and a skip connection is never concatenated.
+- A tensor that a norm reads and that goes on beside it comes back from the norm unchanged, so that its gradient is
+  added inside the norm's backward kernel.
+- The bias of a product is added where the product is; its gradient is left to the kernel that reads the product's
+  gradient anyway (`bias_of_x`).
+- Frozen weights (requires_grad False) save no activation for a gradient that nobody wants.
+"""
+
+import torch
+
+from sidfast.kernels.channel_stats import add_channel_stats, column_sums
+from sidfast.kernels.geglu import geglu_backward, geglu_forward
+from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
+from sidfast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+
+_aten = torch.ops.aten
+
+
+def conv(x, weight, bias=None, residual=None, stride=1):
+    """conv(x) + bias + residual, and its statistics for the next GroupNorm.
+
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; bias [K]; residual like the result.
+    """
+    return _Conv.apply(x, weight, bias, residual, stride)
+
+
+def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=None):
+    """(y, x, skip): GroupNorm `norm` (a module) of x + shift, with `skip` as further channels, then SiLU or not.
+
+    x [N, H, W, C1], skip [N, H, W, C2]; stats of both from `conv`; shift [N, C1 + C2]. Use the returned x and skip for
+    whatever else reads them.
+    """
+    return _GroupNorm.apply(x, stats, skip, skip_stats, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def layer_norm(x, norm, bias_of_x=None, residual=None):
+    """(h, y): h = x + residual, y = LayerNorm `norm` (a module) of h; x, residual [N, S, C].
+
+    `bias_of_x`: the bias [C] that x contains already, which gets its gradient here.
+    """
+    return _LayerNorm.apply(x, residual, norm.weight, norm.bias, bias_of_x, norm.eps)
+
+
+def geglu(x, bias_of_x):
+    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]; `bias_of_x` as in `layer_norm`."""
+    return _Geglu.apply(x, bias_of_x)
+
+
+def projections(x, *weights):
+    """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]."""
+    return _Projections.apply(x, *weights)
+
+
+def _pointwise(weight):
+    return weight.ndim == 2 or weight.shape[2:] == (1, 1)
+
+
+def _convolve(x, weight, stride):
+    if _pointwise(weight):
+        return x @ weight.flatten(1).t()
+    y = _aten.convolution(x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _convolve_backward(dy, x, x_shape, weight, stride, need_x, need_weight):
+    """(dx, dweight); x may be None without need_weight."""
+    if _pointwise(weight):
+        flat = dy.flatten(0, -2)
+        dx = dy @ weight.flatten(1) if need_x else None
+        return dx, (flat.t() @ x.flatten(0, -2)).view_as(weight) if need_weight else None
+    if x is None:
+        x = dy.new_empty(x_shape)                        # its values are not read
+    dx, dweight, _ = _aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1,
+        [need_x, need_weight, False])
+    return dx.permute(0, 2, 3, 1).contiguous() if need_x else None, dweight
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, stride):
+        y = _convolve(x, weight, stride)
+        y, stats = add_channel_stats(y, residual, bias, out=y)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.stride, ctx.x_shape = stride, x.shape
+        ctx.mark_non_differentiable(stats)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dx, dweight = _convolve_backward(dy, x, ctx.x_shape, weight, ctx.stride, need_x, need_weight)
+        dbias = column_sums(dy.flatten(0, -2)).to(weight.dtype) if need_bias else None
+        return dx, dweight, dbias, dy if need_residual else None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, stats, skip, skip_stats, shift, weight, bias, groups, eps, silu):
+        xs, all_stats = ([x], [stats]) if skip is None else ([x, skip], [stats, skip_stats])
+        y, saved = group_norm_forward(xs, all_stats, weight, bias, groups, eps, shift, silu)
+        ctx.save_for_backward(weight, bias, *saved, *xs)
+        ctx.groups, ctx.silu, ctx.shift_type = groups, silu, None if shift is None else shift.dtype
+        ctx.set_materialize_grads(False)
+        return y, x, skip
+
+    @staticmethod
+    def backward(ctx, dy, *beside):
+        weight, bias, channel, rstd, *xs = ctx.saved_tensors
+        affine, shift = ctx.needs_input_grad[5], ctx.needs_input_grad[4]
+        beside = [None if d is None else d.contiguous() for d in beside[:len(xs)]]
+        dxs, dweight, dbias, dshift = group_norm_backward(
+            dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, beside, affine, shift)
+        dskip = dxs[1] if len(dxs) == 2 else None
+        dweight, dbias = (v.to(weight.dtype) if affine else None for v in (dweight, dbias))
+        dshift = dshift.to(ctx.shift_type) if shift else None
+        return dxs[0], None, dskip, None, dshift, dweight, dbias, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, bias_of_x, eps):
+        h, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
+        ctx.save_for_backward(h, mean, rstd, weight)
+        ctx.set_materialize_grads(False)
+        return h, y
+
+    @staticmethod
+    def backward(ctx, dh, dy):
+        h, mean, rstd, weight = ctx.saved_tensors
+        _, need_residual, affine, _, need_bias, _ = ctx.needs_input_grad
+        dh, *sums = layer_norm_backward(dy.contiguous(), h, mean, rstd, weight,
+                                        None if dh is None else dh.contiguous(), affine or need_bias)
+        dweight, dbias, dbias_of_x = (None if v is None else v.to(weight.dtype) for v in sums)
+        return dh, dh if need_residual else None, dweight, dbias, dbias_of_x if need_bias else None, None
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias_of_x):
+        ctx.save_for_backward(x)
+        return geglu_forward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        dx, sums = geglu_backward(dy.contiguous(), x, column_sums=ctx.needs_input_grad[1])
+        return dx, None if sums is None else sums.to(x.dtype)
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x if weights[0].requires_grad else None, *weights)
+        ctx.x_shape = x.shape
+        return (x @ torch.cat(weights).t()).split([len(w) for w in weights], -1)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        dys = [dy.flatten(0, -2) for dy in dys]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight)
+            dx = dx.view(ctx.x_shape)
+        if not ctx.needs_input_grad[1]:
+            return dx, *(None for _ in weights)
+        return dx, *(dy.t() @ x.flatten(0, -2) for dy in dys)

@@ -1,0 +1,102 @@
+"""How the networks run: what the `speed` section asks for, and what this machine and this teacher allow."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from sidfast.errors import UserError
+from sidfast.kernels.backend import INTERPRETED
+from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
+from sidfast.networks.fused import cannot_fuse, fuse, unfuse
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was decided; `notes` say why where it is less than it could be."""
+
+    fused: bool
+    cuda_graphs: bool
+    compile: bool
+    attention: str
+    gradient_checkpointing: bool
+    attention_ms: dict = field(default_factory=dict)     # of the candidates, where they were timed
+    notes: tuple = ()
+
+    def describe(self):
+        """For config.json."""
+        return asdict(self)
+
+    def prepare(self, unet):
+        """Make a UNet (of diffusers) run as decided, in place."""
+        if self.fused:
+            return fuse(unet, self.attention, self.gradient_checkpointing)
+        if self.gradient_checkpointing:
+            unet.train().enable_gradient_checkpointing()
+        if self.compile:
+            compile_regions(unet)
+        return unet
+
+
+def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device):
+    """The Speed of a run. `section`: the configuration's; `rows`: of the largest pass; `stages`: ZeRO's, per engine.
+
+    Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here.
+    """
+    notes, gpu, sharded = [], device.type == "cuda", 3 in stages
+    reason = "there is no GPU here" if not (gpu or INTERPRETED) else cannot_fuse(teacher.unet)
+    if section.compile and section.fused is True:
+        raise UserError("speed.compile is for networks without the fused kernels; set speed.fused to false, or auto")
+    fused = _wanted("fused", section.fused, reason, notes) and not section.compile
+    reason = ("there is no GPU here" if not gpu else
+              "ZeRO stage 3 moves parameters about in memory" if sharded else
+              "gradient checkpointing of networks that are not fused draws random states" if
+              section.gradient_checkpointing and not fused else None)
+    graphs = _wanted("cuda_graphs", section.cuda_graphs, reason, notes)
+    if not fused and section.attention != "auto":
+        raise UserError(f"speed.attention ({section.attention}) chooses for the fused kernels, which do not run here"
+                        f"{': ' + notes[0] if notes else ''}; leave it at auto")
+    attention, timed = section.attention, {}
+    if fused and attention == "auto":
+        shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
+        timed = choose_attention(shapes, dtype, device)
+        attention = next(iter(timed))
+        if isinstance(timed[attention], str):
+            raise RuntimeError(f"no implementation of attention works here: {timed}")
+    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing, timed, tuple(notes))
+
+
+def _wanted(key, value, reason, notes):
+    """Whether a setting (True, False or "auto") holds where `reason` speaks against it."""
+    if value is True and reason:
+        raise UserError(f"speed.{key}: impossible, {reason}; leave it at auto")
+    if value == "auto" and reason:
+        notes.append(f"no {key.replace('_', ' ')}: {reason}")
+    return value is True or (value == "auto" and not reason)
+
+
+@torch.no_grad()
+def attention_shapes(unet, latent_shape, text_length, rows, device):
+    """Every attention of one pass over `rows` latents, as `choose_attention` takes them."""
+    seen = {}
+
+    def attend(q, k, v):
+        key = (rows, q.shape[1], k.shape[1], *q.shape[2:])
+        seen[key] = seen.get(key, 0) + 1
+        return IMPLEMENTATIONS["math"](q, k[:, :1], v[:, :1])                # any numbers of the right shape
+
+    fuse(unet)
+    for module in unet.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend
+    x = torch.zeros(1, *latent_shape, device=device)
+    text = torch.zeros(1, text_length, unet.config.cross_attention_dim, device=device)
+    unet(x, torch.zeros(1, device=device), text)
+    unfuse(unet)
+    return [(*key, count) for key, count in seen.items()]
+
+
+def compile_regions(unet):
+    """torch.compile for the blocks of a UNet one by one: the whole takes minutes and is no faster."""
+    for module in unet.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+            module.compile()

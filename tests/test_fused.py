@@ -1,0 +1,153 @@
+"""The fused UNet against diffusers' own: output, every gradient, state dict."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from helpers_kernels import DEVICES, error
+
+from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
+from sidfast.networks.fused import cannot_fuse, fuse, unfuse
+
+CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+ARCHITECTURES = {
+    "sd15": {"cross_attention_dim": 12, "attention_head_dim": 2, "block_out_channels": (16, 24),
+             "down_block_types": (CROSS, PLAIN), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
+    "sd21": {"cross_attention_dim": 12, "attention_head_dim": (2, 4), "use_linear_projection": True,
+             "block_out_channels": (16, 32), "down_block_types": (CROSS, CROSS),
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")},
+    "sdxl": {"cross_attention_dim": 12, "attention_head_dim": (2, 4), "use_linear_projection": True,
+             "block_out_channels": (16, 24), "transformer_layers_per_block": (1, 2), "down_block_types": (PLAIN, CROSS),
+             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "addition_embed_type": "text_time",
+             "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 5},
+    "small": {"cross_attention_dim": 12, "attention_head_dim": 5, "block_out_channels": (15,), "layers_per_block": 2,
+              "down_block_types": (CROSS,), "up_block_types": ("CrossAttnUpBlock2D",), "norm_num_groups": 5},
+}
+
+
+def unet_of(name):
+    """A small UNet with nothing at its initial zeros and ones."""
+    torch.manual_seed(0)
+    options = {"sample_size": 4, "norm_num_groups": 8, "layers_per_block": 1} | ARCHITECTURES[name]
+    unet = UNet2DConditionModel(**options)
+    with torch.no_grad():
+        for p in unet.parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+    return unet
+
+
+def inputs_of(unet, n=2, side=4):
+    """x, t, text, the further conditions of SDXL, and dy."""
+    g = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(n, 4, side, side, generator=g) for _ in range(2))
+    text = torch.randn(n, 5, unet.config.cross_attention_dim, generator=g)
+    more = {}
+    if unet.config.addition_embed_type:
+        more = {"added_cond_kwargs": {"text_embeds": torch.randn(n, 5, generator=g),
+                                      "time_ids": torch.randn(n, 6, generator=g)}}
+    return x, torch.linspace(3, 990, n), text, more, dy
+
+
+def run(unet, x, t, text, more, dy):
+    """Output, dx, and the gradients of the parameters that want one, by name."""
+    x = x.detach().requires_grad_()
+    y = unet(x, t, encoder_hidden_states=text, return_dict=False, **more)[0]
+    named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    dx, *grads = torch.autograd.grad(y, [x, *named.values()], dy)
+    return {"y": y.detach(), "dx": dx} | dict(zip(named, grads, strict=True))
+
+
+def to(device, dtype, x, t, text, more, dy):
+    x, text, dy = (v.to(device, dtype) for v in (x, text, dy))
+    more = {k: {name: v.to(device, dtype) for name, v in group.items()} for k, group in more.items()}
+    return x, t.to(device), text, more, dy
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fused_unet(name, device):
+    """In fp32: output and every gradient are those of diffusers' UNet in float64."""
+    unet = unet_of(name)
+    want = run(copy.deepcopy(unet).double(), *to("cpu", torch.float64, *inputs_of(unet)))
+    got = run(fuse(unet.to(device)), *to(device, torch.float32, *inputs_of(unet)))
+    assert got.keys() == want.keys() and len(got) > 50
+    scale = max(v.norm() for k, v in want.items() if k not in ("y", "dx"))
+    for key, value in want.items():
+        if value.norm() > 1e-6 * scale:
+            assert error(got[key], value) <= 2e-5, key
+        else:                                            # (a bias before a norm of groups of one channel has none)
+            assert got[key].norm() <= 1e-5 * scale, key
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ("sd15", "sdxl"))
+def test_fused_unet_in_bf16(name, device):
+    """Output and all gradients together are no further from fp32 than diffusers' own bf16."""
+    unet = unet_of(name).bfloat16().float()              # the same rounded weights
+    want = run(copy.deepcopy(unet).to(device), *to(device, torch.float32, *inputs_of(unet)))
+    low = to(device, torch.bfloat16, *inputs_of(unet))
+    plain, got = run(copy.deepcopy(unet).to(device, torch.bfloat16), *low), run(
+        fuse(unet.to(device, torch.bfloat16)), *low)
+    allowed = 1.1 if device == "cuda" else 2.2           # (Triton's interpreter cuts off instead of rounding)
+    for keys in (["y"], ["dx"], [k for k in want if k not in ("y", "dx")]):
+        flat = [torch.cat([r[k].flatten().float() for k in keys]) for r in (got, plain, want)]
+        assert error(flat[0], flat[2]) <= allowed * error(flat[1], flat[2]), keys[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_frozen_unet_gives_the_same_input_gradient(device):
+    unet = fuse(unet_of("sd15").to(device))
+    want = run(unet, *to(device, torch.float32, *inputs_of(unet)))
+    got = run(unet.requires_grad_(False), *to(device, torch.float32, *inputs_of(unet)))
+    assert list(got) == ["y", "dx"]
+    assert torch.equal(got["y"], want["y"]) and torch.equal(got["dx"], want["dx"])
+
+
+def test_checkpointing_changes_nothing():
+    unet = unet_of("small")
+    want, got = (run(fuse(copy.deepcopy(unet), checkpointing=c), *inputs_of(unet)) for c in (False, True))
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_odd_sizes():
+    """Latents whose side does not halve evenly, as diffusers handles them."""
+    unet = unet_of("sd15")
+    inputs = inputs_of(unet, side=7)
+    want, got = run(copy.deepcopy(unet), *inputs), run(fuse(unet), *inputs)
+    assert error(got["y"], want["y"]) < 1e-5 and error(got["dx"], want["dx"]) < 1e-5
+
+
+def test_fusing_keeps_the_module():
+    """Parameters and state dict stay; `unfuse` gives back diffusers' UNet, which saves under its own name."""
+    unet = unet_of("sd15")
+    before, x = copy.deepcopy(unet), inputs_of(unet)
+    fused = fuse(unet, attention="math", checkpointing=True)
+    assert fused is unet and list(fused.state_dict()) == list(before.state_dict())
+    back = unfuse(copy.deepcopy(fused))
+    assert {type(m) for m in back.modules()} == {type(m) for m in before.modules()}
+    assert {k for m in back.modules() for k in vars(m)} == {k for m in before.modules() for k in vars(m)}
+    assert torch.equal(run(back, *x)["y"], run(before, *x)["y"])
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift 'scale_shift'"),
+    ({"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}, "AttnDownBlock2D, AttnUp"),
+    ({"act_fn": "gelu"}, "act_fn 'gelu'")], ids=str)
+def test_what_cannot_be_fused(changes, reason):
+    unet = UNet2DConditionModel(**({"sample_size": 8, "norm_num_groups": 5} | ARCHITECTURES["small"] | changes))
+    assert reason in cannot_fuse(unet)
+    with pytest.raises(ValueError, match="cannot run on the fused kernels"):
+        fuse(unet)
+    assert type(unet) is UNet2DConditionModel
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_is_chosen_among_those_that_are_right(device, monkeypatch):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", lambda q, k, v: IMPLEMENTATIONS["math"](q, k, v.flip(1)))
+    results = choose_attention([(2, 64, 64, 2, 40, 3), (2, 64, 77, 2, 40, 3)], dtype, torch.device(device))
+    times = [v for v in results.values() if not isinstance(v, str)]
+    assert times and times == sorted(times) and min(times) > 0
+    assert not isinstance(next(iter(results.values())), str) and results["wrong"].startswith("wrong: relative error of")
