@@ -26,6 +26,6 @@ setup(
         "tqdm>=4.67",
         "pytest-benchmark>=5.2",
     ],
-    extras_require={"test": ["pytest>=9", "ruff>=0.17", "scipy>=1.15"]},
+    extras_require={"test": ["pytest>=9", "ruff>=0.17", "scipy>=1.15", "hypothesis>=6.170"]},
     entry_points={"console_scripts": ["sidfast = sidfast.cli:main"]},
 )

@@ -231,8 +231,8 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
 def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residuals=None, affine=True, shift=False):
     """(dxs, dweight [C], dbias [C], dshift [N, C]) of group_norm_forward; all but dxs in fp32.
 
-    residuals: for each input None or a gradient of its shape, added into its dx. Without `affine` dweight and dbias, and
-    without `shift` dshift, are None. ValueError if a tensor is not contiguous.
+    residuals: for each input None or a gradient of its shape, added into its dx. Without `affine` dweight and dbias,
+    and without `shift` dshift, are None. ValueError if a tensor is not contiguous.
     """
     residuals = residuals or [None] * len(xs)
     require_contiguous("group_norm_backward", dy, *xs, *residuals, weight, bias)
@@ -315,7 +315,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
-    """y [N, ..., C]: GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C]; SiLU.
+    """GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C]; then SiLU or not.
 
     weight, bias [C], C = C1 + C2; any of fp32, bf16, fp16 (y has x's type). Differentiable in all tensors. ValueError
     if groups do not divide C.

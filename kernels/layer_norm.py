@@ -118,7 +118,7 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     require_contiguous("layer_norm_backward", dy, h, weight, residual)
     C, T = h.shape[-1], len(mean)
     dh, tile = torch.empty_like(h), _tile(C)
-    programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=4 if affine else 16)
+    programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=8 if affine else 16)
     sums = mean.new_empty(programs, 3, C) if affine else None
     _backward_kernel[(programs,)](
         p_dy=dy, p_h=h, p_mean=mean, p_rstd=rstd, p_weight=weight, p_residual=residual, p_dh=dh, p_sums=sums, T=T, C=C,
