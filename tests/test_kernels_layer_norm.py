@@ -45,6 +45,15 @@ def test_any_shape(device, T, C, residual):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalises_what_it_stores(dtype, device):
+    """Backward sees h only as stored: its mean and deviation are the ones to use."""
+    tensors = tensors_of(device, dtype, (35, 66), mean=10.0)
+    h, y = layer_norm(**tensors)
+    assert torch.equal(y, layer_norm(h, tensors["weight"], tensors["bias"])[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_large_mean(device):
     """Mean 1000, deviation 1: off by no more than the spacing of fp32 numbers there, 6e-5, explains."""
     tensors = tensors_of(device, torch.float32, (35, 66), residual=False, mean=1e3)
@@ -97,10 +106,12 @@ def test_one_output_used(used, device):
         assert g is None or error(g, w) < BOUND, name
 
 
-def test_only_dense_tensors():
+def test_errors():
     w = torch.randn(4)
-    with pytest.raises(ValueError, match="not contiguous"):
+    with pytest.raises(ValueError, match=r"strides \(1, 6\), should be .* contiguous"):
         layer_norm_forward(torch.randn(4, 6).T, w, w, 1e-5)
+    with pytest.raises(ValueError, match=r"shape \(4,\), .* should be \(6,\)"):
+        layer_norm_forward(torch.randn(4, 6), w, w, 1e-5)
 
 
 def test_reference_is_pytorchs():
