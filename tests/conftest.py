@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from sidfast.quiet import quieten
 
 quieten()
-if not torch.cuda.is_available():                        # kernels run in Triton's interpreter, in this process alone
-    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                 # before Triton is imported: kernels run in its interpreter
 ROOT = Path(__file__).parents[1]
 
 
@@ -54,8 +56,12 @@ def write_config(tmp_path, tiny_config):
 
 
 def environment(port, gpu=False):
-    """One thread a process, so that results do not depend on the machine; a port of its own for each test."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "TRITON_INTERPRET": "0"} | (
+    """One thread a process, so that results do not depend on the machine; a port of its own for each test.
+
+    Without Triton's interpreter: training on the CPU uses the references.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return inherited | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)} | (
         {} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers_kernels import DEVICES, error
+from helpers_kernels import DEVICES
+from helpers_latents import error
 
 from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
 from sidfast.networks.fused import cannot_fuse, fuse, unfuse

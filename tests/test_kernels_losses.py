@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_kernels import BOUND, DEVICES, assert_close, assert_no_worse, draw, value_and_grads
+from helpers_kernels import BOUND, DEVICES
+from helpers_latents import assert_close, assert_no_worse, draw, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sidfast.kernels.fake_score_loss import fake_score_loss, fake_score_loss_reference

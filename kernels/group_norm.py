@@ -1,0 +1,335 @@
+"""GroupNorm of channels-last tensors with what stands around it: a shift and a concatenation before, SiLU after.
+
+The input u = x + v[n, c] is one tensor x [N, ..., C], or two that count as concatenated along C (a group may lie across
+the seam); neither u nor the concatenation exists in memory. A group is S positions of C / G channels:
+
+    xh = (u - mean) rstd        z = xh w + b        y = z, or silu(z) = z sigmoid(z)
+
+mean and rstd come from the sums of channel_stats, chunk by chunk; v moves a chunk's mean and leaves its squares. With
+centre = mean - v and scale = w rstd, each [N, C], the input is read as stored: z = (x - centre) scale + b. Backward
+reads x and dy twice, first for sums over positions; with dz = dy silu'(z),
+
+    du = rstd (w dz - E[w dz] - xh E[w dz xh])          E: the mean over a group
+    dw = sum dz xh        db = sum dz        dv[n, c] = sum over positions of du
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from sidfast.kernels.backend import require, triton_runs_on, widen
+from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats
+
+
+def group_norm_reference(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
+    """x [N, ..., C1], other [N, ..., C2]; weight, bias [C1 + C2]; shift [N, C1 + C2]. Returns y [N, ..., C1 + C2]."""
+    u = widen(x) if other is None else torch.cat((widen(x), widen(other)), -1)
+    if shift is not None:
+        u = u + widen(shift).reshape(len(u), *(1,) * (u.ndim - 2), -1)
+    u = u.movedim(-1, 1)
+    by_group = u.reshape(len(u), groups, -1)
+    mean = by_group.mean(2, keepdim=True)
+    variance = ((by_group - mean) ** 2).mean(2, keepdim=True)
+    xh = ((by_group - mean) / (variance + eps).sqrt()).reshape(u.shape).movedim(1, -1)
+    z = xh * widen(weight) + widen(bias)
+    return (z * z.sigmoid() if silu else z).to(x.dtype)
+
+
+@triton.jit
+def _load_sums(p_1, p_2, i_n, start, row, chunks, o_c, m_c, C1, C2, TWO: tl.constexpr, BK: tl.constexpr):
+    """[BK, BG]: one of the two rows of [N, chunks, 2, C1 + C2], for some chunks and the channels of a group."""
+    o_k = start + tl.arange(0, BK)
+    o = (i_n * chunks + o_k) * 2 + row
+    m = (o_k < chunks)[:, None] & m_c[None, :]
+    b = tl.load(p_1 + o[:, None] * C1 + o_c[None, :], mask=m & (o_c < C1)[None, :], other=0.0)
+    if TWO:
+        b += tl.load(p_2 + o[:, None] * C2 + (o_c - C1)[None, :], mask=m & (o_c >= C1)[None, :], other=0.0)
+    return b
+
+
+@triton.jit
+def _moments_kernel(p_stats1, p_stats2, p_shift, p_weight, p_channel, p_rstd, S, chunks, C1, C2, CG, eps,
+                    SHIFT: tl.constexpr, TWO: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr):
+    i_n, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    C = C1 + C2
+    o_c = i_g * CG + tl.arange(0, BG)
+    m_c = tl.arange(0, BG) < CG
+    b_shift = tl.zeros([BG], tl.float32)
+    if SHIFT:
+        b_shift = tl.load(p_shift + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_sum = tl.zeros([BG], tl.float32)
+    for start in range(0, chunks, BK):
+        b_sum += tl.sum(_load_sums(p_stats1, p_stats2, i_n, start, 0, chunks, o_c, m_c, C1, C2, TWO, BK), 0)
+    b_mean = tl.sum(b_sum / S + b_shift, 0) / CG
+
+    b_centred = tl.zeros([BG], tl.float32)               # sum over positions of u - mean
+    b_square = tl.zeros([BG], tl.float32)
+    for start in range(0, chunks, BK):
+        b_s = _load_sums(p_stats1, p_stats2, i_n, start, 0, chunks, o_c, m_c, C1, C2, TWO, BK)
+        b_q = _load_sums(p_stats1, p_stats2, i_n, start, 1, chunks, o_c, m_c, C1, C2, TWO, BK)
+        o_k = start + tl.arange(0, BK)
+        b_size = tl.maximum(tl.minimum(BS, S - o_k * BS), 0).to(tl.float32)[:, None]
+        b_gap = tl.where((o_k < chunks)[:, None] & m_c[None, :],
+                         b_s / tl.maximum(b_size, 1.0) + b_shift[None, :] - b_mean, 0.0)
+        b_centred += tl.sum(b_size * b_gap, 0)
+        b_square += tl.sum(b_q + b_size * b_gap * b_gap, 0)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_square, 0) / (S * CG) + eps)
+
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    p = p_channel + i_n * 3 * C + o_c
+    tl.store(p, b_mean - b_shift, mask=m_c)
+    tl.store(p + C, b_weight * b_rstd, mask=m_c)
+    tl.store(p + 2 * C, b_centred, mask=m_c)
+    tl.store(p_rstd + i_n * tl.num_programs(1) + i_g, b_rstd)
+
+
+@triton.jit
+def _apply_kernel(p_x, p_channel, p_bias, p_y, S, C1, C, seam, SILU: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_s = i_k * BS + tl.arange(0, BS)
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C1
+    m = (o_s < S)[:, None] & m_c[None, :]
+    o_row = (i_n * S + o_s)[:, None]
+    p = p_channel + i_n * 3 * C + seam + o_c
+    b_centre = tl.load(p, mask=m_c, other=0.0)
+    b_scale = tl.load(p + C, mask=m_c, other=0.0)
+    b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + o_row * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    b_z = (b_x - b_centre[None, :]) * b_scale[None, :] + b_bias[None, :]
+    if SILU:
+        b_z = b_z * tl.sigmoid(b_z)
+    tl.store(p_y + o_row * C + seam + o_c[None, :], b_z.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU: tl.constexpr):
+    """x - centre, dz (0 outside the tensor) and scale."""
+    m_c = o_c < C1
+    m = (o_s < S)[:, None] & m_c[None, :]
+    o_row = (i_n * S + o_s)[:, None]
+    p = p_channel + i_n * 3 * C + seam + o_c
+    b_centre = tl.load(p, mask=m_c, other=0.0)
+    b_scale = tl.load(p + C, mask=m_c, other=0.0)
+    b_x = tl.load(p_x + o_row * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    b_dz = tl.load(p_dy + o_row * C + seam + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    b_x -= b_centre[None, :]
+    if SILU:
+        b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_z = b_x * b_scale[None, :] + b_bias[None, :]
+        b_sigmoid = tl.sigmoid(b_z)
+        b_dz = b_dz * b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
+    return b_x, b_dz, b_scale
+
+
+@triton.jit
+def _backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, SILU: tl.constexpr, BS: tl.constexpr,
+                          BC: tl.constexpr):
+    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_s = i_k * BS + tl.arange(0, BS)
+    o_c = i_c * BC + tl.arange(0, BC)
+    b_x, b_dz, _ = _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
+    p = p_sums + ((i_n * tl.num_programs(1) + i_k) * 2) * C1 + o_c
+    tl.store(p, tl.sum(b_dz, 0), mask=o_c < C1)
+    tl.store(p + C1, tl.sum(b_dz * b_x, 0), mask=o_c < C1)
+
+
+@triton.jit
+def _backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_weight, p_slope, p_affine, p_dshift, N, S, chunks, C1,
+                           C2, CG, AFFINE: tl.constexpr, SHIFT: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+                           BG: tl.constexpr):
+    """slope and level of du = scale dz + slope (x - centre) + level; per sample dw, db, dv."""
+    i_n, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    C = C1 + C2
+    o_c = i_g * CG + tl.arange(0, BG)
+    m_c = tl.arange(0, BG) < CG
+    b_dz = tl.zeros([BG], tl.float32)
+    b_dzx = tl.zeros([BG], tl.float32)
+    for start in range(0, chunks, BK):
+        b_dz += tl.sum(_load_sums(p_sums1, p_sums2, i_n, start, 0, chunks, o_c, m_c, C1, C2, TWO, BK), 0)
+        b_dzx += tl.sum(_load_sums(p_sums1, p_sums2, i_n, start, 1, chunks, o_c, m_c, C1, C2, TWO, BK), 0)
+    b_rstd = tl.load(p_rstd + i_n * tl.num_programs(1) + i_g)
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_level = -b_rstd * tl.sum(b_weight * b_dz, 0) / (S * CG)
+    b_slope = -b_rstd * b_rstd * b_rstd * tl.sum(b_weight * b_dzx, 0) / (S * CG)
+    o = i_n * C + o_c
+    b_zero = tl.zeros([BG], tl.float32)
+    tl.store(p_slope + i_n * C + o, b_zero + b_slope, mask=m_c)
+    tl.store(p_slope + i_n * C + o + C, b_zero + b_level, mask=m_c)
+    if AFFINE:
+        tl.store(p_affine + o, b_rstd * b_dzx, mask=m_c)
+        tl.store(p_affine + N * C + o, b_dz, mask=m_c)
+    if SHIFT:
+        b_centred = tl.load(p_channel + i_n * 3 * C + 2 * C + o_c, mask=m_c, other=0.0)
+        tl.store(p_dshift + o, b_weight * b_rstd * b_dz + b_slope * b_centred + S * b_level, mask=m_c)
+
+
+@triton.jit
+def _backward_kernel(p_x, p_dy, p_channel, p_bias, p_slope, p_residual, p_dx, S, C1, C, seam, SILU: tl.constexpr,
+                     ADD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+    # Last program first: what the pass for the sums touched last is still in the L2 cache.
+    i_c = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_k = tl.num_programs(1) - 1 - tl.program_id(1)
+    i_n = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    o_s = i_k * BS + tl.arange(0, BS)
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C1
+    m = (o_s < S)[:, None] & m_c[None, :]
+    b_x, b_dz, b_scale = _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
+    b_slope = tl.load(p_slope + i_n * 2 * C + seam + o_c, mask=m_c, other=0.0)
+    b_level = tl.load(p_slope + i_n * 2 * C + C + seam + o_c, mask=m_c, other=0.0)
+    b_dx = b_scale[None, :] * b_dz + b_slope[None, :] * b_x + b_level[None, :]
+    o = (i_n * S + o_s)[:, None] * C1 + o_c[None, :]
+    if ADD:
+        b_dx += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=m)
+
+
+def _sizes(xs, groups):
+    """N, S, the channels of each input, and the blocks of the kernels that merge chunks."""
+    N, S, channels = xs[0].shape[0], math.prod(xs[0].shape[1:-1]), [x.shape[-1] for x in xs]
+    if sum(channels) % groups:
+        raise ValueError(f"group_norm: {sum(channels)} channels do not divide into {groups} groups")
+    CG, chunks = sum(channels) // groups, triton.cdiv(S, CHUNK)
+    BG = triton.next_power_of_2(CG)
+    BK = max(1, min(triton.next_power_of_2(chunks), 2048 // BG))
+    merge = {"S": S, "chunks": chunks, "C1": channels[0], "C2": sum(channels[1:]), "CG": CG, "TWO": len(xs) == 2,
+             "BK": BK, "BG": BG, "num_warps": 4 if BG <= 2048 else 8}
+    return N, S, channels, merge
+
+
+def _each(xs, N, S):
+    """For each input: itself, where its channels begin, and the grid of the kernels that go over its elements."""
+    seam = 0
+    for x in xs:
+        yield x, seam, (triton.cdiv(x.shape[-1], COLUMNS), triton.cdiv(S, CHUNK), N)
+        seam += x.shape[-1]
+
+
+def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=False):
+    """y [N, ..., C] and what backward needs, from one or two inputs and their statistics.
+
+    xs: [N, ..., C1] and perhaps [N, ..., C2], contiguous; stats: add_channel_stats' for each; weight, bias [C1 + C2];
+    shift [N, C1 + C2]. y has xs[0]'s type. saved: `channel`, fp32 [N, 3, C] (centre, scale, sum over positions of
+    u - mean), and rstd, fp32 [N, groups]. ValueError for shapes that do not fit, or strides.
+    """
+    N, S, channels, merge = _sizes(xs, groups)
+    C = sum(channels)
+    for x, sums in zip(xs, stats, strict=True):
+        require("group_norm_forward", (x, (*xs[0].shape[:-1], x.shape[-1])),
+                (sums, (N, merge["chunks"], 2, x.shape[-1])))
+    require("group_norm_forward", (weight, (C,)), (bias, (C,)), (shift, (N, C)))
+    channel = weight.new_empty(N, 3, C, dtype=torch.float32)
+    rstd = weight.new_empty(N, groups, dtype=torch.float32)
+    _moments_kernel[(N, groups)](
+        p_stats1=stats[0], p_stats2=stats[-1], p_shift=shift, p_weight=weight, p_channel=channel, p_rstd=rstd, eps=eps,
+        SHIFT=shift is not None, BS=CHUNK, **merge)
+    y = xs[0].new_empty(*xs[0].shape[:-1], C)
+    for x, seam, grid in _each(xs, N, S):
+        _apply_kernel[grid](p_x=x, p_channel=channel, p_bias=bias, p_y=y, S=S, C1=x.shape[-1], C=C, seam=seam,
+                            SILU=silu, BS=CHUNK, BC=COLUMNS, num_warps=4)
+    return y, (channel, rstd)
+
+
+def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residuals=None, affine=True, shift=False):
+    """(dxs, dweight [C], dbias [C], dshift [N, C]) of group_norm_forward; all but dxs in fp32.
+
+    residuals: for each input None or a gradient of its shape, added into its dx. Without `affine` dweight and dbias,
+    and without `shift` dshift, are None. ValueError for shapes that do not fit, or strides.
+    """
+    residuals = residuals or [None] * len(xs)
+    N, S, channels, merge = _sizes(xs, groups)
+    C, (channel, rstd) = sum(channels), saved
+    require("group_norm_backward", (dy, (*xs[0].shape[:-1], C)), *((x, x.shape) for x in xs), (weight, (C,)),
+            *((v, x.shape) for v, x in zip(residuals, xs, strict=True)), (bias, (C,)), (channel, (N, 3, C)),
+            (rstd, (N, groups)))
+    fixed = {"p_dy": dy, "p_channel": channel, "p_bias": bias, "S": S, "C": C, "SILU": silu, "BS": CHUNK, "BC": COLUMNS,
+             "num_warps": 4}
+    sums = [x.new_empty(N, merge["chunks"], 2, x.shape[-1], dtype=torch.float32) for x in xs]
+    for (x, seam, grid), p_sums in zip(_each(xs, N, S), sums, strict=True):
+        _backward_sums_kernel[grid](p_x=x, p_sums=p_sums, C1=x.shape[-1], seam=seam, **fixed)
+
+    slope = rstd.new_empty(N, 2, C)
+    by_sample = rstd.new_empty(2, N, C) if affine else None
+    dshift = rstd.new_empty(N, C) if shift else None
+    _backward_means_kernel[(N, groups)](
+        p_sums1=sums[0], p_sums2=sums[-1], p_channel=channel, p_rstd=rstd, p_weight=weight, p_slope=slope,
+        p_affine=by_sample, p_dshift=dshift, N=N, AFFINE=affine, SHIFT=shift, **merge)
+
+    dxs = [torch.empty_like(x) for x in xs]
+    for (x, seam, grid), residual, dx in reversed(list(zip(_each(xs, N, S), residuals, dxs, strict=True))):
+        _backward_kernel[grid](p_x=x, p_slope=slope, p_residual=residual, p_dx=dx, C1=x.shape[-1], seam=seam,
+                               ADD=residual is not None, **fixed)
+    dweight, dbias = by_sample.sum(1) if affine else (None, None)
+    return dxs, dweight, dbias, dshift
+
+
+@torch.library.custom_op("sidfast::group_norm", mutates_args=(), schema=(
+    "(Tensor x, Tensor? other, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps, bool silu)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _forward(x, other, weight, bias, shift, groups, eps, silu):
+    xs = [x] if other is None else [x, other]
+    y, saved = group_norm_forward(xs, [add_channel_stats(v)[1] for v in xs], weight, bias, groups, eps, shift, silu)
+    return y, *saved
+
+
+@_forward.register_fake
+def _(x, other, weight, bias, shift, groups, eps, silu):
+    N, C = x.shape[0], weight.shape[0]
+    return (x.new_empty(*x.shape[:-1], C), x.new_empty(N, 3, C, dtype=torch.float32),
+            x.new_empty(N, groups, dtype=torch.float32))
+
+
+@torch.library.custom_op("sidfast::group_norm_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor x, Tensor? other, Tensor weight, Tensor bias, Tensor channel, Tensor rstd, int groups,"
+    " bool silu, bool affine, bool shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _backward(dy, x, other, weight, bias, channel, rstd, groups, silu, affine, shift):
+    xs = [x] if other is None else [x, other]
+    dxs, dweight, dbias, dshift = group_norm_backward(dy, xs, (channel, rstd), weight, bias, groups, silu, None, affine,
+                                                      shift)
+    # An operator returns tensors that share no memory; an empty one stands for what was not asked for.
+    outputs = (dxs[-1] if len(dxs) == 2 else None, dweight, dbias.clone() if affine else None, dshift)
+    return dxs[0], *(x.new_empty(0) if v is None else v for v in outputs)
+
+
+@_backward.register_fake
+def _(dy, x, other, weight, bias, channel, rstd, groups, silu, affine, shift):
+    N, C = x.shape[0], weight.shape[0]
+    dother = x.new_empty(0) if other is None else torch.empty_like(other)
+    dweight, dbias = (rstd.new_empty(C) if affine else x.new_empty(0) for _ in range(2))
+    return torch.empty_like(x), dother, dweight, dbias, rstd.new_empty(N, C) if shift else x.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, other, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
+    ctx.shift_type = None if shift is None else shift.dtype
+    ctx.save_for_backward(x, other, weight, bias, *output[1:])
+
+
+def _differentiate(ctx, dy, *_):
+    x, other, weight, bias, channel, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    affine = needs[2] or needs[3]
+    dx, dother, dweight, dbias, dshift = _backward(dy.contiguous(), x, other, weight, bias, channel, rstd, ctx.groups,
+                                                   ctx.silu, affine, needs[4])
+    return (dx, dother if needs[1] else None, dweight.to(weight.dtype) if affine else None,
+            dbias.to(bias.dtype) if affine else None, dshift.to(ctx.shift_type) if needs[4] else None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
+    """GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C]; then SiLU or not.
+
+    weight, bias [C], C = C1 + C2; any of fp32, bf16, fp16 (y has x's type). Differentiable in all tensors. ValueError
+    if groups do not divide C.
+    """
+    C = x.shape[-1] + (0 if other is None else other.shape[-1])
+    if C % groups:
+        raise ValueError(f"group_norm: {C} channels do not divide into {groups} groups")
+    if not triton_runs_on(x):
+        return group_norm_reference(x, weight, bias, groups, eps, silu, shift, other)
+    x, weight, bias, other, shift = (None if v is None else v.contiguous() for v in (x, weight, bias, other, shift))
+    return _forward(x, other, weight, bias, shift, groups, eps, silu)[0]

@@ -1,0 +1,191 @@
+"""LayerNorm over the last dimension, together with the residual addition before it.
+
+    h = x + residual        xh = (h - mean) rstd        y = xh w + b        mean, rstd: of each row of h as stored
+
+Backward, with e the gradient that reaches h from elsewhere, and E the mean over a row:
+
+    dh = e + rstd (w dy - E[w dy] - xh E[w dy xh])        dw = sum dy xh        db = sum dy        sums over rows
+
+dx and dresidual are both dh; its sum over rows is the gradient of a bias in either summand.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from sidfast.kernels.backend import require, share, triton_runs_on, widen
+
+
+def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None):
+    """x, residual [..., C]; weight, bias [C]. Returns h and y, both [..., C] in x's type."""
+    h = x if residual is None else (widen(x) + widen(residual)).to(x.dtype)
+    centred = widen(h) - widen(h).mean(-1, keepdim=True)
+    variance = (centred**2).mean(-1, keepdim=True)
+    y = centred / (variance + eps).sqrt() * widen(weight) + widen(bias)
+    return h, y.to(x.dtype)
+
+
+@triton.jit
+def _forward_kernel(p_x, p_residual, p_weight, p_bias, p_h, p_y, p_mean, p_rstd, T, C, eps, ADD: tl.constexpr,
+                    BT: tl.constexpr, BC: tl.constexpr):
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_c = tl.arange(0, BC)
+    m_t, m_c = o_t < T, o_c < C
+    m = m_t[:, None] & m_c[None, :]
+    o = o_t[:, None] * C + o_c[None, :]
+    b_h = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+    if ADD:
+        b_h += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+        b_stored = b_h.to(p_h.dtype.element_ty)
+        tl.store(p_h + o, b_stored, mask=m)
+        b_h = b_stored.to(tl.float32)
+    b_mean = tl.sum(b_h, 1) / C
+    b_centred = tl.where(m, b_h - b_mean[:, None], 0.0)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / C + eps)
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_y = b_centred * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+    tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), mask=m)
+    tl.store(p_mean + o_t, b_mean, mask=m_t)
+    tl.store(p_rstd + o_t, b_rstd, mask=m_t)
+
+
+@triton.jit
+def _backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual, p_dh, p_sums, T, C, blocks, ADD: tl.constexpr,
+                     AFFINE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    i_p = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, BC)
+    m_c = o_c < C
+    b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_dweight = tl.zeros([BT, BC], tl.float32)
+    b_dbias = tl.zeros([BT, BC], tl.float32)
+    b_dh_sum = tl.zeros([BT, BC], tl.float32)
+    for i in range(blocks):
+        o_t = (i_p * blocks + i) * BT + tl.arange(0, BT)
+        m_t = o_t < T
+        m = m_t[:, None] & m_c[None, :]
+        o = o_t[:, None] * C + o_c[None, :]
+        b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
+        b_h = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
+        b_mean = tl.load(p_mean + o_t, mask=m_t, other=0.0)
+        b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)
+        b_xh = (b_h - b_mean[:, None]) * b_rstd[:, None]
+        b_g = b_dy * b_weight[None, :]                   # 0 beyond the row, as rstd is beyond the last row
+        b_level = tl.sum(b_g, 1) / C
+        b_slope = tl.sum(b_g * b_xh, 1) / C
+        b_dh = b_rstd[:, None] * (b_g - b_level[:, None] - b_xh * b_slope[:, None])
+        if ADD:
+            b_dh += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_dh + o, b_dh.to(p_dh.dtype.element_ty), mask=m)
+        if AFFINE:
+            b_dweight += b_dy * b_xh
+            b_dbias += b_dy
+            b_dh_sum += b_dh
+    if AFFINE:
+        p = p_sums + i_p * 3 * C + o_c
+        tl.store(p, tl.sum(b_dweight, 0), mask=m_c)
+        tl.store(p + C, tl.sum(b_dbias, 0), mask=m_c)
+        tl.store(p + 2 * C, tl.sum(b_dh_sum, 0), mask=m_c)
+
+
+def _tile(C):
+    """A whole row, and as many rows as make about 2048 elements."""
+    BC = triton.next_power_of_2(C)
+    return {"BT": max(1, 2048 // BC), "BC": BC, "num_warps": 4 if BC <= 2048 else 8 if BC <= 8192 else 16}
+
+
+def layer_norm_forward(x, weight, bias, eps, residual=None):
+    """(h, y, mean [T], rstd [T]) for x and residual [..., C] of T rows, weight and bias [C], all contiguous.
+
+    h and y have x's shape and type, h is x itself without a residual; mean and rstd are fp32. ValueError for shapes
+    that do not fit, or strides.
+    """
+    C, T = x.shape[-1], x.shape[:-1].numel()
+    require("layer_norm_forward", *((v, x.shape) for v in (x, residual)), *((v, (C,)) for v in (weight, bias)))
+    h = x if residual is None else torch.empty_like(x)
+    y, tile = torch.empty_like(x), _tile(C)
+    mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
+    _forward_kernel[(triton.cdiv(T, tile["BT"]),)](
+        p_x=x, p_residual=residual, p_weight=weight, p_bias=bias, p_h=h, p_y=y, p_mean=mean, p_rstd=rstd, T=T, C=C,
+        eps=eps, ADD=residual is not None, **tile)
+    return h, y, mean, rstd
+
+
+def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
+    """(dh, dweight, dbias, dh_sum) of layer_norm_forward.
+
+    residual: a gradient of h's shape that is added to dh. dh has h's shape and type; dweight, dbias and dh_sum, the sum
+    of dh over rows, are fp32 [C], or None without `affine`. ValueError for shapes that do not fit, or strides.
+    """
+    C, T = h.shape[-1], h.shape[:-1].numel()
+    require("layer_norm_backward", *((v, h.shape) for v in (dy, h, residual)), *((v, (T,)) for v in (mean, rstd)),
+            (weight, (C,)))
+    dh, tile = torch.empty_like(h), _tile(C)
+    programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=8 if affine else 16)
+    sums = mean.new_empty(programs, 3, C) if affine else None
+    _backward_kernel[(programs,)](
+        p_dy=dy, p_h=h, p_mean=mean, p_rstd=rstd, p_weight=weight, p_residual=residual, p_dh=dh, p_sums=sums, T=T, C=C,
+        blocks=blocks, ADD=residual is not None, AFFINE=affine, **tile)
+    return dh, *(sums.sum(0) if affine else (None, None, None))
+
+
+@torch.library.custom_op("sidfast::layer_norm", mutates_args=(), schema=(
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)"))
+def _forward(x, residual, weight, bias, eps):
+    h, *rest = layer_norm_forward(x, weight, bias, eps, residual)
+    return x.new_empty(0) if residual is None else h, *rest          # an operator returns none of its inputs
+
+
+@_forward.register_fake
+def _(x, residual, weight, bias, eps):
+    h = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return h, torch.empty_like(x), *(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("sidfast::layer_norm_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor h, Tensor mean, Tensor rstd, Tensor weight, Tensor? dh, bool affine)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _backward(dy, h, mean, rstd, weight, dh, affine):
+    dh, dweight, dbias, _ = layer_norm_backward(dy, h, mean, rstd, weight, dh, affine)
+    # An operator returns tensors that share no memory; an empty one stands for what was not asked for.
+    return (dh, dweight, dbias.clone()) if affine else (dh, h.new_empty(0), h.new_empty(0))
+
+
+@_backward.register_fake
+def _(dy, h, mean, rstd, weight, dh, affine):
+    dweight, dbias = (mean.new_empty(h.shape[-1]) if affine else h.new_empty(0) for _ in range(2))
+    return torch.empty_like(h), dweight, dbias
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, _ = inputs
+    h, _, mean, rstd = output
+    ctx.types = weight.dtype, bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if residual is None else h, mean, rstd, weight)
+
+
+def _differentiate(ctx, dh, dy, *_):
+    h, mean, rstd, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    affine = needs[2] or needs[3]
+    if dy is None:
+        return dh, dh, None, None, None
+    dh = dh.contiguous() if dh is not None and needs[1] else None
+    dh, dweight, dbias = _backward(dy.contiguous(), h, mean, rstd, weight, dh, affine)
+    return (dh, dh if needs[1] else None, dweight.to(ctx.types[0]) if affine else None,
+            dbias.to(ctx.types[1]) if affine else None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def layer_norm(x, weight, bias, eps=1e-5, residual=None):
+    """(h, y): h = x + residual (x itself without one), y = LayerNorm of h over the last dimension.
+
+    x, residual [..., C], weight, bias [C], in any of fp32, bf16, fp16; h and y have x's type. Differentiable in all.
+    """
+    if not triton_runs_on(x):
+        return layer_norm_reference(x, weight, bias, eps, residual)
+    x, weight, bias, residual = (None if v is None else v.contiguous() for v in (x, weight, bias, residual))
+    h, y, *_ = _forward(x, residual, weight, bias, eps)
+    return x if residual is None else h, y
