@@ -69,7 +69,7 @@ def count_flop(unet, x, t, text):
     """Of a forward pass over one image."""
     fused = unfuse(unet) if type(unet) is not UNet2DConditionModel else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x[:1], t[:1], text[:1], return_dict=False)
+        unet(x[:1].detach(), t[:1], text[:1], return_dict=False)
     if fused is not None:
         fuse(unet, attention="cudnn")
     return counter.get_total_flops()

@@ -88,7 +88,7 @@ class Train(Section):
     micro_batch: int = Field(4, ge=1, description="images per GPU and pass")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: int = Field(500, ge=1, description="steps between checkpoints")
+    save_every: int = Field(500, ge=0, description="steps between checkpoints, and exports with them; 0 for none")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     sample_every: int = Field(500, ge=1, description="steps between sample grids")
     samples: int = Field(8, ge=0, description="images in a sample grid; 0 for none")

@@ -22,7 +22,7 @@ ARCHITECTURES = {
              "block_out_channels": (16, 24), "transformer_layers_per_block": (1, 2), "down_block_types": (PLAIN, CROSS),
              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "addition_embed_type": "text_time",
              "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 5},
-    "small": {"cross_attention_dim": 12, "attention_head_dim": 5, "block_out_channels": (15,), "layers_per_block": 2,
+    "small": {"cross_attention_dim": 12, "attention_head_dim": 5, "block_out_channels": (15,), "layers_per_block": 1,
               "down_block_types": (CROSS,), "up_block_types": ("CrossAttnUpBlock2D",), "norm_num_groups": 5},
 }
 
@@ -39,7 +39,7 @@ def unet_of(name):
     return unet
 
 
-def inputs_of(unet, n=2, side=4):
+def inputs_of(unet, n=1, side=4):
     """x, t, text, the further conditions of SDXL, and dy."""
     g = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(n, 4, side, side, generator=g) for _ in range(2))
@@ -73,7 +73,7 @@ def test_fused_unet(name, device):
     unet = unet_of(name)
     want = run(copy.deepcopy(unet).double(), *to("cpu", torch.float64, *inputs_of(unet)))
     got = run(fuse(unet.to(device)), *to(device, torch.float32, *inputs_of(unet)))
-    assert got.keys() == want.keys() and len(got) > 50
+    assert got.keys() == want.keys() and len(got) > 40
     scale = max(v.norm() for k, v in want.items() if k not in ("y", "dx"))
     for key, value in want.items():
         if value.norm() > 1e-6 * scale:
@@ -83,7 +83,7 @@ def test_fused_unet(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ("sd15", "sdxl"))
+@pytest.mark.parametrize("name", ["sd15"])
 def test_fused_unet_in_bf16(name, device):
     """Output and all gradients together are no further from fp32 than diffusers' own bf16."""
     unet = unet_of(name).bfloat16().float()              # the same rounded weights
@@ -99,7 +99,7 @@ def test_fused_unet_in_bf16(name, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_frozen_unet_gives_the_same_input_gradient(device):
-    unet = fuse(unet_of("sd15").to(device))
+    unet = fuse(unet_of("small").to(device))
     want = run(unet, *to(device, torch.float32, *inputs_of(unet)))
     got = run(unet.requires_grad_(False), *to(device, torch.float32, *inputs_of(unet)))
     assert list(got) == ["y", "dx"]
@@ -113,9 +113,9 @@ def test_checkpointing_changes_nothing():
 
 
 def test_odd_sizes():
-    """Latents whose side does not halve evenly, as diffusers handles them."""
+    """Latents whose side does not halve evenly, as diffusers handles them, and more than one of them."""
     unet = unet_of("sd15")
-    inputs = inputs_of(unet, side=7)
+    inputs = inputs_of(unet, n=2, side=3)
     want, got = run(copy.deepcopy(unet), *inputs), run(fuse(unet), *inputs)
     assert error(got["y"], want["y"]) < 1e-5 and error(got["dx"], want["dx"]) < 1e-5
 

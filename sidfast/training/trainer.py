@@ -142,7 +142,7 @@ def _loop(config, engines, ema, batches, updates, progress, run, preview, out):
                                 refresh=False)
         last = progress.step == total
         sampling = train.samples and (progress.step % train.sample_every == 0 or last)
-        saving = progress.step % train.save_every == 0 or last
+        saving = train.save_every and (progress.step % train.save_every == 0 or last)
         measuring = config.evaluation.every and progress.step % config.evaluation.every == 0 and not last
         if sampling or saving or measuring:
             student = _student(ema, preview)

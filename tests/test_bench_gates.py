@@ -1,0 +1,69 @@
+"""The benchmarks' gates: they hold for what they were set for, and a slowed kernel makes its gate fail the run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment
+
+sys.path.insert(0, str(ROOT / "bench"))
+from harness import check_gates, load_gates
+
+GATE = {"where": "cpu", "group": "sum", "fast": "fused", "slow": ["eager", "compiled"], "ratio": 1.5}
+SHARE = {"where": "cpu", "group": "sum", "fast": "fused", "share_of_copy": 0.7}
+BENCH = '''
+import time
+import pytest, torch
+
+@pytest.mark.parametrize("implementation", ("fused", "eager"))
+def test_sum(timed, machine, implementation):
+    x = torch.ones(1000)
+
+    def step():
+        x.sum()
+        time.sleep({"fused": FUSED, "eager": 0.02}[implementation])
+
+    timed("sum", implementation, step, least_bytes=4000)
+'''
+
+
+@pytest.mark.parametrize("eager, compiled, holds", [(3, 2, True), (2, 3, True), (3, 1.4, False), (1.4, 3, False)])
+def test_a_ratio_is_against_the_best_of_the_others(eager, compiled, holds):
+    results = {"sum": {"fused": {"ms": 1}, "eager": {"ms": eager}, "compiled": {"ms": compiled}}}
+    assert check_gates(results, [GATE], "cpu") == [(GATE, min(eager, compiled), holds)]
+
+
+def test_a_share_of_the_copy_bandwidth():
+    results = {"sum": {"fused": {"ms": 1, "share_of_copy": 0.69}}}
+    assert check_gates(results, [SHARE], "cpu") == [(SHARE, 0.69, False)]
+
+
+@pytest.mark.parametrize("results", [{}, {"sum": {"fused": {"ms": 1}}}, {"sum": {"eager": {"ms": 1}}}], ids=str)
+def test_what_was_not_measured_is_not_judged(results):
+    assert check_gates(results, [GATE], "cpu") == []
+    assert check_gates({"sum": {"fused": {"ms": 1}, "eager": {"ms": 1}}}, [GATE], "cuda") == []
+
+
+def test_the_gates_kept_are_well_formed():
+    gates = load_gates()
+    assert len(gates) >= 8
+    for gate in gates:
+        assert gate["where"] in ("cuda", "cpu") and gate["group"] and gate["fast"]
+        assert ("share_of_copy" in gate) != ("slow" in gate and gate["ratio"] > 0)
+
+
+@pytest.mark.parametrize("seconds, code", [(0.001, 0), (0.019, 1)], ids=("fast", "slowed"))
+def test_a_slowed_kernel_fails_the_run(tmp_path, seconds, code):
+    (tmp_path / "test_sum.py").write_text(BENCH.replace("FUSED", str(seconds)))
+    (tmp_path / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n" + (ROOT / "bench" / "conftest.py").read_text())
+    (tmp_path / "gates.json").write_text(json.dumps([GATE]))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path), "--gates",
+               str(tmp_path / "gates.json"), "--results", str(tmp_path / "results.json")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(0) | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    assert ("ok   sum" if code == 0 else "FAIL sum: fused against ['eager', 'compiled']") in done.stdout
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["machine"] == "CPU" and kept["results"]["sum"]["eager"]["ms"] > 19
