@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import check_gates, find_machine, free, load_gates, repeated
+from harness import GATES, check_gates, find_machine, free, load_gates, repeated
 
 _KEY = pytest.StashKey()
 
@@ -28,7 +28,14 @@ def machine():
 
 
 @pytest.fixture
-def timed(benchmark, machine, request):
+def record(request):
+    """record(group, implementation, numbers): for the table at the end, and for the gates."""
+    return lambda group, implementation, numbers: request.config.stash[_KEY].setdefault(group, {}).update(
+        {implementation: numbers})
+
+
+@pytest.fixture
+def timed(benchmark, machine, record):
     """timed(group, implementation, step, times=1, least_bytes=0, flop=0): the median time of a step."""
 
     def measure(group, implementation, step, times=1, least_bytes=0, flop=0):
@@ -46,8 +53,7 @@ def timed(benchmark, machine, request):
         if machine.gpu:
             numbers["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         benchmark.extra_info |= numbers
-        request.config.stash[_KEY].setdefault(group, {})[implementation] = numbers
-        return numbers
+        record(group, implementation, numbers)
 
     return measure
 
@@ -56,15 +62,9 @@ def timed(benchmark, machine, request):
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     results, where = config.stash[_KEY], "cuda" if torch.cuda.is_available() else "cpu"
-    config.stash[_KEY] = (results, check_gates(results, load_gates(config.getoption("--gates") or _gates()), where))
+    config.stash[_KEY] = (results, check_gates(results, load_gates(config.getoption("--gates") or GATES), where))
     if exitstatus == 0 and any(not holds for *_, holds in config.stash[_KEY][1]):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def _gates():
-    from harness import GATES
-
-    return GATES
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,0 +1,61 @@
+"""The whole training step through the real trainer: `deepspeed sidfast/train.py`, images/s, TFLOP/s and peak memory.
+
+On a GPU: SD 1.5's architecture with random weights at 512 px, global batch 128, fused against the published algorithm
+as plain PyTorch runs it in fp16 and fp32. On a CPU: the embedded teacher. Nothing is saved; start-up is not counted.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidfast.teacher.random_init import write_random_teacher
+
+ROOT = Path(__file__).parents[1]
+TFLOP_PER_IMAGE = 18 * 0.803                             # 18 forward passes of SD 1.5 at kappas that are not 1
+PLAIN = {"speed": {"fused": False, "cuda_graphs": False}}
+BF16, FP16 = ({name: {"enabled": True}, "zero_optimization": {"stage": 1}} for name in ("bf16", "fp16"))
+VARIANTS = {
+    "fused": ({"deepspeed": BF16}, 16), "fused, micro-batch 4": ({"deepspeed": BF16}, 4),
+    "fused, micro-batch 8": ({"deepspeed": BF16}, 8), "fused, micro-batch 32": ({"deepspeed": BF16}, 32),
+    "plain bf16": ({"deepspeed": BF16, **PLAIN}, 16), "plain fp16": ({"deepspeed": FP16, **PLAIN}, 16),
+    "plain fp32": ({"deepspeed": {}, "speed": PLAIN["speed"] | {"tf32": False}}, 4)}
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    if not torch.cuda.is_available():
+        return ROOT / "assets" / "teacher"
+    folder = tmp_path_factory.mktemp("sd15")
+    write_random_teacher("sd15", folder, torch.device("cuda"))
+    torch.cuda.empty_cache()
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_step(name, teacher, machine, record, tmp_path):
+    changes, micro_batch = VARIANTS[name]
+    if not machine.gpu and name != "plain fp32":
+        pytest.skip("needs a GPU")
+    size = 128 if machine.gpu else 4
+    config = json.loads((ROOT / "configs" / "sd15.json").read_text()) | {
+        "model": {"teacher": str(teacher)}, "data": {"prompts": "shapes:train"},
+        "train": {"steps": 4, "batch_size": size, "micro_batch": min(micro_batch, size), "log_every": 1,
+                  "save_every": 0, "samples": 0}} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [shutil.which("deepspeed"), "--log_level", "error", "sidfast/train.py", "--config",
+               str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    speed = sorted(row["images_per_s"] for row in rows)[len(rows) // 2]
+    numbers = {"ms": 1e3 / speed, "images_per_s": speed}
+    if machine.gpu:
+        tflop_s = speed * TFLOP_PER_IMAGE
+        numbers |= {"tflop_s": tflop_s, "share_of_product": tflop_s / machine.product_tflop_s,
+                    "peak_gib": rows[-1]["peak_gib"]}
+    record("training step, ms an image", name, numbers)
