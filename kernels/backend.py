@@ -21,11 +21,15 @@ def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def require_contiguous(name, *tensors):
-    """The kernels count on dense rows. ValueError names the function that was given others; None is passed over."""
-    for x in tensors:
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"{name}: a tensor {tuple(x.shape)} of strides {x.stride()} is not contiguous")
+def require(name, *expected):
+    """ValueError naming the function unless every (tensor, shape) fits and is contiguous; a tensor of None fits.
+
+    The kernels themselves check nothing: another tensor would be read past its end, or in the wrong order.
+    """
+    for x, shape in expected:
+        if x is not None and not (x.shape == tuple(shape) and x.is_contiguous()):
+            raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)}, strides {x.stride()}, "
+                             f"should be {tuple(shape)}, contiguous")
 
 
 def share(blocks, device, columns=1, density=16):

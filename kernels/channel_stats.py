@@ -15,7 +15,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require_contiguous, share, widen
+from sidfast.kernels.backend import require, share, widen
 
 CHUNK = 64
 COLUMNS = 64                                             # channels of a program
@@ -84,10 +84,10 @@ def add_channel_stats(x, residual=None, bias=None, out=None):
 
     x, residual [N, ..., C], bias [C], in any of fp32, bf16, fp16. Returns y in x's type and stats, fp32
     [N, chunks, 2, C]: sum and centred squares of y as stored. `out` (like x; x itself is allowed) receives y. With
-    neither residual nor bias, y is x and nothing is written. ValueError if a tensor is not contiguous.
+    neither residual nor bias, y is x and nothing is written. ValueError for shapes that do not fit, or strides.
     """
-    require_contiguous("add_channel_stats", x, residual, bias, out)
     N, S, C = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
+    require("add_channel_stats", *((v, x.shape) for v in (x, residual, out)), (bias, (C,)))
     chunks = triton.cdiv(S, CHUNK)
     y = x
     if residual is not None or bias is not None:
@@ -100,9 +100,9 @@ def add_channel_stats(x, residual=None, bias=None, out=None):
 
 
 def column_sums(x):
-    """The sum of each column of x [T, C] in any of fp32, bf16, fp16: fp32 [C], the same at every call."""
-    require_contiguous("column_sums", x)
+    """The sum of each column of x [T, C] in any of fp32, bf16, fp16: fp32 [C]. ValueError if x is not contiguous."""
     T, C = x.shape
+    require("column_sums", (x, (T, C)))
     columns = triton.cdiv(C, COLUMNS)
     programs, blocks = share(triton.cdiv(T, 64), x.device, columns)
     sums = x.new_empty(programs, C, dtype=torch.float32)

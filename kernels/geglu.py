@@ -9,10 +9,11 @@ The sums of dx over rows are the gradient of the bias in the product that made x
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require_contiguous, share, triton_runs_on, widen
+from sidfast.kernels.backend import require, share, triton_runs_on, widen
 
 
 def geglu_reference(x):
+    """x [..., 2F]. Returns y [..., F] in x's type."""
     a, g = widen(x).chunk(2, -1)
     return (a * g * 0.5 * (1 + torch.erf(g * 0.5**0.5))).to(x.dtype)
 
@@ -59,7 +60,7 @@ def _backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.constexpr, 
 
 def geglu_forward(x):
     """y [..., F] in x's type for x [..., 2F], contiguous (ValueError if not)."""
-    require_contiguous("geglu_forward", x)
+    require("geglu_forward", (x, x.shape))
     T, F = x.shape[:-1].numel(), x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], F)
     _forward_kernel[(triton.cdiv(F, 256) * triton.cdiv(T, 8),)](p_x=x, p_y=y, T=T, F=F, BT=8, BF=256, num_warps=4)
@@ -69,10 +70,10 @@ def geglu_forward(x):
 def geglu_backward(dy, x, column_sums=False):
     """(dx, sums) of geglu_forward: dx has x's shape and type, sums fp32 [2F] are its sums over rows, or None.
 
-    ValueError if a tensor is not contiguous.
+    ValueError if dy does not fit x, or one is not contiguous.
     """
-    require_contiguous("geglu_backward", dy, x)
     T, F = x.shape[:-1].numel(), x.shape[-1] // 2
+    require("geglu_backward", (dy, (*x.shape[:-1], F)), (x, x.shape))
     dx, columns = torch.empty_like(x), triton.cdiv(F, 128)
     programs, blocks = share(triton.cdiv(T, 16), x.device, columns)
     sums = x.new_empty(programs, 2 * F, dtype=torch.float32) if column_sums else None

@@ -18,11 +18,12 @@ import math
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require_contiguous, triton_runs_on, widen
+from sidfast.kernels.backend import require, triton_runs_on, widen
 from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats
 
 
 def group_norm_reference(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
+    """x [N, ..., C1], other [N, ..., C2]; weight, bias [C1 + C2]; shift [N, C1 + C2]. Returns y [N, ..., C1 + C2]."""
     u = widen(x) if other is None else torch.cat((widen(x), widen(other)), -1)
     if shift is not None:
         u = u + widen(shift).reshape(len(u), *(1,) * (u.ndim - 2), -1)
@@ -104,7 +105,7 @@ def _apply_kernel(p_x, p_channel, p_bias, p_y, S, C1, C, seam, SILU: tl.constexp
 
 @triton.jit
 def _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU: tl.constexpr):
-    """x - centre, dz and scale; the first two are 0 outside the tensor."""
+    """x - centre, dz (0 outside the tensor) and scale."""
     m_c = o_c < C1
     m = (o_s < S)[:, None] & m_c[None, :]
     o_row = (i_n * S + o_s)[:, None]
@@ -113,7 +114,7 @@ def _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, 
     b_scale = tl.load(p + C, mask=m_c, other=0.0)
     b_x = tl.load(p_x + o_row * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     b_dz = tl.load(p_dy + o_row * C + seam + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    b_x = tl.where(m, b_x - b_centre[None, :], 0.0)
+    b_x -= b_centre[None, :]
     if SILU:
         b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_z = b_x * b_scale[None, :] + b_bias[None, :]
@@ -211,11 +212,14 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
 
     xs: [N, ..., C1] and perhaps [N, ..., C2], contiguous; stats: add_channel_stats' for each; weight, bias [C1 + C2];
     shift [N, C1 + C2]. y has xs[0]'s type. saved: `channel`, fp32 [N, 3, C] (centre, scale, sum over positions of
-    u - mean), and rstd, fp32 [N, groups]. ValueError if groups do not divide C, or a tensor is not contiguous.
+    u - mean), and rstd, fp32 [N, groups]. ValueError for shapes that do not fit, or strides.
     """
-    require_contiguous("group_norm_forward", *xs, *stats, weight, bias, shift)
     N, S, channels, merge = _sizes(xs, groups)
     C = sum(channels)
+    for x, sums in zip(xs, stats, strict=True):
+        require("group_norm_forward", (x, (*xs[0].shape[:-1], x.shape[-1])),
+                (sums, (N, merge["chunks"], 2, x.shape[-1])))
+    require("group_norm_forward", (weight, (C,)), (bias, (C,)), (shift, (N, C)))
     channel = weight.new_empty(N, 3, C, dtype=torch.float32)
     rstd = weight.new_empty(N, groups, dtype=torch.float32)
     _moments_kernel[(N, groups)](
@@ -232,12 +236,14 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
     """(dxs, dweight [C], dbias [C], dshift [N, C]) of group_norm_forward; all but dxs in fp32.
 
     residuals: for each input None or a gradient of its shape, added into its dx. Without `affine` dweight and dbias,
-    and without `shift` dshift, are None. ValueError if a tensor is not contiguous.
+    and without `shift` dshift, are None. ValueError for shapes that do not fit, or strides.
     """
     residuals = residuals or [None] * len(xs)
-    require_contiguous("group_norm_backward", dy, *xs, *residuals, weight, bias)
     N, S, channels, merge = _sizes(xs, groups)
     C, (channel, rstd) = sum(channels), saved
+    require("group_norm_backward", (dy, (*xs[0].shape[:-1], C)), *((x, x.shape) for x in xs), (weight, (C,)),
+            *((v, x.shape) for v, x in zip(residuals, xs, strict=True)), (bias, (C,)), (channel, (N, 3, C)),
+            (rstd, (N, groups)))
     fixed = {"p_dy": dy, "p_channel": channel, "p_bias": bias, "S": S, "C": C, "SILU": silu, "BS": CHUNK, "BC": COLUMNS,
              "num_warps": 4}
     sums = [x.new_empty(N, merge["chunks"], 2, x.shape[-1], dtype=torch.float32) for x in xs]

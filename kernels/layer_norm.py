@@ -12,10 +12,11 @@ dx and dresidual are both dh; its sum over rows is the gradient of a bias in eit
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require_contiguous, share, triton_runs_on, widen
+from sidfast.kernels.backend import require, share, triton_runs_on, widen
 
 
 def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None):
+    """x, residual [..., C]; weight, bias [C]. Returns h and y, both [..., C] in x's type."""
     h = x if residual is None else (widen(x) + widen(residual)).to(x.dtype)
     centred = widen(h) - widen(h).mean(-1, keepdim=True)
     variance = (centred**2).mean(-1, keepdim=True)
@@ -67,8 +68,8 @@ def _backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual, p_dh, p_su
         b_h = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
         b_mean = tl.load(p_mean + o_t, mask=m_t, other=0.0)
         b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)
-        b_xh = tl.where(m, (b_h - b_mean[:, None]) * b_rstd[:, None], 0.0)
-        b_g = b_dy * b_weight[None, :]
+        b_xh = (b_h - b_mean[:, None]) * b_rstd[:, None]
+        b_g = b_dy * b_weight[None, :]                   # 0 beyond the row, as rstd is beyond the last row
         b_level = tl.sum(b_g, 1) / C
         b_slope = tl.sum(b_g * b_xh, 1) / C
         b_dh = b_rstd[:, None] * (b_g - b_level[:, None] - b_xh * b_slope[:, None])
@@ -78,7 +79,7 @@ def _backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual, p_dh, p_su
         if AFFINE:
             b_dweight += b_dy * b_xh
             b_dbias += b_dy
-            b_dh_sum += tl.where(m, b_dh, 0.0)
+            b_dh_sum += b_dh
     if AFFINE:
         p = p_sums + i_p * 3 * C + o_c
         tl.store(p, tl.sum(b_dweight, 0), mask=m_c)
@@ -95,11 +96,11 @@ def _tile(C):
 def layer_norm_forward(x, weight, bias, eps, residual=None):
     """(h, y, mean [T], rstd [T]) for x and residual [..., C] of T rows, weight and bias [C], all contiguous.
 
-    h and y have x's shape and type, h is x itself without a residual; mean and rstd are fp32. ValueError if a tensor is
-    not contiguous.
+    h and y have x's shape and type, h is x itself without a residual; mean and rstd are fp32. ValueError for shapes
+    that do not fit, or strides.
     """
-    require_contiguous("layer_norm_forward", x, residual, weight, bias)
     C, T = x.shape[-1], x.shape[:-1].numel()
+    require("layer_norm_forward", *((v, x.shape) for v in (x, residual)), *((v, (C,)) for v in (weight, bias)))
     h = x if residual is None else torch.empty_like(x)
     y, tile = torch.empty_like(x), _tile(C)
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
@@ -113,10 +114,11 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     """(dh, dweight, dbias, dh_sum) of layer_norm_forward.
 
     residual: a gradient of h's shape that is added to dh. dh has h's shape and type; dweight, dbias and dh_sum, the sum
-    of dh over rows, are fp32 [C], or None without `affine`. ValueError if a tensor is not contiguous.
+    of dh over rows, are fp32 [C], or None without `affine`. ValueError for shapes that do not fit, or strides.
     """
-    require_contiguous("layer_norm_backward", dy, h, weight, residual)
-    C, T = h.shape[-1], len(mean)
+    C, T = h.shape[-1], h.shape[:-1].numel()
+    require("layer_norm_backward", *((v, h.shape) for v in (dy, h, residual)), *((v, (T,)) for v in (mean, rstd)),
+            (weight, (C,)))
     dh, tile = torch.empty_like(h), _tile(C)
     programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=8 if affine else 16)
     sums = mean.new_empty(programs, 3, C) if affine else None

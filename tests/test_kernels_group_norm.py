@@ -136,8 +136,10 @@ def test_errors():
     x, w = torch.randn(2, 9, 66), torch.randn(66)
     with pytest.raises(ValueError, match="66 channels do not divide into 32 groups"):
         group_norm(x, w, w, 32)
-    with pytest.raises(ValueError, match="not contiguous"):
-        group_norm_forward([x.transpose(0, 1)], [], w, w, 11, 1e-5)
+    with pytest.raises(ValueError, match=r"strides \(66, 594, 1\), should be \(9, 2, 66\), contiguous"):
+        group_norm_forward([x.transpose(0, 1)], [torch.empty(9, 1, 2, 66)], w, w, 11, 1e-5)
+    with pytest.raises(ValueError, match=r"should be \(2, 9, 66\)"):
+        group_norm_forward([x, x[:, :8]], [torch.empty(2, 1, 2, 66)] * 2, w, w, 11, 1e-5)
 
 
 def test_reference_is_pytorchs():

@@ -45,6 +45,17 @@ def test_any_shape(device, T, C, residual):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalises_what_it_stores(dtype, device):
+    """Backward sees h only as stored: its mean and deviation are the ones to use."""
+    v = tensors_of(device, dtype, (35, 66))
+    h, _, mean, rstd = layer_norm_forward(v["x"], v["weight"], v["bias"], 1e-5, v["residual"])
+    h = h.detach().double()
+    assert error(mean, h.mean(1)) < BOUND
+    assert error(rstd, (h.var(1, correction=0) + 1e-5).rsqrt()) < BOUND
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_large_mean(device):
     """Mean 1000, deviation 1: off by no more than the spacing of fp32 numbers there, 6e-5, explains."""
     tensors = tensors_of(device, torch.float32, (35, 66), residual=False, mean=1e3)
@@ -97,10 +108,12 @@ def test_one_output_used(used, device):
         assert g is None or error(g, w) < BOUND, name
 
 
-def test_only_dense_tensors():
+def test_errors():
     w = torch.randn(4)
-    with pytest.raises(ValueError, match="not contiguous"):
+    with pytest.raises(ValueError, match=r"strides \(1, 6\), should be .* contiguous"):
         layer_norm_forward(torch.randn(4, 6).T, w, w, 1e-5)
+    with pytest.raises(ValueError, match=r"shape \(4,\), .* should be \(6,\)"):
+        layer_norm_forward(torch.randn(4, 6), w, w, 1e-5)
 
 
 def test_reference_is_pytorchs():
