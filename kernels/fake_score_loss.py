@@ -124,4 +124,4 @@ def fake_score_loss(output, target, w, kappa1):
         raise ValueError(f"fake_score_loss: {output.shape[0]} rows are neither {N} nor {2 * N}")
     if not triton_runs_on(output):
         return fake_score_loss_reference(output, target, w, kappa1)
-    return _fake_score_loss(output, target, w, float(kappa1))
+    return _fake_score_loss(output, target, w.contiguous(), float(kappa1))

@@ -100,4 +100,4 @@ def add_noise(x, eps, a, s, copies, dtype):
     """
     if not triton_runs_on(x):
         return add_noise_reference(x, eps, a, s, copies, dtype)
-    return _add_noise(x, eps, a, s, copies, dtype)
+    return _add_noise(x, eps, a.contiguous(), s.contiguous(), copies, dtype)
