@@ -8,7 +8,7 @@ exactly from a step count.
 import numpy as np
 import torch
 
-from sidfast.evaluation.metrics import tokenize
+from sidfast.evaluation.features import tokenize
 from sidfast.method.distill import Batch
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns

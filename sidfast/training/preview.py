@@ -6,7 +6,7 @@ import torch
 
 from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
-from sidfast.evaluation.metrics import load_shapes_metrics
+from sidfast.evaluation.judge import load_shapes_judge
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
 
@@ -64,8 +64,8 @@ class Preview:
         known = self.run.evaluation(name)
         if known and known["images"] == section.images and not again:
             return known
-        metrics = load_shapes_metrics(section.assets, pipe.device)
-        result = evaluate(pipeline_generator(pipe, **options), held_out_captions(section.images), metrics,
+        judge = load_shapes_judge(section.assets, pipe.device)
+        result = evaluate(pipeline_generator(pipe, **options), held_out_captions(section.images), judge,
                           section.batch_size, f"evaluate {name}")
         self.run.evaluation(name, result)
         if step is not None:
