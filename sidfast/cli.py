@@ -50,11 +50,12 @@ def _parser():
     sample.set_defaults(run=_sample)
 
     judge = commands.add_parser("evaluate", help="measure a generator (docs/evaluation.md)")
-    judge.add_argument("--model", required=True, metavar="M",
+    judge.add_argument("--model", metavar="M",
                        help="run directory, export, diffusers folder or hub id, or a folder of images")
     judge.add_argument("--prompts", default=None, metavar="FILE", help="one prompt a line, or shapes:held_out")
     judge.add_argument("--reference", metavar="DIR|STATS",
                        help="real images, or an .npz with mu and sigma; the shapes world is drawn")
+    judge.add_argument("--coco", metavar="DIR", help="COCO-2014 val: prompts and reference of the COCO-30k protocol")
     judge.add_argument("--images", type=int, metavar="N", help="all prompts; 10000 of shapes:held_out")
     judge.add_argument("--seeds-per-prompt", type=int, default=1, metavar="K", help="images of each prompt (1)")
     judge.add_argument("--seed-offset", type=int, default=0, metavar="S", help="image i has seed S + i (0)")
@@ -71,7 +72,7 @@ def _parser():
     judge.add_argument("--assets", default="assets", metavar="DIR",
                        help="folder with the clip and checker of the shapes world (assets)")
     judge.add_argument("--cache", type=Path, metavar="DIR", help="of reference features (~/.cache/sidfast)")
-    judge.add_argument("--out", required=True, type=Path, metavar="RESULT.json")
+    judge.add_argument("--out", type=Path, metavar="RESULT.json")
     judge.set_defaults(run=_evaluate)
     return parser
 
@@ -115,9 +116,16 @@ def _teacher(args):
 
 
 def _evaluate(args):
-    from sidfast.evaluation.command import Request, evaluate_model
+    from sidfast.evaluation.command import Request, coco_options, evaluate_model
 
     options = {name: value for name, value in vars(args).items() if name != "run" and value is not None}
+    if args.coco:
+        options |= coco_options(options.pop("coco"), options)
+    if args.coco and args.model is None:
+        return                                           # only prepared
+    for name in ("model", "out"):
+        if name not in options:
+            raise UserError(f"--{name} is needed")
     evaluate_model(Request(**options), _device())
 
 

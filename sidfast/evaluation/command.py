@@ -20,6 +20,7 @@ from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.evaluation import metrics as numbers
 from sidfast.evaluation.attributes import load_checker
+from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import held_out_captions, pipeline_generator
 from sidfast.evaluation.features import INCEPTION_URL, hash_files, load_clip, load_features
 from sidfast.evaluation.images import ImageFolder, image_files, sized
@@ -62,6 +63,21 @@ class Request:
     def of_shapes(self):
         """Whether the prompts are captions of the shapes world, drawn by code."""
         return self.prompts == HELD_OUT
+
+
+def coco_options(folder, options):
+    """The options of the COCO-30k protocol (method.md, section 9), once captions and crops are prepared.
+
+    `options`: those that the user gave; they win where the protocol leaves a choice. Raises UserError for others.
+    """
+    for name in ("prompts", "reference", "resize"):
+        if name in options:
+            raise UserError(f"--{name}: --coco brings its own; give one of the two")
+    with joined() as group:
+        group.together(lambda: prepare_coco(folder), first_only=True)
+    captions, crops = prepare_coco(folder)               # there by now, for every process
+    fixed = {"prompts": str(captions), "reference": str(crops), "resize": SIDE}
+    return fixed if "images" in options else fixed | {"images": caption_count(captions)}
 
 
 def evaluate_model(request, device):

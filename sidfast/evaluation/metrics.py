@@ -14,7 +14,7 @@ from sidfast.errors import UserError
 METRICS = ("fid", "kid", "clip", "precision", "recall", "diversity", "accuracy")
 OF_FEATURES = {"fid", "kid", "precision", "recall"}
 _OF_SAMPLES = {"kid", "precision", "recall"}             # of single images of the reference, not of its statistics
-_KID = {"subsets": 100, "subset_size": 1000}
+_KID_SUBSETS = 100
 _NEIGHBOURS = 3
 
 
@@ -115,9 +115,14 @@ def kid(rows, reference):
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     ours, real = (r.all("features").cpu() for r in (rows, reference.rows))
-    size = min(_KID["subset_size"], len(ours), len(real))
-    both = kid_features_to_metric(ours, real, kid_subsets=_KID["subsets"], kid_subset_size=size, verbose=False)
+    both = kid_features_to_metric(ours, real, kid_subsets=_KID_SUBSETS, verbose=False,
+                                  kid_subset_size=kid_subset_size(len(ours), len(real)))
     return {"kid": both[KEY_METRIC_KID_MEAN], "kid_std": both[KEY_METRIC_KID_STD]}
+
+
+def kid_subset_size(images, reference_images):
+    """1000 as usual, but at most half of the images, so that subsets differ."""
+    return min(1000, images // 2, reference_images // 2)
 
 
 def precision_recall(rows, reference):
@@ -144,8 +149,8 @@ def settings(metrics, images, reference_images):
     """The constants behind the numbers, for the result."""
     known = {}
     if "kid" in metrics:
-        known["kid"] = {"kernel": "polynomial, degree 3", "subsets": _KID["subsets"],
-                        "subset_size": min(_KID["subset_size"], images, reference_images), "seed": 2020}
+        known["kid"] = {"kernel": "polynomial, degree 3", "subsets": _KID_SUBSETS,
+                        "subset_size": kid_subset_size(images, reference_images), "seed": 2020}
     if metrics & {"precision", "recall"}:
         known["precision_recall"] = {"neighbours": _NEIGHBOURS}
     return known
