@@ -74,6 +74,16 @@ def _parser():
     judge.add_argument("--cache", type=Path, metavar="DIR", help="of reference features (~/.cache/sidfast)")
     judge.add_argument("--out", type=Path, metavar="RESULT.json")
     judge.set_defaults(run=_evaluate)
+
+    several = commands.add_parser("compare", help="a table and an FID-CLIP plot of results of `evaluate`")
+    several.add_argument("results", nargs="+", metavar="RESULT.json")
+    several.add_argument("--paper", action="store_true", help="add the published points of SiD-LSG, hollow")
+    several.add_argument("--out", required=True, metavar="DIR", help="gets table.md, table.csv, and plots")
+    several.set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="write RUN/report.html, one page about a training run")
+    report.add_argument("--run", required=True, dest="folder", metavar="RUN", help="run directory")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -127,6 +137,18 @@ def _evaluate(args):
         if name not in options:
             raise UserError(f"--{name} is needed")
     evaluate_model(Request(**options), _device())
+
+
+def _compare(args):
+    from sidfast.evaluation.compare import compare
+
+    compare(args.results, args.out, args.paper)
+
+
+def _report(args):
+    from sidfast.evaluation.report import write_report
+
+    print(write_report(args.folder))
 
 
 if __name__ == "__main__":
