@@ -82,7 +82,9 @@ def load_pipeline(model, device, dtype=torch.float32):
     Returns (pipe, one_step). Raises UserError for a folder that holds none.
     """
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()                       # of the parts that are read; a second's work
     folder = find_pipeline(model)
     if _is_one_step(folder):                             # its code is ours: nothing of the folder's is run
         parts = load_teacher(str(folder))

@@ -7,6 +7,8 @@ import torch
 from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
 from sidfast.evaluation.judge import load_shapes_judge
+from sidfast.evaluation.report import write_report
+from sidfast.publishing.card import write_card
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
 
@@ -52,6 +54,11 @@ class Preview:
     def export(self, unet, folder):
         """Write the one-step pipeline of a UNet."""
         write_export(self._pipeline(unet), folder)
+
+    def finish(self):
+        """The model card of the export, and the report, once everything else is there."""
+        write_card(self.run.out)
+        write_report(self.run.out)
 
     def evaluate(self, name, unet, step, again=False):
         """Measure a one-step generator on held-out captions and keep the result under `name`; None if not wanted."""
