@@ -7,6 +7,7 @@ setup(
     python_requires=">=3.10",
     packages=["sidfast", "sidfast.kernels", *(f"sidfast.{name}" for name in (
         "data", "evaluation", "method", "networks", "publishing", "teacher", "training"))],
+    package_data={"sidfast.evaluation": ["templates/*.html"]},
     package_dir={"sidfast": "sidfast", "sidfast.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
@@ -23,9 +24,11 @@ setup(
         "tensorboard>=2.21",
         "pillow>=12",
         "numpy>=2.2",
+        "jinja2>=3.1.6",
+        "matplotlib>=3.10",
         "tqdm>=4.67",
         "pytest-benchmark>=5.2",
     ],
-    extras_require={"test": ["pytest>=9", "ruff>=0.17", "scipy>=1.15", "hypothesis>=6.170"]},
+    extras_require={"test": ["pytest>=9", "ruff>=0.17", "scipy>=1.15", "hypothesis>=6.170", "playwright>=1.65"]},
     entry_points={"console_scripts": ["sidfast = sidfast.cli:main"]},
 )

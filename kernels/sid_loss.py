@@ -173,7 +173,8 @@ def sid_loss(x_g, x_t, o_real, o_fake, A, B, kappa2, kappa3, kappa4, alpha):
     for name, output in (("o_real", o_real), ("o_fake", o_fake)):
         if output.shape[0] not in (N, 2 * N):
             raise ValueError(f"sid_loss: {name} has {output.shape[0]} rows, neither {N} nor {2 * N}")
-    args = (x_g, x_t, o_real, o_fake, A.contiguous(), B.contiguous(), float(kappa2), float(kappa3), float(kappa4), float(alpha))
+    scales = (float(v) for v in (kappa2, kappa3, kappa4, alpha))
+    args = (x_g, x_t, o_real, o_fake, A.contiguous(), B.contiguous(), *scales)
     if not triton_runs_on(x_g):
         return sid_loss_reference(*args)
     return _sid_loss(*args)[:2]

@@ -1,7 +1,9 @@
 """`sidfast`: the commands around a training run. Training itself: `deepspeed sidfast/train.py --config FILE`."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from sidfast.errors import UserError
 from sidfast.quiet import quieten
@@ -14,7 +16,8 @@ def main(argv=None):
     try:
         args.run(args)
     except UserError as error:
-        print(f"sidfast: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:          # several processes have one voice
+            print(f"sidfast: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -46,22 +49,51 @@ def _parser():
     sample.add_argument("--out", required=True, metavar="FILE.png", help="a row per seed, a column per prompt")
     sample.set_defaults(run=_sample)
 
-    judge = commands.add_parser("evaluate", help="measure a generator of the shapes world on held-out captions")
-    judge.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
-    judge.add_argument("--images", type=int, default=10000, metavar="N", help="one per held-out caption (10000)")
+    judge = commands.add_parser("evaluate", help="measure a generator (docs/evaluation.md)")
+    judge.add_argument("--model", metavar="M",
+                       help="run directory, export, diffusers folder or hub id, or a folder of images")
+    judge.add_argument("--prompts", default=None, metavar="FILE", help="one prompt a line, or shapes:held_out")
+    judge.add_argument("--reference", metavar="DIR|STATS",
+                       help="real images, or an .npz with mu and sigma; the shapes world is drawn")
+    judge.add_argument("--coco", metavar="DIR", help="COCO-2014 val: prompts and reference of the COCO-30k protocol")
+    judge.add_argument("--images", type=int, metavar="N", help="all prompts; 10000 of shapes:held_out")
+    judge.add_argument("--seeds-per-prompt", type=int, default=1, metavar="K", help="images of each prompt (1)")
+    judge.add_argument("--seed-offset", type=int, default=0, metavar="S", help="image i has seed S + i (0)")
+    judge.add_argument("--metrics", metavar="LIST",
+                       help="of fid,kid,clip,precision,recall,diversity,accuracy (fid,clip; of shapes accuracy too)")
+    judge.add_argument("--features", metavar="NETWORK", help="inception:FILE or clip:FOLDER")
+    judge.add_argument("--clip", metavar="FOLDER", help="of a transformers CLIP, for clip and diversity")
     judge.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
     judge.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
-    judge.add_argument("--batch-size", type=int, default=250, metavar="N")
-    judge.add_argument("--assets", default="assets", metavar="DIR", help="folder with the clip and checker (assets)")
-    judge.add_argument("--out", required=True, metavar="RESULT.json")
+    judge.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the model (fp32)")
+    judge.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once (16)")
+    judge.add_argument("--resize", type=int, metavar="SIDE", help="bring the images to SIDE x SIDE pixels first")
+    judge.add_argument("--filter", default="bicubic", choices=("bicubic", "bilinear"), help="of --resize (bicubic)")
+    judge.add_argument("--assets", default="assets", metavar="DIR",
+                       help="folder with the clip and checker of the shapes world (assets)")
+    judge.add_argument("--cache", type=Path, metavar="DIR", help="of reference features (~/.cache/sidfast)")
+    judge.add_argument("--out", type=Path, metavar="RESULT.json")
     judge.set_defaults(run=_evaluate)
+
+    several = commands.add_parser("compare", help="a table and an FID-CLIP plot of results of `evaluate`")
+    several.add_argument("results", nargs="+", metavar="RESULT.json")
+    several.add_argument("--paper", action="store_true", help="add the published points of SiD-LSG, hollow")
+    several.add_argument("--out", required=True, metavar="DIR", help="gets table.md, table.csv, and plots")
+    several.set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="write RUN/report.html, one page about a training run")
+    report.add_argument("--run", required=True, dest="folder", metavar="RUN", help="run directory")
+    report.set_defaults(run=_report)
     return parser
 
 
 def _device():
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _random_teacher(args):
@@ -94,10 +126,29 @@ def _teacher(args):
 
 
 def _evaluate(args):
-    from sidfast.evaluation.evaluate import evaluate_model
+    from sidfast.evaluation.command import Request, coco_options, evaluate_model
 
-    evaluate_model(args.model, args.images, args.steps, args.guidance, args.batch_size, args.assets, args.out,
-                   _device())
+    options = {name: value for name, value in vars(args).items() if name != "run" and value is not None}
+    if args.coco:
+        options |= coco_options(options.pop("coco"), options)
+    if args.coco and args.model is None:
+        return                                           # only prepared
+    for name in ("model", "out"):
+        if name not in options:
+            raise UserError(f"--{name} is needed")
+    evaluate_model(Request(**options), _device())
+
+
+def _compare(args):
+    from sidfast.evaluation.compare import compare
+
+    compare(args.results, args.out, args.paper)
+
+
+def _report(args):
+    from sidfast.evaluation.report import write_report
+
+    print(write_report(args.folder))
 
 
 if __name__ == "__main__":

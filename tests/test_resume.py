@@ -123,7 +123,7 @@ def test_damaged_checkpoints_are_never_taken(whole, tmp_path, damage):
 
 def test_no_pickle_anywhere(whole):
     kinds = {p.suffix for p in whole.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    assert kinds <= {".json", ".jsonl", ".safetensors", ".png", ".py", ".txt", ""}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".png", ".py", ".txt", ".html", ".md", ""}
 
 
 def test_average_equals_its_definition(config, tmp_path):
@@ -150,6 +150,8 @@ def test_run_directory_is_complete(whole):
     assert described["config"]["train"]["steps"] == STEPS
     assert described["versions"]["torch"] and described["hardware"]["cpus"] and described["command"]
     assert {p.name for p in (whole / "samples").iterdir()} == {f"step-{n:08d}.png" for n in (0, 12, 24)}
+    assert "after 24 updates" in (whole / "report.html").read_text()
+    assert "text-to-image" in (whole / "export" / "README.md").read_text()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(whole / "tensorboard"))

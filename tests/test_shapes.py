@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 from sidfast.data import shapes
 from sidfast.errors import UserError
 from sidfast.evaluation.attributes import correct, load_checker
-from sidfast.evaluation.metrics import load_shapes_metrics, tokenize
+from sidfast.evaluation.evaluate import evaluate
+from sidfast.evaluation.features import tokenize
+from sidfast.evaluation.judge import load_shapes_judge
 from sidfast.teacher.tokenizer import MAX_TOKENS, build_tokenizer, words
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -384,10 +386,10 @@ def blurred(images, times=2):
 
 
 def measured(images, captions):
-    metrics = load_shapes_metrics(ASSETS, "cpu")
-    for part in (slice(0, 100), slice(100, FEW)):
-        metrics.update((images[part] + 1) / 2, captions[part])
-    return metrics.compute()
+    def stored(_, seeds):
+        return (images[seeds.start:seeds.stop] + 1) / 2
+
+    return evaluate(stored, captions[:FEW], load_shapes_judge(ASSETS, "cpu"), 100)
 
 
 def shuffled(captions):

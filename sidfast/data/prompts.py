@@ -97,3 +97,21 @@ def open_prompts(source, seed=0):
     """A source of prompts by name: `shapes:SPLIT`, or the path of a text file. Index it with any n >= 0."""
     kind, _, split = source.partition(":")
     return ShapesPrompts(split, seed) if kind == "shapes" else PromptFile(source, seed)
+
+
+def read_prompts(path):
+    """All prompts of a text file in its order, one a line, empty lines left out.
+
+    Raises UserError for a file that is missing, not UTF-8, or without a prompt.
+    """
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--prompts {path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts {path}: not UTF-8") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it")
+    return prompts

@@ -1,89 +1,156 @@
-"""Measures of images of the shapes world: attribute accuracy, and CLIP score and FID in the small CLIP's features.
+"""Numbers out of what was measured on each image: FID, KID, precision and recall, CLIP score, diversity, accuracy.
 
-The FID here lives in the features of the embedded CLIP, which is why every output calls it `fid_small_clip`: it is
-no Inception FID, and the two cannot be compared.
+The definitions are those of torchmetrics (FID) and torch-fidelity (KID, precision, recall), given features in place of
+images. Their names end in the feature network's suffix: `fid_small_clip` is no Inception FID and compares with none.
 """
 
-from pathlib import Path
+import difflib
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from sidfast.data import shapes
 from sidfast.errors import UserError
-from sidfast.evaluation.attributes import correct, load_checker
+
+METRICS = ("fid", "kid", "clip", "precision", "recall", "diversity", "accuracy")
+OF_FEATURES = {"fid", "kid", "precision", "recall"}
+_OF_SAMPLES = {"kid", "precision", "recall"}             # of single images of the reference, not of its statistics
+_KID_SUBSETS = 100
+_NEIGHBOURS = 3
 
 
-class ClipFeatures(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] -> features [N, D], for FID: the unit-length image embeddings of a CLIP, times
-    sqrt(1000), so that the distance comes out in thousandths of the embedding's own."""
-
-    def __init__(self, clip):
-        super().__init__()
-        self.clip = clip
-        self.num_features = clip.config.projection_dim
-
-    def embed(self, images):
-        """Unit-length embeddings [N, D]."""
-        return F.normalize(self.clip.get_image_features(pixel_values=images * 2 - 1).pooler_output.float(), dim=-1)
-
-    def forward(self, images):
-        return self.embed(images) * 1000**0.5
+def parse_metrics(text):
+    """A set of METRICS from a list with commas. Raises UserError for an unknown one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, 1, 0.3)
+            meant = f"; is {near[0]} meant?" if near else ""
+            raise UserError(f"--metrics: unknown metric {name}{meant} (there are {', '.join(METRICS)})")
+    if not names:
+        raise UserError(f"--metrics: none given (there are {', '.join(METRICS)})")
+    return set(names)
 
 
-class ShapesMetrics:
-    """Accumulates generated images of held-out captions and compares them with the true world.
+def check_count(metrics, images, dimension, whose):
+    """Raise UserError if a metric is undefined for so few images. `whose`: how the message calls them."""
+    if "fid" in metrics and images <= dimension:
+        raise UserError(f"{whose}: {images} are too few images for the covariance of {dimension} features; FID needs "
+                        f"{dimension + 1} at least, KID needs fewer")
+    if metrics & _OF_SAMPLES and images <= _NEIGHBOURS:
+        raise UserError(f"{whose}: {images} images are too few; KID, precision and recall need {_NEIGHBOURS + 1}")
 
-    The real images are drawn anew from the same captions with a seed of their own, so the captions agree and the
-    positions do not.
+
+def check_reference(metrics, reference, folder):
+    """Raise UserError if a metric needs single images of the reference and there are only its statistics."""
+    missing = sorted(metrics & _OF_SAMPLES)
+    if missing and folder is None:
+        raise UserError(f"--reference {reference.source}: has mean and covariance only; {', '.join(missing)} "
+                        "need the images")
+
+
+def compute(rows, metrics, reference=None, suffix="", clip_suffix="", per_prompt=1):
+    """The metrics as plain numbers, {name: value}.
+
+    `rows`: of the images; `reference`: a Reference, for the metrics in features; `per_prompt`: images of a prompt.
     """
-
-    def __init__(self, clip, checker, tokenizer, device):
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        self.device, self.tokenizer, self.checker = device, tokenizer, checker
-        self.features = ClipFeatures(clip)
-        self.fid = FrechetInceptionDistance(feature=self.features, normalize=True).to(device)
-        self.drawing = torch.Generator(device).manual_seed(20_000_003)
-        self.hits, self.cosines = [], []
-
-    @torch.no_grad()
-    def update(self, images, captions):
-        """Add images [N, 3, 64, 64] in [0, 1] that were made from N captions of the shapes world."""
-        images = images.to(self.device, torch.float32).clamp(0, 1)
-        scenes = shapes.parse_captions(captions).to(self.device)
-        self.hits.append(correct(self.checker(images * 2 - 1), scenes))
-        self.cosines.append((self.features.embed(images) * self._embed_text(captions)).sum(1))
-        self.fid.update(images, real=False)
-        self.fid.update((shapes.draw(scenes, self.drawing) + 1) / 2, real=True)
-
-    def compute(self):
-        """{"images", "accuracy", "accuracy_<attribute>"..., "clip_score", "fid_small_clip"} as plain numbers."""
-        hits = {k: torch.cat([h[k] for h in self.hits]).double().mean().item() for k in self.hits[0]}
-        cosines = torch.cat(self.cosines)
-        result = {"images": len(cosines), "accuracy": hits.pop("all")}
-        result |= {f"accuracy_{k}": v for k, v in hits.items()}
-        return result | {"clip_score": cosines.double().mean().item(), "fid_small_clip": self.fid.compute().item()}
-
-    def _embed_text(self, captions):
-        ids = tokenize(self.tokenizer, captions).to(self.device)
-        return F.normalize(self.features.clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
+    result = {}
+    if "accuracy" in metrics:
+        result |= accuracy(rows)
+    if "clip" in metrics:
+        result["clip_score"] = rows.all("clip_cosine").double().mean().item()
+    if "fid" in metrics:
+        result[f"fid{suffix}"] = fid(rows, reference)
+    if "kid" in metrics:
+        result |= {name + suffix: value for name, value in kid(rows, reference).items()}
+    if metrics & {"precision", "recall"}:
+        both = precision_recall(rows, reference)
+        result |= {name + suffix: both[name] for name in ("precision", "recall") if name in metrics}
+    if "diversity" in metrics:
+        result[f"diversity{clip_suffix}"] = diversity(rows.all("clip_embedding"), per_prompt)
+    return result
 
 
-def tokenize(tokenizer, texts):
-    """Token ids [N, L], padded and cut to the tokenizer's length."""
-    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
+def accuracy(rows):
+    """Share of images that show everything in their caption ("accuracy"), and each attribute of it."""
+    names = ("all", "count", "layout", "background", "size", "color", "shape")
+    shares = {name: rows.all(f"right_{name}").double().mean().item() for name in names}
+    return {"accuracy": shares.pop("all")} | {f"accuracy_{name}": value for name, value in shares.items()}
 
 
-def load_shapes_metrics(assets, device):
-    """ShapesMetrics with the CLIP and the checker of an assets folder (as `sidfast teacher` writes it)."""
-    from transformers import CLIPModel, CLIPTokenizer
+class _Stored(nn.Module):
+    """Stands in for torchmetrics' feature network where the features are already there."""
 
-    assets = Path(assets)
-    if not (assets / "clip" / "config.json").is_file():
-        raise UserError(f"no CLIP in {assets / 'clip'}; `sidfast teacher --out {assets}` trains one")
-    clip = CLIPModel.from_pretrained(assets / "clip", dtype=torch.float32).to(device).eval().requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(assets / "clip")
-    return ShapesMetrics(clip, load_checker(assets / "checker", device), tokenizer, device)
+    def __init__(self, dimension):
+        super().__init__()
+        self.num_features = dimension
+
+    def forward(self, features):
+        return features
+
+
+def fid(rows, reference):
+    """Frechet distance of the features to the reference's (arXiv 1706.08500), in fp64, one block at a time."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = None
+    for features in rows.blocks("features"):
+        metric = metric or FrechetInceptionDistance(_Stored(features.shape[1]), sync_on_compute=False)
+        metric.to(features.device)                       # (no sync: these are the blocks of all processes already)
+        metric.update(features, real=False)
+    if reference.rows is None:                           # the sums that any two images of these statistics have
+        mu, sigma = (v.to(metric.fake_features_sum) for v in reference.statistics)
+        metric.real_features_sum, metric.real_features_num_samples = 2 * mu, torch.tensor(2).to(mu.device)
+        metric.real_features_cov_sum = sigma + 2 * torch.outer(mu, mu)
+    else:
+        for features in reference.rows.blocks("features"):
+            metric.update(features.to(metric.fake_features_sum.device), real=True)
+    return metric.compute().item()
+
+
+def kid(rows, reference):
+    """Kernel distance (arXiv 1801.01401): mean and deviation over random subsets, drawn with a fixed seed.
+
+    All features are in memory at once, [images, D] in fp32.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    ours, real = (r.all("features").cpu() for r in (rows, reference.rows))
+    both = kid_features_to_metric(ours, real, kid_subsets=_KID_SUBSETS, verbose=False,
+                                  kid_subset_size=kid_subset_size(len(ours), len(real)))
+    return {"kid": both[KEY_METRIC_KID_MEAN], "kid_std": both[KEY_METRIC_KID_STD]}
+
+
+def kid_subset_size(images, reference_images):
+    """1000 as usual, but at most half of the images, so that subsets differ."""
+    return min(1000, images // 2, reference_images // 2)
+
+
+def precision_recall(rows, reference):
+    """Improved precision and recall (arXiv 1904.06991), radius: the third neighbour.
+
+    All features are in memory at once, and distances of a thousand images to all others.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    ours, real = (r.all("features").cpu() for r in (rows, reference.rows))
+    return prc_features_to_metric(ours, real, prc_neighborhood=_NEIGHBOURS, prc_batch_size=1000, save_cpu_ram=True,
+                                  verbose=False)
+
+
+def diversity(embeddings, per_prompt):
+    """Mean cosine distance between two images of one prompt: unit vectors [prompts * per_prompt, E] in that order."""
+    groups = embeddings.double().unflatten(0, (-1, per_prompt))
+    pairs = per_prompt * (per_prompt - 1)
+    cosine = (groups.sum(1).square().sum(-1) - groups.square().sum((1, 2))) / pairs
+    return (1 - cosine).mean().item()
+
+
+def settings(metrics, images, reference_images):
+    """The constants behind the numbers, for the result."""
+    known = {}
+    if "kid" in metrics:
+        known["kid"] = {"kernel": "polynomial, degree 3", "subsets": _KID_SUBSETS,
+                        "subset_size": kid_subset_size(images, reference_images), "seed": 2020}
+    if metrics & {"precision", "recall"}:
+        known["precision_recall"] = {"neighbours": _NEIGHBOURS}
+    return known

@@ -61,13 +61,11 @@ def save_module(module, folder, dtype=torch.float16):
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_pipeline(model, device, dtype=torch.float32):
-    """A pipeline from a run directory, an export, or any other diffusers folder or hub id, ready on `device`.
+def find_pipeline(model):
+    """The folder of a diffusers pipeline, given as a run directory or as itself; a hub id is returned as it is.
 
-    Returns (pipe, one_step). Raises UserError for a folder that holds none.
+    Raises UserError for a folder that holds none.
     """
-    from diffusers import DiffusionPipeline
-
     folder = Path(model)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         folder = folder / "export"
@@ -75,6 +73,19 @@ def load_pipeline(model, device, dtype=torch.float32):
             raise UserError(f"{model}: the run has no export yet; one is written with every checkpoint")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{model}: neither a run directory nor a diffusers pipeline (model_index.json is missing)")
+    return folder
+
+
+def load_pipeline(model, device, dtype=torch.float32):
+    """A pipeline from a run directory, an export, or any other diffusers folder or hub id, ready on `device`.
+
+    Returns (pipe, one_step). Raises UserError for a folder that holds none.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()                       # of the parts that are read; a second's work
+    folder = find_pipeline(model)
     if _is_one_step(folder):                             # its code is ours: nothing of the folder's is run
         parts = load_teacher(str(folder))
         t_init = json.loads((folder / "model_index.json").read_text())["t_init"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
@@ -14,7 +15,7 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
 
     Raises UserError for bad arguments, before anything is computed.
     """
-    prompts = [prompt] if prompt is not None else _read_prompts(prompts_file)
+    prompts = [prompt] if prompt is not None else read_prompts(prompts_file)
     if n < 1:
         raise UserError(f"-n must be at least 1, not {n}")
     out = Path(out)
@@ -35,17 +36,3 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
     partial = out.with_name(f".{out.name}.partial")
     image_grid(rows, prompts).save(partial, format="PNG")
     partial.replace(out)
-
-
-def _read_prompts(path):
-    path = Path(path)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"--prompts {path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {path}: not UTF-8") from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it")
-    return prompts

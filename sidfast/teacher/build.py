@@ -13,7 +13,8 @@ from transformers import CLIPImageProcessor
 from sidfast.data import shapes
 from sidfast.evaluation.attributes import correct, save_checker
 from sidfast.evaluation.evaluate import evaluate, pipeline_generator
-from sidfast.evaluation.metrics import ShapesMetrics
+from sidfast.evaluation.features import ClipFeatures
+from sidfast.evaluation.judge import Judge
 from sidfast.publishing.export import save_module
 from sidfast.teacher import networks, train
 from sidfast.teacher.card import model_card
@@ -68,7 +69,9 @@ def _judge(pipe, clip, checker, tokenizer, images, device):
     generators = {"real": draw}
     for g in GUIDANCE:
         generators[f"guidance {g}"] = pipeline_generator(pipe, num_inference_steps=50, guidance_scale=g)
-    return {name: evaluate(generate, captions, ShapesMetrics(clip, checker, tokenizer, device), 1000, name)
+    features = ClipFeatures(clip, tokenizer)
+    judge = Judge(features, features, checker, device=device)
+    return {name: evaluate(generate, captions, judge, 1000, name)
             for name, generate in generators.items()}
 
 

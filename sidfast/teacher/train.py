@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sidfast.data import shapes
 from sidfast.evaluation.attributes import AttributeChecker, checker_loss
-from sidfast.evaluation.metrics import tokenize
+from sidfast.evaluation.features import tokenize
 from sidfast.networks.graphs import GraphedStep
 from sidfast.teacher import networks
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from sidfast.evaluation.metrics import tokenize
+from sidfast.evaluation.features import tokenize
 from sidfast.method.distill import Batch
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns

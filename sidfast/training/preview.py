@@ -6,8 +6,10 @@ import torch
 
 from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
-from sidfast.evaluation.metrics import load_shapes_metrics
+from sidfast.evaluation.judge import load_shapes_judge
+from sidfast.evaluation.report import write_report
 from sidfast.networks.fused import unfuse
+from sidfast.publishing.card import write_card
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
 
@@ -54,6 +56,11 @@ class Preview:
         """Write the one-step pipeline of a UNet."""
         write_export(self._pipeline(unet), folder)
 
+    def finish(self):
+        """The model card of the export, and the report, once everything else is there."""
+        write_card(self.run.out)
+        write_report(self.run.out)
+
     def evaluate(self, name, unet, step, again=False):
         """Measure a one-step generator on held-out captions and keep the result under `name`; None if not wanted."""
         return self._evaluate(name, self._pipeline(unet), step, again)
@@ -65,8 +72,8 @@ class Preview:
         known = self.run.evaluation(name)
         if known and known["images"] == section.images and not again:
             return known
-        metrics = load_shapes_metrics(section.assets, pipe.device)
-        result = evaluate(pipeline_generator(pipe, **options), held_out_captions(section.images), metrics,
+        judge = load_shapes_judge(section.assets, pipe.device)
+        result = evaluate(pipeline_generator(pipe, **options), held_out_captions(section.images), judge,
                           section.batch_size, f"evaluate {name}")
         self.run.evaluation(name, result)
         if step is not None:

@@ -91,6 +91,7 @@ def train(config, out, checkpoint, teacher, device):
     if rank == 0:
         result = preview.evaluate("end", student, progress.step, again=True)
         run.close()
+        preview.finish()
     comm.barrier()
     return result
 

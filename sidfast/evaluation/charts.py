@@ -1,0 +1,53 @@
+"""Line charts as SVG that takes its colours from the page around it."""
+
+import math
+from html import escape
+
+_WIDTH, _HEIGHT = 460, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
+
+
+def line_chart(series, x_label):
+    """SVG of {name: [(x, y), ...]}: one line each, classes `line-0`, `line-1`, ...; points that are not finite are
+    left out. None if nothing is left to draw."""
+    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    series = {name: points for name, points in series.items() if points}
+    if not series:
+        return None
+    xs, ys = (_ticks(*_span(p[i] for points in series.values() for p in points)) for i in (0, 1))
+
+    def place(x, y):
+        right, top = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+        return (_LEFT + (x - xs[0]) / (xs[-1] - xs[0]) * (right - _LEFT),
+                top - (y - ys[0]) / (ys[-1] - ys[0]) * (top - _TOP))
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(", ".join(series))}">']
+    for y in ys:
+        h = place(xs[0], y)[1]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{h:.1f}" y2="{h:.1f}"/>'
+                     f'<text x="{_LEFT - 6}" y="{h + 4:.1f}" text-anchor="end">{y:g}</text>')
+    parts += [f'<text x="{place(x, ys[0])[0]:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:g}</text>'
+              for x in xs]
+    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 1}" text-anchor="end">{escape(x_label)}</text>')
+    for k, points in enumerate(series.values()):
+        spots = [place(*point) for point in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        parts.append(f'<polyline class="line-{k}" points="{path}"/>')
+        if len(spots) <= 30:
+            parts += [f'<circle class="line-{k}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in spots]
+    return "".join([*parts, "</svg>"])
+
+
+def _span(values):
+    values = list(values)
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - abs(low or 1) / 2, high + abs(high or 1) / 2)
+
+
+def _ticks(low, high):
+    """About five round numbers from at most `low` to at least `high`."""
+    raw = (high - low) / 4
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]

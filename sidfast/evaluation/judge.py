@@ -1,0 +1,64 @@
+"""What is measured on each image by itself."""
+
+from pathlib import Path
+
+import torch
+
+from sidfast.data import shapes
+from sidfast.errors import UserError
+from sidfast.evaluation.attributes import correct, load_checker
+from sidfast.evaluation.features import load_clip
+
+
+class Judge:
+    """Looks at images [N, 3, H, W] in [0, 1] through whichever networks the metrics need.
+
+    `features`: a feature network (FID, KID, precision, recall); `clip`: ClipFeatures (CLIP score, diversity);
+    `checker`: the AttributeChecker of the shapes world (accuracy). None leaves a measure out; `embeddings` keeps the
+    CLIP's image embeddings, which diversity needs.
+    """
+
+    def __init__(self, features=None, clip=None, checker=None, embeddings=False, device="cpu"):
+        self.features, self.clip, self.checker = features, clip, checker
+        self.embeddings, self.device = embeddings, device
+
+    @torch.no_grad()
+    def rows(self, images, prompts, first=0):
+        """{name: [N, ...]} of N images made from N prompts; `first` is the number of the first one, for messages.
+
+        "features" [N, D], "clip_cosine" [N], "clip_embedding" [N, E], "right_<attribute>" [N] bool. Raises UserError
+        for an image that has non-finite pixels.
+        """
+        images = self._take(images, first)
+        embedding = self.clip.embed(images) if self.clip else None
+        rows = {}
+        if self.features:
+            shared = self.features is self.clip
+            rows["features"] = self.features.scale(embedding) if shared else self.features(images)
+        if self.clip:
+            rows["clip_cosine"] = (embedding * self.clip.embed_text(prompts)).sum(1)
+        if self.embeddings:
+            rows["clip_embedding"] = embedding
+        if self.checker:
+            hits = correct(self.checker(images * 2 - 1), shapes.parse_captions(prompts).to(self.device))
+            rows |= {f"right_{name}": hit for name, hit in hits.items()}
+        return rows
+
+    @torch.no_grad()
+    def reference_rows(self, images, _, first=0):
+        """{"features": [N, D]} of images of the reference."""
+        return {"features": self.features(self._take(images, first))}
+
+    def _take(self, images, first):
+        images = images.to(self.device, torch.float32)
+        finite = images.isfinite().all(dim=(1, 2, 3)) if images.ndim == 4 else images.isfinite()
+        if not finite.all():
+            raise UserError(f"image {first + int((~finite).nonzero()[0])} has non-finite pixels; the model is broken, "
+                            "or its type too narrow (--dtype fp32)")
+        return images.clamp(0, 1)
+
+
+def load_shapes_judge(assets, device):
+    """A Judge of the shapes world: the small CLIP and the checker of an assets folder (see `sidfast teacher`)."""
+    clip = load_clip(Path(assets) / "clip", device)
+    return Judge(clip, clip, load_checker(Path(assets) / "checker", device), device=device)

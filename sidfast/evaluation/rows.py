@@ -1,0 +1,100 @@
+"""What was measured on each image, block by block: {name: tensor [images of the block, ...]}.
+
+Blocks are kept in memory, or in a folder from which an interrupted evaluation goes on and to which any number of
+processes write. All sums are taken over the blocks in their order, so the numbers do not depend on who made them when.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from sidfast.evaluation.processes import Group
+
+
+class MemoryRows:
+    """Blocks in memory."""
+
+    def __init__(self):
+        self._blocks = {}
+
+    def __contains__(self, start):
+        return start in self._blocks
+
+    def put(self, start, rows):
+        """Keep the block whose first image is number `start`."""
+        self._blocks[start] = rows
+
+    def blocks(self, name):
+        """One tensor of each block, in order."""
+        return (self._blocks[start][name] for start in sorted(self._blocks))
+
+    def all(self, name):
+        """One tensor of all images."""
+        return torch.cat(list(self.blocks(name)))
+
+
+class FolderRows(MemoryRows):
+    """Blocks in a folder, each complete or absent, in safetensors; `key` (JSON) says what they belong to."""
+
+    def __init__(self, folder, key):
+        self.folder, self.key = Path(folder), json.loads(json.dumps(key))
+
+    def open(self):
+        """Make the folder ready; for one process. Returns False if it held blocks of something else, now gone."""
+        path, same = self.folder / "key.json", True
+        if self.folder.exists():
+            try:
+                same = json.loads(path.read_text()) == self.key
+            except (OSError, ValueError):
+                same = False
+            if not same:
+                shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".key.{os.getpid()}")
+        partial.write_text(json.dumps(self.key, indent=1))
+        partial.replace(path)
+        return same
+
+    def __contains__(self, start):
+        return self._path(start).is_file()
+
+    def put(self, start, rows):
+        partial = self.folder / f".block-{start:08d}.{os.getpid()}"
+        save_file({name: value.cpu().contiguous() for name, value in rows.items()}, partial)
+        partial.replace(self._path(start))
+
+    def blocks(self, name):
+        for path in sorted(self.folder.glob("block-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                yield file.get_tensor(name)
+
+    def remove(self):
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, start):
+        return self.folder / f"block-{start:08d}.safetensors"
+
+
+def collect(make, prompts, measure, rows, batch_size, description, group=None):
+    """Put into `rows` what they lack of `measure(images, prompts, first)`, a block of `batch_size` images at a time.
+
+    `make(start, stop)` gives the images number `start` to `stop`, one for each prompt. A collective call of `group`,
+    whose processes take the blocks in turn.
+    """
+    group = group or Group()
+
+    def share():
+        starts = range(0, len(prompts), batch_size)[group.rank::group.processes]
+        for start in tqdm(starts, desc=description, mininterval=2, disable=group.rank > 0, unit="batch"):
+            if start not in rows:
+                part = prompts[start:start + batch_size]
+                rows.put(start, measure(make(start, start + len(part)), part, start))
+
+    group.together(share)

@@ -1,0 +1,74 @@
+"""The model card of an export: what it is, how it was made, how good it is, and whose licence it is under."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+_MEASURES = (("accuracy", "every attribute right"), ("clip_score", "CLIP score (small CLIP)"),
+             ("fid_small_clip", "FID (small CLIP)"))
+
+
+def write_card(run):
+    """Write README.md, and the last sample grid as grid.png, into the export of a run directory that has one."""
+    run = Path(run)
+    export = run / "export"
+    if not export.is_dir():
+        return
+    grids = sorted((run / "samples").glob("step-*.png"))
+    if grids:
+        shutil.copy(grids[-1], export / "grid.png")
+    path = run / "evaluation.json"
+    numbers = json.loads(path.read_text()) if path.is_file() else {}
+    described = json.loads((run / "config.json").read_text())
+    text = _card(described["config"], described.get("versions", {}), numbers, bool(grids))
+    partial = export / ".README.md.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(export / "README.md")
+
+
+def _card(config, versions, numbers, grid):
+    g, teacher = config["guidance"], config["model"]["teacher"]
+    head, terms = _licence(teacher)
+    kappas = ", ".join(f"{g[f'kappa{k}']:g}" for k in range(1, 5))
+    settings = {"teacher": f"`{teacher}`", "guidance kappa1 to kappa4": kappas, "alpha": config["loss"]["alpha"],
+                "noise levels": f"{config['noise']['density']}, t {config['noise']['t_min']} to "
+                                f"{config['noise']['t_max']}", "t_init": config["noise"]["t_init"],
+                "batch": config["train"]["batch_size"], "prompts": f"`{config['data']['prompts']}`"}
+    settings |= {name: versions[name] for name in ("torch", "diffusers") if versions.get(name)}
+    parts = [f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{head}---",
+             "# A one-step text-to-image generator",
+             "Distilled from a Stable Diffusion teacher, without images, by Score identity Distillation with Long and "
+             "Short\nGuidance ([arXiv 2406.01561](https://arxiv.org/abs/2406.01561)) with sidfast.",
+             '    pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", trust_remote_code=True)\n'
+             '    image = pipe("a prompt").images[0]']
+    if grid:
+        parts.append("![samples: teacher, student at the start, student](grid.png)")
+    if numbers:
+        parts += ["## Numbers", _numbers(numbers)]
+    parts += ["## Settings", _table(("setting", "value"), settings.items()), "## Licence", terms]
+    return "\n\n".join(parts) + "\n"
+
+
+def _numbers(numbers):
+    rows = [(name, n["images"], *(f"{n[key]:.4g}" if key in n else "" for key, _ in _MEASURES))
+            for name, n in numbers.items()]
+    note = ("Held-out captions of the shapes world, one image each. FID and CLIP score are in the features of the "
+            "small CLIP of that\nworld: no Inception FID, no OpenAI CLIP score.")
+    return _table(("generator", "images", *(label for _, label in _MEASURES)), rows) + "\n\n" + note
+
+
+def _table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(value) for value in row) + " |" for row in rows])
+
+
+def _licence(teacher):
+    """(YAML line of the card's head, a sentence), from the `license` in the head of the teacher's own README.md."""
+    path = Path(teacher) / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:[ \t]*(\S+)[ \t]*$", head[1], re.MULTILINE) if head else None
+    if not found:
+        return "", "The teacher's folder states no licence; its terms, wherever stated, apply to this model too."
+    return f"license: {found[1]}\n", f"That of the teacher: `{found[1]}`, as its folder states."

@@ -1,0 +1,373 @@
+"""`sidfast evaluate` against torch-fidelity, torchmetrics and numpy on the same stored images and weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, environment
+from PIL import Image
+from scipy import linalg
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from sidfast import cli
+from sidfast.data import shapes
+from sidfast.evaluation import metrics
+from sidfast.evaluation.command import Request, evaluate_model
+from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
+from sidfast.evaluation.features import load_clip, load_features
+from sidfast.evaluation.images import ImageFolder, sized
+from sidfast.evaluation.judge import Judge, load_shapes_judge
+from sidfast.evaluation.metrics import diversity
+from sidfast.evaluation.reference import Reference, drawn_reference
+from sidfast.evaluation.rows import FolderRows, MemoryRows
+
+ASSETS = ROOT / "assets"
+CLIP = ASSETS / "clip"
+N = 300                                                  # more than the 128 features of the small CLIP
+
+
+def draw(n, seed, shift=0.0):
+    """True images of held-out captions as 8-bit arrays [n, 64, 64, 3]; `shift` brightens them."""
+    scenes = shapes.parse_captions(held_out_captions(n))
+    images = (shapes.draw(scenes, torch.Generator().manual_seed(seed)) + 1) / 2 + shift
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def write_images(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Two folders of images, `real` and `made` (drawn brighter), and the prompts."""
+    root = tmp_path_factory.mktemp("stored")
+    write_images(root / "real", draw(N, 1))
+    write_images(root / "made", draw(N, 2, 0.1))
+    (root / "prompts.txt").write_text("\n".join(held_out_captions(N)) + "\n")
+    return root
+
+
+def options(stored, **changes):
+    values = {"model": str(stored / "made"), "prompts": str(stored / "prompts.txt"), "features": f"clip:{CLIP}",
+              "reference": str(stored / "real"), "clip": str(CLIP), "cache": str(stored / "cache")}
+    return values | {name: str(value) for name, value in changes.items()}
+
+
+def arguments(values, out):
+    given = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return ["evaluate", *given, "--out", str(out)]
+
+
+def run(values, out):
+    """The metrics that the command writes."""
+    assert cli.main(arguments(values, out)) == 0
+    return json.loads(out.read_text())
+
+
+ALL = "fid,kid,clip,precision,recall"
+
+
+@pytest.fixture(scope="module")
+def result(stored):
+    return run(options(stored, metrics=ALL), stored / "result.json")
+
+
+class SmallClip(torch.nn.Module):
+    """The features of the small CLIP for torch-fidelity, from transformers' own processor."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
+        self.processor = CLIPImageProcessor.from_pretrained(CLIP)
+
+    def forward(self, images):
+        pixels = self.processor(images=list(images), return_tensors="pt").pixel_values
+        return F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1) * 1000**0.5
+
+
+@pytest.fixture(scope="module")
+def independent(stored):
+    """What torch-fidelity finds in the same two folders with the same weights."""
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Extractor(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.network = SmallClip()
+
+        def forward(self, images):
+            return (self.network(images),)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("clip",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "clip"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile():
+            return None
+
+    torch_fidelity.register_feature_extractor("small-clip", Extractor)
+    with torch.no_grad():
+        return torch_fidelity.calculate_metrics(
+            input1=str(stored / "made"), input2=str(stored / "real"), feature_extractor="small-clip", fid=True,
+            kid=True, prc=True, kid_subset_size=N // 2, cuda=False, cache=False, verbose=False, batch_size=50)
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    ("fid_small_clip", "frechet_inception_distance"), ("kid_small_clip", "kernel_inception_distance_mean"),
+    ("kid_std_small_clip", "kernel_inception_distance_std"), ("precision_small_clip", "precision"),
+    ("recall_small_clip", "recall")])
+def test_equals_torch_fidelity(result, independent, ours, theirs):
+    assert result["metrics"][ours] == pytest.approx(independent[theirs], rel=1e-3)
+
+
+def test_clip_score_equals_torchmetrics(stored, result):
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    model = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
+    get = {name: getattr(model, name) for name in ("get_image_features", "get_text_features")}
+    for name, method in get.items():                     # (torchmetrics 1.9 expects what transformers 4 returned)
+        setattr(model, name, lambda *args, method=method: method(*args).pooler_output)
+    processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(CLIP), CLIPTokenizer.from_pretrained(CLIP))
+    score = CLIPScore(lambda: (model, processor))
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in draw(N, 2, 0.1)]
+    with torch.no_grad():
+        score.update(images, held_out_captions(N))
+    assert result["metrics"]["clip_score"] == pytest.approx(score.compute().item() / 100, rel=1e-3)
+
+
+def test_fid_equals_the_formula(stored, result):
+    """numpy and scipy: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
+    network = SmallClip()
+    with torch.no_grad():
+        a, b = (network(torch.from_numpy(draw(N, *args)).permute(0, 3, 1, 2)).double().numpy()
+                for args in ((1,), (2, 0.1)))
+    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(s1 @ s2).real
+    want = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(s1 + s2 - 2 * root)
+    assert result["metrics"]["fid_small_clip"] == pytest.approx(want, rel=1e-4)
+
+
+def test_two_processes_agree_with_one(stored, result):
+    """Each takes its share of the blocks; a cache of their own, so the reference is shared out too."""
+    out = stored / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29871", "-m",
+               "sidfast.cli", *arguments(options(stored, metrics=ALL, cache=stored / "cache2"), out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(29871) | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(out.read_text())
+    assert two["processes"] == 2
+    for name, value in result["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-5 if name.startswith("kid") else 1e-6), name
+
+
+def test_result_says_what_it_means(stored, result):
+    assert result["model"]["files"] == N and result["images"] == N
+    assert result["reference"]["images"] == N and result["reference"]["source"] == str(stored / "real")
+    assert result["features"]["network"] == "CLIP small clip" and result["features"]["dimension"] == 128
+    hashes = [result[k]["sha256"] for k in ("model", "prompts", "reference", "features")]
+    assert len(set(hashes)) == 4 and all(len(h) == 64 for h in hashes)
+    assert {"torch", "torchmetrics", "torch-fidelity"} <= result["versions"].keys()
+    assert not list(stored.glob(".result*"))
+
+
+def test_reference_is_computed_once(stored, result, monkeypatch):
+    """The second time its features come from the cache, under the hash of its contents."""
+    from sidfast.evaluation import images
+
+    before = images.ImageFolder.__call__
+
+    def counted(self, start, stop):
+        assert self.option == "--model", "the reference was read again"
+        return before(self, start, stop)
+
+    monkeypatch.setattr(images.ImageFolder, "__call__", counted)
+    again = run(options(stored, metrics=ALL), stored / "again.json")
+    assert again["metrics"] == result["metrics"]         # exact: same bits
+
+
+def test_statistics_as_reference(stored, result, tmp_path):
+    network = SmallClip()
+    with torch.no_grad():
+        real = network(torch.from_numpy(draw(N, 1)).permute(0, 3, 1, 2)).double().numpy()
+    np.savez(tmp_path / "real.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    got = run(options(stored, metrics="fid", reference=tmp_path / "real.npz"), tmp_path / "r.json")
+    assert got["metrics"]["fid_small_clip"] == pytest.approx(result["metrics"]["fid_small_clip"], rel=1e-4)
+
+
+def test_true_world_is_near_and_a_shifted_one_far():
+    """FID of two disjoint samples of the true world is small and falls with n as 1/n; a shifted world is far."""
+    judge = load_shapes_judge(ASSETS, "cpu")
+    captions = held_out_captions(1000)
+
+    def measured(n, shift=0.0):
+        images = torch.from_numpy(draw(n, 5, shift)).permute(0, 3, 1, 2) / 255
+        return evaluate(lambda _, seeds: images[seeds.start:seeds.stop], captions[:n], judge)["fid_small_clip"]
+
+    few, many = measured(200), measured(1000)
+    assert 0 < many < 0.35 * few                         # 1/5 in the limit
+    assert measured(200, 0.2) > 3 * few
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of random weights of the true architecture, as torch-fidelity's own file has them."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("random", ["2048"])
+    for name, buffer in network.named_buffers():         # activations of a trained network's size
+        if name.endswith("running_var"):
+            buffer.fill_(0.2)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_equals_torch_fidelity(stored, inception, tmp_path):
+    """Six images of each: the command would ask for more than 2048 for a FID."""
+    import torch_fidelity
+
+    both = []
+    network = load_features(f"inception:{inception}", "cpu")
+    for name in ("made", "real"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            shutil.copy(stored / name / f"{i:05d}.png", tmp_path / name)
+        rows = MemoryRows()
+        rows.put(0, Judge(network).reference_rows(ImageFolder(tmp_path / name, "--model")(0, 6), None))
+        both.append(rows)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "made"), input2=str(tmp_path / "real"), feature_extractor="inception-v3-compat", fid=True,
+        kid=True, prc=True, kid_subset_size=3, feature_extractor_weights_path=str(inception), cuda=False, cache=False,
+        verbose=False, batch_size=6)
+    ours = metrics.compute(both[0], {"fid", "kid", "precision", "recall"}, Reference("real", "", 6, rows=both[1]))
+    for name, key in (("fid", "frechet_inception_distance"), ("kid", "kernel_inception_distance_mean"),
+                      ("precision", "precision"), ("recall", "recall")):
+        assert ours[name] == pytest.approx(theirs[key], rel=1e-3), name
+
+
+def test_diversity_is_the_mean_pairwise_distance(stored, tmp_path):
+    """Against torchmetrics' pairwise similarity; and through the command, with three images of a prompt."""
+    from torchmetrics.functional.pairwise import pairwise_cosine_similarity
+
+    with torch.no_grad():
+        embeddings = load_clip(CLIP, "cpu").embed(torch.from_numpy(draw(60, 3)).permute(0, 3, 1, 2) / 255)
+    want = []
+    for group in embeddings.unflatten(0, (20, 3)):
+        upper = torch.triu_indices(3, 3, 1)
+        want.append(1 - pairwise_cosine_similarity(group, group)[upper[0], upper[1]].mean().item())
+    assert diversity(embeddings, 3) == pytest.approx(np.mean(want), rel=1e-4)
+    got = run(options(stored, metrics="diversity", seeds_per_prompt=3), tmp_path / "r.json")["metrics"]
+    assert 0 < got["diversity_small_clip"] < 1
+
+
+@pytest.fixture(scope="module")
+def export(tiny_teacher, tmp_path_factory):
+    """A one-step pipeline of 16 x 16 images, as a training run exports it."""
+    from sidfast.networks.loading import load_teacher
+    from sidfast.publishing.export import one_step_pipeline, write_export
+
+    teacher, folder = load_teacher(str(tiny_teacher)), tmp_path_factory.mktemp("export") / "export"
+    write_export(one_step_pipeline(teacher, teacher.unet, 625), folder)
+    return folder
+
+
+def of_shapes(export, root, **changes):
+    return {"model": str(export), "prompts": "shapes:held_out", "images": "144", "batch_size": "8", "resize": "64",
+            "assets": str(ASSETS), "cache": str(root / "cache")} | changes
+
+
+@pytest.fixture(scope="module")
+def whole(export, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    return run(of_shapes(export, root), root / "r.json")
+
+
+def test_command_and_training_agree(export, whole):
+    """The command's numbers are those that a training run writes of itself."""
+    from sidfast.publishing.export import load_pipeline
+
+    generate = pipeline_generator(load_pipeline(export, "cpu")[0])
+
+    def resized(prompts, seeds):
+        return sized(lambda *_: generate(prompts, seeds), 64)(seeds.start, seeds.stop)
+
+    want = evaluate(resized, held_out_captions(144), load_shapes_judge(ASSETS, "cpu"), 8)
+    assert want.pop("images") == 144 and whole["metrics"] == want            # exact: same bits
+
+
+@pytest.mark.parametrize("blocks", [1, 13])
+def test_interrupted_evaluation_gives_the_same_numbers(export, whole, tmp_path, monkeypatch, blocks):
+    put = FolderRows.put
+
+    def interrupted(self, start, rows):
+        if "clip_cosine" in rows and start >= 8 * blocks:
+            raise KeyboardInterrupt
+        put(self, start, rows)
+
+    monkeypatch.setattr(FolderRows, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments(of_shapes(export, tmp_path), tmp_path / "r.json"))
+    monkeypatch.undo()
+    assert not (tmp_path / "r.json").exists()
+    assert len(list((tmp_path / ".r.json.partial").glob("block-*"))) == blocks
+    again = run(of_shapes(export, tmp_path), tmp_path / "r.json")
+    assert again["metrics"] == whole["metrics"]          # exact: same bits
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["r.json"]
+
+
+def test_an_image_depends_on_its_seed_and_prompt_alone(export, whole, tmp_path):
+    other = run(of_shapes(export, tmp_path, batch_size="5"), tmp_path / "r.json")["metrics"]
+    for name, value in whole["metrics"].items():
+        assert other[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_blocks_of_another_evaluation_are_not_taken(export, tmp_path, capsys):
+    partial = tmp_path / ".r.json.partial"
+    partial.mkdir()
+    (partial / "block-00000000.safetensors").write_bytes(b"other")
+    run(of_shapes(export, tmp_path, images="16", metrics="clip"), tmp_path / "r.json")
+    assert "starting afresh" in capsys.readouterr().err
+
+
+def test_drawn_reference_ignores_how_it_is_stored(tmp_path):
+    from sidfast.evaluation.processes import Group
+
+    judge, captions = load_shapes_judge(ASSETS, "cpu"), held_out_captions(300)
+    memory = drawn_reference(captions, judge)
+    folder = drawn_reference(captions, judge, tmp_path, Group())
+    assert torch.equal(memory.rows.all("features"), folder.rows.all("features")) and memory.sha256 == folder.sha256
+
+
+def test_request_defaults_are_the_command_lines(export, tmp_path):
+    """Several seeds a prompt, a steps-and-guidance model, bf16, and resizing, in one go."""
+    request = Request(str(ASSETS / "teacher"), tmp_path / "r.json", "shapes:held_out", images=8, seeds_per_prompt=4,
+                      metrics="clip,diversity", steps=2, guidance=1.5, dtype="bf16", seed_offset=7, assets=str(ASSETS))
+    evaluate_model(request, torch.device("cpu"))
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert got["model"]["steps"] == 2 and got["model"]["guidance"] == 1.5 and got["model"]["dtype"] == "bf16"
+    assert got["seeds"] == {"first": 7, "last": 14, "per_prompt": 4} and "reference" not in got
+    assert os.listdir(tmp_path) == ["r.json"]

@@ -1,0 +1,149 @@
+"""A user's mistake in `sidfast evaluate`: one clear line, exit code 2, and nothing half-written."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sidfast import cli
+
+ASSETS = ROOT / "assets"
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder of eight images, as a model and as a reference, and eight prompts."""
+    root, rng = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
+    (root / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(root / "images" / f"{i}.png")
+    (root / "prompts.txt").write_text("a cat\n" * 8)
+    return root
+
+
+@pytest.fixture
+def folder(stored, tmp_path):
+    """A copy of the images, to be damaged."""
+    return shutil.copytree(stored / "images", tmp_path / "copy")
+
+
+def fails(capsys, stored, out, **changes):
+    values = {"model": stored / "images", "prompts": stored / "prompts.txt", "reference": stored / "images",
+              "features": f"clip:{ASSETS / 'clip'}", "clip": ASSETS / "clip", "assets": ASSETS,
+              "cache": out.parent / "cache", "metrics": "kid,clip", "out": out} | changes
+    args = [str(part) for name, value in values.items() if value is not None
+            for part in (f"--{name.replace('_', '-')}", value)]
+    code = cli.main(["evaluate", *args])
+    error = capsys.readouterr().err
+    lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "batch" not in line]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("sidfast: "), error
+    assert not out.exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"metrics": "fdi"}, ["unknown metric fdi", "is fid meant"]),
+    ({"metrics": "fid,precison"}, ["unknown metric precison", "is precision meant"]),
+    ({"metrics": "fid"}, ["8 are too few images for the covariance of 128 features", "129"]),
+    ({"images": "9"}, ["8 prompts are too few for 9 images"]),
+    ({"images": "1"}, ["--images (1)"]),
+    ({"metrics": "diversity"}, ["--seeds-per-prompt"]),
+    ({"metrics": "accuracy"}, ["not a caption of the shapes world: 'a cat'"]),
+    ({"features": "inception:/nowhere.pth"}, ["/nowhere.pth: no such file", "https://"]),
+    ({"features": None}, ["the feature network is missing", "inception:FILE"]),
+    ({"features": "vgg:x"}, ["--features vgg:x", "inception:FILE"]),
+    ({"clip": None}, ["the CLIP is missing"]),
+    ({"clip": "/nowhere"}, ["no CLIP in /nowhere"]),
+    ({"prompts": "/nowhere.txt"}, ["/nowhere.txt"]),
+    ({"prompts": None}, ["--prompts"]),
+    ({"prompts": "shapes:train"}, ["shapes:held_out"]),
+    ({"reference": "/nowhere"}, ["--reference /nowhere"]),
+    ({"reference": None}, ["--reference", "kid"]),
+    ({"model": "/nowhere/at/all"}, ["/nowhere/at/all"]),
+    ({"model": None}, ["--model is needed"]),
+    ({"steps": "2"}, ["a folder of images takes neither --steps"]),
+], ids=lambda v: "" if isinstance(v, list) else " ".join(f"{k}={x}" for k, x in v.items()))
+def test_options(capsys, stored, tmp_path, changes, words):
+    line = fails(capsys, stored, tmp_path / "r.json", **changes)
+    assert all(word in line for word in words), line
+
+
+def test_folder_for_the_result(capsys, stored, tmp_path):
+    assert "does not exist" in fails(capsys, stored, tmp_path / "none" / "r.json", cache=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["model", "reference"])
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / "3.png").write_bytes(b"no image"), "3.png is no image or a broken one"),
+    (lambda f: (f / "3.png").write_bytes((f / "3.png").read_bytes()[:3000]), "3.png is no image or a broken one"),
+    (lambda f: Image.new("RGB", (32, 64)).save(f / "3.png"), "3.png is 32 x 64 and 0.png 64 x 64"),
+], ids=["corrupt", "truncated", "size"])
+def test_images(capsys, stored, folder, tmp_path, option, damage, words):
+    damage(folder)
+    line = fails(capsys, stored, tmp_path / "r.json", **{option: folder})
+    assert f"--{option}" in line and words in line
+
+
+def test_size_mismatch_of_model_and_reference(capsys, stored, folder, tmp_path):
+    for path in folder.iterdir():
+        Image.new("RGB", (32, 32)).save(path)
+    line = fails(capsys, stored, tmp_path / "r.json", model=folder)
+    assert "images are 32 x 32, those of the reference 64 x 64" in line and "--resize" in line
+
+
+def test_too_few_images(capsys, stored, folder, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n" * 20)
+    line = fails(capsys, stored, tmp_path / "r.json", model=folder, prompts=tmp_path / "p.txt", images="20")
+    assert "8 images are in the folder, 20 are asked for" in line
+    for path in sorted(folder.iterdir())[3:]:
+        path.unlink()
+    assert "--reference: 3 images are too few" in fails(capsys, stored, tmp_path / "r.json", reference=folder)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"zip?", "neither a folder of images nor statistics"), ("other", "neither a folder of images nor statistics"),
+    ("nan", "non-finite"), ("small", "statistics of 3 features, the feature network has 128"),
+    ("kid", "kid need the images")], ids=str)
+def test_statistics(capsys, stored, tmp_path, content, words):
+    path, n = tmp_path / "s.npz", 3 if content == "small" else 128
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        sigma = np.full((n, n), np.nan) if content == "nan" else np.eye(n)
+        np.savez(path, **({"mean": sigma} if content == "other" else {"mu": np.zeros(n), "sigma": sigma}))
+    many = tmp_path / "prompts.txt"
+    many.write_text("a cat\n" * 140)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(140):
+        shutil.copy(stored / "images" / "0.png", folder / f"{i}.png")
+    line = fails(capsys, stored, tmp_path / "r.json", reference=path, model=folder, prompts=many,
+                 metrics="kid" if content == "kid" else "fid")
+    assert words in line
+
+
+def test_non_finite_pixels(capsys, stored, tiny_teacher, tmp_path):
+    model = shutil.copytree(tiny_teacher, tmp_path / "model")
+    weights = next((model / "vae").glob("*.safetensors"))
+    state = load_file(weights)
+    state["decoder.conv_out.bias"] = torch.full_like(state["decoder.conv_out.bias"], float("nan"))
+    save_file(state, weights, {"format": "pt"})
+    line = fails(capsys, stored, tmp_path / "r.json", model=model, steps="1", metrics="clip")
+    assert "image 0 has non-finite pixels" in line
+
+
+def test_weights_that_are_no_weights(capsys, stored, tmp_path):
+    """A pickle with code in it is refused, not run."""
+    import pickle
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(Harm()))
+    line = fails(capsys, stored, tmp_path / "r.json", features=f"inception:{tmp_path / 'w.pth'}")
+    assert "no Inception-v3 weights" in line and not (tmp_path / "harm").exists()
