@@ -246,6 +246,7 @@ def inception(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_inception_equals_torch_fidelity(stored, inception, tmp_path):
     """Six images of each: the command would ask for more than 2048 for a FID."""
     import torch_fidelity
