@@ -1,5 +1,6 @@
 # make train: install, then distil the embedded teacher (nine minutes on two cores, with the installation)
 # make test:  install, then run the tests (no GPU, no network)
+# make bench: benchmarks and their gates; ARGS="--results FILE" keeps the numbers
 
 PYTHON ?= python3
 CONFIG ?= configs/ddpm.json
@@ -18,6 +19,9 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
+bench: $(READY)
+	$(VENV)/bin/python -m pytest bench $(ARGS)
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 
@@ -29,4 +33,4 @@ $(READY): setup.py
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: train test test-slow test-gpu lint clean
+.PHONY: train test test-slow test-gpu bench lint clean
