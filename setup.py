@@ -1,13 +1,15 @@
 from setuptools import setup
 
+DEMO = ["gradio>=6.31"]
+
 setup(
     name="sidfast",
     version="0.1.0",
     description="One-step text-to-image generators distilled from Stable Diffusion, without data, fast",
     python_requires=">=3.10",
     packages=["sidfast", "sidfast.kernels", *(f"sidfast.{name}" for name in (
-        "data", "evaluation", "method", "networks", "publishing", "teacher", "training"))],
-    package_data={"sidfast.evaluation": ["templates/*.html"]},
+        "data", "evaluation", "method", "networks", "publishing", "studies", "teacher", "training"))],
+    package_data={"sidfast.evaluation": ["templates/*.html"], "sidfast.studies": ["templates/*.html"]},
     package_dir={"sidfast": "sidfast", "sidfast.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
@@ -17,6 +19,7 @@ setup(
         "diffusers>=0.41",
         "transformers>=5.17",
         "safetensors>=0.8",
+        "huggingface_hub>=1.0",
         "xformers>=0.0.35",
         "torchmetrics>=1.9",
         "torch-fidelity>=0.4",
@@ -24,11 +27,15 @@ setup(
         "tensorboard>=2.21",
         "pillow>=12",
         "numpy>=2.2",
+        "scipy>=1.15",
         "jinja2>=3.1.6",
         "matplotlib>=3.10",
         "tqdm>=4.67",
+        "psutil>=7",
         "pytest-benchmark>=5.2",
     ],
-    extras_require={"test": ["pytest>=9", "ruff>=0.17", "scipy>=1.15", "hypothesis>=6.170", "playwright>=1.65"]},
+    extras_require={"demo": DEMO,
+                    "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "hypothesis>=6.170", "playwright>=1.65",
+                             *DEMO]},
     entry_points={"console_scripts": ["sidfast = sidfast.cli:main"]},
 )

@@ -42,8 +42,8 @@ def column_sums_reference(x):
 
 
 @triton.jit
-def _add_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, ADD: tl.constexpr, BIAS: tl.constexpr,
-                      BS: tl.constexpr, BC: tl.constexpr):
+def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, ADD: tl.constexpr, BIAS: tl.constexpr,
+                          BS: tl.constexpr, BC: tl.constexpr):
     i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -93,7 +93,7 @@ def add_channel_stats(x, residual=None, bias=None, out=None):
     if residual is not None or bias is not None:
         y = torch.empty_like(x) if out is None else out
     stats = x.new_empty(N, chunks, 2, C, dtype=torch.float32)
-    _add_stats_kernel[(triton.cdiv(C, COLUMNS), chunks, N)](
+    _channel_stats_kernel[(triton.cdiv(C, COLUMNS), chunks, N)](
         p_x=x, p_residual=residual, p_bias=bias, p_y=y, p_stats=stats, S=S, C=C, ADD=residual is not None,
         BIAS=bias is not None, BS=CHUNK, BC=COLUMNS, num_warps=4)
     return y, stats

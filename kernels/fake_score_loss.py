@@ -32,8 +32,8 @@ def _load_error(p_output, p_target, i_n, o, m, N, D, kappa1, DOUBLED: tl.constex
 
 
 @triton.jit
-def _forward_kernel(p_output, p_target, p_w, p_partial, p_done, p_loss, p_finite, N, D, kappa1,
-                    DOUBLED: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
+def _fake_score_loss_kernel(p_output, p_target, p_w, p_partial, p_done, p_loss, p_finite, N, D, kappa1,
+                            DOUBLED: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
     i_n, i_c, n_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o = i_c * BD + tl.arange(0, BD)
     b_error = _load_error(p_output, p_target, i_n, o, o < D, N, D, kappa1, DOUBLED)
@@ -50,8 +50,8 @@ def _forward_kernel(p_output, p_target, p_w, p_partial, p_done, p_loss, p_finite
 
 
 @triton.jit
-def _backward_kernel(p_dloss, p_finite, p_output, p_target, p_w, p_doutput, N, D, kappa1,
-                     DOUBLED: tl.constexpr, BD: tl.constexpr):
+def _fake_score_loss_backward_kernel(p_dloss, p_finite, p_output, p_target, p_w, p_doutput, N, D, kappa1,
+                                     DOUBLED: tl.constexpr, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
@@ -72,8 +72,8 @@ def _fake_score_loss(output: torch.Tensor, target: torch.Tensor, w: torch.Tensor
     finite = torch.empty(N, device=target.device, dtype=torch.int8)
     partial = torch.empty(N, chunks, 2, device=target.device)
     done = torch.zeros(N, device=target.device, dtype=torch.int32)
-    _forward_kernel[(N, chunks)](output, target, w, partial, done, loss, finite, N, D, kappa1,
-                                 DOUBLED=output.shape[0] > N, BD=_BLOCK, BC=32, num_warps=8)
+    _fake_score_loss_kernel[(N, chunks)](output, target, w, partial, done, loss, finite, N, D, kappa1,
+                                         DOUBLED=output.shape[0] > N, BD=_BLOCK, BC=32, num_warps=8)
     return loss, finite.bool()
 
 
@@ -90,7 +90,7 @@ def _fake_score_loss_backward(dloss: torch.Tensor, finite: torch.Tensor, output:
     target, output = flat_like(target, output)
     N, D = target.shape[0], target[0].numel()
     doutput = torch.empty_like(output)
-    _backward_kernel[(N, triton.cdiv(D, _BLOCK))](
+    _fake_score_loss_backward_kernel[(N, triton.cdiv(D, _BLOCK))](
         dloss.contiguous(), finite.to(torch.int8), output, target, w, doutput, N, D, kappa1,
         DOUBLED=output.shape[0] > N, BD=_BLOCK, num_warps=8)
     return doutput

@@ -19,7 +19,7 @@ def geglu_reference(x):
 
 
 @triton.jit
-def _forward_kernel(p_x, p_y, T, F, BT: tl.constexpr, BF: tl.constexpr):
+def _geglu_kernel(p_x, p_y, T, F, BT: tl.constexpr, BF: tl.constexpr):
     i_f, i_t = tl.program_id(0) % tl.cdiv(F, BF), (tl.program_id(0) // tl.cdiv(F, BF)).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     o_f = i_f * BF + tl.arange(0, BF)
@@ -32,7 +32,8 @@ def _forward_kernel(p_x, p_y, T, F, BT: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
+def _geglu_backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.constexpr, BT: tl.constexpr,
+                           BF: tl.constexpr):
     i_f, i_t = tl.program_id(0) % tl.cdiv(F, BF), (tl.program_id(0) // tl.cdiv(F, BF)).to(tl.int64)
     o_f = i_f * BF + tl.arange(0, BF)
     b_sum_a = tl.zeros([BT, BF], tl.float32)
@@ -63,7 +64,7 @@ def geglu_forward(x):
     require("geglu_forward", (x, x.shape))
     T, F = x.shape[:-1].numel(), x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], F)
-    _forward_kernel[(triton.cdiv(F, 256) * triton.cdiv(T, 8),)](p_x=x, p_y=y, T=T, F=F, BT=8, BF=256, num_warps=4)
+    _geglu_kernel[(triton.cdiv(F, 256) * triton.cdiv(T, 8),)](p_x=x, p_y=y, T=T, F=F, BT=8, BF=256, num_warps=4)
     return y
 
 
@@ -77,8 +78,8 @@ def geglu_backward(dy, x, column_sums=False):
     dx, columns = torch.empty_like(x), triton.cdiv(F, 128)
     programs, blocks = share(triton.cdiv(T, 16), x.device, columns)
     sums = x.new_empty(programs, 2 * F, dtype=torch.float32) if column_sums else None
-    _backward_kernel[(columns * programs,)](p_dy=dy, p_x=x, p_dx=dx, p_sums=sums, T=T, F=F, blocks=blocks,
-                                            SUMS=column_sums, BT=16, BF=128, num_warps=4)
+    _geglu_backward_kernel[(columns * programs,)](p_dy=dy, p_x=x, p_dx=dx, p_sums=sums, T=T, F=F, blocks=blocks,
+                                                  SUMS=column_sums, BT=16, BF=128, num_warps=4)
     return dx, sums.sum(0) if column_sums else None
 
 

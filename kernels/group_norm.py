@@ -49,8 +49,9 @@ def _load_sums(p_1, p_2, i_n, start, row, chunks, o_c, m_c, C1, C2, TWO: tl.cons
 
 
 @triton.jit
-def _moments_kernel(p_stats1, p_stats2, p_shift, p_weight, p_channel, p_rstd, S, chunks, C1, C2, CG, eps,
-                    SHIFT: tl.constexpr, TWO: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr):
+def _group_norm_moments_kernel(p_stats1, p_stats2, p_shift, p_weight, p_channel, p_rstd, S, chunks, C1, C2, CG, eps,
+                               SHIFT: tl.constexpr, TWO: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+                               BG: tl.constexpr):
     i_n, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     C = C1 + C2
     o_c = i_g * CG + tl.arange(0, BG)
@@ -85,36 +86,36 @@ def _moments_kernel(p_stats1, p_stats2, p_shift, p_weight, p_channel, p_rstd, S,
 
 
 @triton.jit
-def _apply_kernel(p_x, p_channel, p_bias, p_y, S, C1, C, seam, SILU: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
-    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_s = i_k * BS + tl.arange(0, BS)
-    o_c = i_c * BC + tl.arange(0, BC)
+def _load_centred(p_x, p_channel, i_n, o_s, o_c, S, C1, C, seam):
+    """x - centre and scale, with the masks of elements and of channels."""
     m_c = o_c < C1
     m = (o_s < S)[:, None] & m_c[None, :]
-    o_row = (i_n * S + o_s)[:, None]
     p = p_channel + i_n * 3 * C + seam + o_c
     b_centre = tl.load(p, mask=m_c, other=0.0)
     b_scale = tl.load(p + C, mask=m_c, other=0.0)
+    b_x = tl.load(p_x + (i_n * S + o_s)[:, None] * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    return b_x - b_centre[None, :], b_scale, m, m_c
+
+
+@triton.jit
+def _group_norm_apply_kernel(p_x, p_channel, p_bias, p_y, S, C1, C, seam, SILU: tl.constexpr, BS: tl.constexpr,
+                             BC: tl.constexpr):
+    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_s = i_k * BS + tl.arange(0, BS)
+    o_c = i_c * BC + tl.arange(0, BC)
+    b_x, b_scale, m, m_c = _load_centred(p_x, p_channel, i_n, o_s, o_c, S, C1, C, seam)
     b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_x = tl.load(p_x + o_row * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    b_z = (b_x - b_centre[None, :]) * b_scale[None, :] + b_bias[None, :]
+    b_z = b_x * b_scale[None, :] + b_bias[None, :]
     if SILU:
         b_z = b_z * tl.sigmoid(b_z)
-    tl.store(p_y + o_row * C + seam + o_c[None, :], b_z.to(p_y.dtype.element_ty), mask=m)
+    tl.store(p_y + (i_n * S + o_s)[:, None] * C + seam + o_c[None, :], b_z.to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU: tl.constexpr):
     """x - centre, dz (0 outside the tensor) and scale."""
-    m_c = o_c < C1
-    m = (o_s < S)[:, None] & m_c[None, :]
-    o_row = (i_n * S + o_s)[:, None]
-    p = p_channel + i_n * 3 * C + seam + o_c
-    b_centre = tl.load(p, mask=m_c, other=0.0)
-    b_scale = tl.load(p + C, mask=m_c, other=0.0)
-    b_x = tl.load(p_x + o_row * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    b_dz = tl.load(p_dy + o_row * C + seam + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    b_x -= b_centre[None, :]
+    b_x, b_scale, m, m_c = _load_centred(p_x, p_channel, i_n, o_s, o_c, S, C1, C, seam)
+    b_dz = tl.load(p_dy + (i_n * S + o_s)[:, None] * C + seam + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     if SILU:
         b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_z = b_x * b_scale[None, :] + b_bias[None, :]
@@ -124,8 +125,8 @@ def _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, 
 
 
 @triton.jit
-def _backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, SILU: tl.constexpr, BS: tl.constexpr,
-                          BC: tl.constexpr):
+def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, SILU: tl.constexpr,
+                                     BS: tl.constexpr, BC: tl.constexpr):
     i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -136,9 +137,9 @@ def _backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, 
 
 
 @triton.jit
-def _backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_weight, p_slope, p_affine, p_dshift, N, S, chunks, C1,
-                           C2, CG, AFFINE: tl.constexpr, SHIFT: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
-                           BG: tl.constexpr):
+def _group_norm_backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_weight, p_slope, p_affine, p_dshift, N, S,
+                                      chunks, C1, C2, CG, AFFINE: tl.constexpr, SHIFT: tl.constexpr, TWO: tl.constexpr,
+                                      BK: tl.constexpr, BG: tl.constexpr):
     """slope and level of du = scale dz + slope (x - centre) + level; per sample dw, db, dv."""
     i_n, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     C = C1 + C2
@@ -166,8 +167,8 @@ def _backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_weight, p_slop
 
 
 @triton.jit
-def _backward_kernel(p_x, p_dy, p_channel, p_bias, p_slope, p_residual, p_dx, S, C1, C, seam, SILU: tl.constexpr,
-                     ADD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+def _group_norm_backward_kernel(p_x, p_dy, p_channel, p_bias, p_slope, p_residual, p_dx, S, C1, C, seam,
+                                SILU: tl.constexpr, ADD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
     # Last program first: what the pass for the sums touched last is still in the L2 cache.
     i_c = tl.num_programs(0) - 1 - tl.program_id(0)
     i_k = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -222,13 +223,13 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
     require("group_norm_forward", (weight, (C,)), (bias, (C,)), (shift, (N, C)))
     channel = weight.new_empty(N, 3, C, dtype=torch.float32)
     rstd = weight.new_empty(N, groups, dtype=torch.float32)
-    _moments_kernel[(N, groups)](
+    _group_norm_moments_kernel[(N, groups)](
         p_stats1=stats[0], p_stats2=stats[-1], p_shift=shift, p_weight=weight, p_channel=channel, p_rstd=rstd, eps=eps,
         SHIFT=shift is not None, BS=CHUNK, **merge)
     y = xs[0].new_empty(*xs[0].shape[:-1], C)
     for x, seam, grid in _each(xs, N, S):
-        _apply_kernel[grid](p_x=x, p_channel=channel, p_bias=bias, p_y=y, S=S, C1=x.shape[-1], C=C, seam=seam,
-                            SILU=silu, BS=CHUNK, BC=COLUMNS, num_warps=4)
+        _group_norm_apply_kernel[grid](p_x=x, p_channel=channel, p_bias=bias, p_y=y, S=S, C1=x.shape[-1], C=C,
+                                       seam=seam, SILU=silu, BS=CHUNK, BC=COLUMNS, num_warps=4)
     return y, (channel, rstd)
 
 
@@ -248,19 +249,19 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
              "num_warps": 4}
     sums = [x.new_empty(N, merge["chunks"], 2, x.shape[-1], dtype=torch.float32) for x in xs]
     for (x, seam, grid), p_sums in zip(_each(xs, N, S), sums, strict=True):
-        _backward_sums_kernel[grid](p_x=x, p_sums=p_sums, C1=x.shape[-1], seam=seam, **fixed)
+        _group_norm_backward_sums_kernel[grid](p_x=x, p_sums=p_sums, C1=x.shape[-1], seam=seam, **fixed)
 
     slope = rstd.new_empty(N, 2, C)
     by_sample = rstd.new_empty(2, N, C) if affine else None
     dshift = rstd.new_empty(N, C) if shift else None
-    _backward_means_kernel[(N, groups)](
+    _group_norm_backward_means_kernel[(N, groups)](
         p_sums1=sums[0], p_sums2=sums[-1], p_channel=channel, p_rstd=rstd, p_weight=weight, p_slope=slope,
         p_affine=by_sample, p_dshift=dshift, N=N, AFFINE=affine, SHIFT=shift, **merge)
 
     dxs = [torch.empty_like(x) for x in xs]
     for (x, seam, grid), residual, dx in reversed(list(zip(_each(xs, N, S), residuals, dxs, strict=True))):
-        _backward_kernel[grid](p_x=x, p_slope=slope, p_residual=residual, p_dx=dx, C1=x.shape[-1], seam=seam,
-                               ADD=residual is not None, **fixed)
+        _group_norm_backward_kernel[grid](p_x=x, p_slope=slope, p_residual=residual, p_dx=dx, C1=x.shape[-1], seam=seam,
+                                          ADD=residual is not None, **fixed)
     dweight, dbias = by_sample.sum(1) if affine else (None, None)
     return dxs, dweight, dbias, dshift
 

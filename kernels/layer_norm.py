@@ -25,8 +25,8 @@ def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None):
 
 
 @triton.jit
-def _forward_kernel(p_x, p_residual, p_weight, p_bias, p_h, p_y, p_mean, p_rstd, T, C, eps, ADD: tl.constexpr,
-                    BT: tl.constexpr, BC: tl.constexpr):
+def _layer_norm_kernel(p_x, p_residual, p_weight, p_bias, p_h, p_y, p_mean, p_rstd, T, C, eps, ADD: tl.constexpr,
+                       BT: tl.constexpr, BC: tl.constexpr):
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     o_c = tl.arange(0, BC)
     m_t, m_c = o_t < T, o_c < C
@@ -50,8 +50,8 @@ def _forward_kernel(p_x, p_residual, p_weight, p_bias, p_h, p_y, p_mean, p_rstd,
 
 
 @triton.jit
-def _backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual, p_dh, p_sums, T, C, blocks, ADD: tl.constexpr,
-                     AFFINE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual, p_dh, p_sums, T, C, blocks,
+                                ADD: tl.constexpr, AFFINE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     i_p = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
@@ -104,7 +104,7 @@ def layer_norm_forward(x, weight, bias, eps, residual=None):
     h = x if residual is None else torch.empty_like(x)
     y, tile = torch.empty_like(x), _tile(C)
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
-    _forward_kernel[(triton.cdiv(T, tile["BT"]),)](
+    _layer_norm_kernel[(triton.cdiv(T, tile["BT"]),)](
         p_x=x, p_residual=residual, p_weight=weight, p_bias=bias, p_h=h, p_y=y, p_mean=mean, p_rstd=rstd, T=T, C=C,
         eps=eps, ADD=residual is not None, **tile)
     return h, y, mean, rstd
@@ -122,7 +122,7 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     dh, tile = torch.empty_like(h), _tile(C)
     programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=8 if affine else 16)
     sums = mean.new_empty(programs, 3, C) if affine else None
-    _backward_kernel[(programs,)](
+    _layer_norm_backward_kernel[(programs,)](
         p_dy=dy, p_h=h, p_mean=mean, p_rstd=rstd, p_weight=weight, p_residual=residual, p_dh=dh, p_sums=sums, T=T, C=C,
         blocks=blocks, ADD=residual is not None, AFFINE=affine, **tile)
     return dh, *(sums.sum(0) if affine else (None, None, None))

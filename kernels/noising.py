@@ -20,7 +20,7 @@ def add_noise_reference(x, eps, a, s, copies, dtype):
 
 
 @triton.jit
-def _forward_kernel(p_x, p_eps, p_a, p_s, p_x_t, p_input, N, D, COPIES: tl.constexpr, BD: tl.constexpr):
+def _add_noise_kernel(p_x, p_eps, p_a, p_s, p_x_t, p_input, N, D, COPIES: tl.constexpr, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
@@ -33,7 +33,7 @@ def _forward_kernel(p_x, p_eps, p_a, p_s, p_x_t, p_input, N, D, COPIES: tl.const
 
 
 @triton.jit
-def _backward_kernel(p_dx_t, p_dinput, p_a, p_dx, N, D, COPIES: tl.constexpr, BD: tl.constexpr):
+def _add_noise_backward_kernel(p_dx_t, p_dinput, p_a, p_dx, N, D, COPIES: tl.constexpr, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
@@ -50,8 +50,8 @@ def _add_noise(x: torch.Tensor, eps: torch.Tensor, a: torch.Tensor, s: torch.Ten
     x, eps = flat_like(x, eps)
     N, D = x.shape[0], x[0].numel()
     x_t, network_input = _outputs(x, copies, dtype)
-    _forward_kernel[(N, triton.cdiv(D, _BLOCK))](x, eps, a, s, x_t, network_input, N, D, COPIES=copies, BD=_BLOCK,
-                                                 num_warps=8)
+    _add_noise_kernel[(N, triton.cdiv(D, _BLOCK))](x, eps, a, s, x_t, network_input, N, D, COPIES=copies, BD=_BLOCK,
+                                                   num_warps=8)
     return x_t, network_input
 
 
@@ -71,7 +71,8 @@ def _add_noise_backward(dx_t: torch.Tensor, dinput: torch.Tensor, a: torch.Tenso
     dx_t, dinput = flat_like(dx_t, dinput)
     N, D = dx_t.shape[0], dx_t[0].numel()
     dx = torch.empty_like(dx_t)
-    _backward_kernel[(N, triton.cdiv(D, _BLOCK))](dx_t, dinput, a, dx, N, D, COPIES=copies, BD=_BLOCK, num_warps=8)
+    _add_noise_backward_kernel[(N, triton.cdiv(D, _BLOCK))](dx_t, dinput, a, dx, N, D, COPIES=copies, BD=_BLOCK,
+                                                            num_warps=8)
     return dx
 
 

@@ -55,9 +55,9 @@ def _load(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, i_n, o, m, N, D, kappa2, k
 
 
 @triton.jit
-def _forward_kernel(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_partial, p_done, p_loss, p_finite, p_omega,
-                    N, D, kappa2, kappa3, kappa4, alpha, REAL: tl.constexpr, FAKE: tl.constexpr,
-                    BD: tl.constexpr, BC: tl.constexpr):
+def _sid_loss_kernel(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_partial, p_done, p_loss, p_finite, p_omega, N, D,
+                     kappa2, kappa3, kappa4, alpha, REAL: tl.constexpr, FAKE: tl.constexpr, BD: tl.constexpr,
+                     BC: tl.constexpr):
     i_n, i_c, n_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o = i_c * BD + tl.arange(0, BD)
     b_x_g, b_x, b_real, b_2, b_3 = _load(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, i_n, o, o < D, N, D,
@@ -81,9 +81,9 @@ def _forward_kernel(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_partial, p_don
 
 
 @triton.jit
-def _backward_kernel(p_dloss, p_omega, p_finite, p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B,
-                     p_dx_g, p_dx_t, p_do_real, p_do_fake, N, D, kappa2, kappa3, kappa4, alpha,
-                     REAL: tl.constexpr, FAKE: tl.constexpr, BD: tl.constexpr):
+def _sid_loss_backward_kernel(p_dloss, p_omega, p_finite, p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_dx_g, p_dx_t,
+                              p_do_real, p_do_fake, N, D, kappa2, kappa3, kappa4, alpha, REAL: tl.constexpr,
+                              FAKE: tl.constexpr, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
@@ -117,7 +117,7 @@ def _sid_loss(x_g: torch.Tensor, x_t: torch.Tensor, o_real: torch.Tensor, o_fake
     finite = torch.empty(N, device=x_g.device, dtype=torch.int8)
     partial = torch.empty(N, chunks, 3, device=x_g.device)
     done = torch.zeros(N, device=x_g.device, dtype=torch.int32)
-    _forward_kernel[(N, chunks)](
+    _sid_loss_kernel[(N, chunks)](
         x_g, x_t, o_real, o_fake, A, B, partial, done, loss, finite, omega, N, D, kappa2, kappa3, kappa4, alpha,
         REAL=o_real.shape[0] > N, FAKE=o_fake.shape[0] > N, BD=_BLOCK, BC=32, num_warps=8)
     return loss, finite.bool(), omega
@@ -138,7 +138,7 @@ def _sid_loss_backward(dloss: torch.Tensor, omega: torch.Tensor, finite: torch.T
     inputs = flat_like(x_g, x_t, o_real, o_fake)
     grads = tuple(torch.empty_like(v) for v in inputs)
     N, D = x_g.shape[0], x_g[0].numel()
-    _backward_kernel[(N, triton.cdiv(D, _BLOCK))](
+    _sid_loss_backward_kernel[(N, triton.cdiv(D, _BLOCK))](
         dloss.contiguous(), omega, finite.to(torch.int8), *inputs, A, B, *grads, N, D, kappa2, kappa3, kappa4, alpha,
         REAL=o_real.shape[0] > N, FAKE=o_fake.shape[0] > N, BD=_BLOCK, num_warps=8)
     return grads

@@ -1,29 +1,32 @@
 """`sidfast`: the commands around a training run. Training itself: `deepspeed sidfast/train.py --config FILE`."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from sidfast.errors import UserError
+from sidfast.errors import Parser, UserError, check_paths, one_line
 from sidfast.quiet import quieten
+
+_PATHS = ("config", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
+          "folder", "out")
 
 
 def main(argv=None):
-    """Run one command. Returns the exit code: 0 done, 2 the user's input is at fault (one line on stderr)."""
+    """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
+    stderr)."""
     quieten()
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        check_paths({f"--{name}": getattr(args, name) for name in _PATHS if getattr(args, name, None)})
+        return args.run(args) or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:          # several processes have one voice
-            print(f"sidfast: {error}", file=sys.stderr)
+            print(f"sidfast: {one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="sidfast", description="One-step text-to-image generators by distillation.")
+    parser = Parser(prog="sidfast", description="One-step text-to-image generators by distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     teacher = commands.add_parser("teacher", help="train the embedded teacher of the shapes world, its CLIP and judge")
@@ -58,6 +61,8 @@ def _parser():
     judge.add_argument("--coco", metavar="DIR", help="COCO-2014 val: prompts and reference of the COCO-30k protocol")
     judge.add_argument("--images", type=int, metavar="N", help="all prompts; 10000 of shapes:held_out")
     judge.add_argument("--seeds-per-prompt", type=int, default=1, metavar="K", help="images of each prompt (1)")
+    judge.add_argument("--seeds", type=int, default=1, metavar="K",
+                       help="sets of images, each with seeds of its own, for 95 %% intervals of every metric (1)")
     judge.add_argument("--seed-offset", type=int, default=0, metavar="S", help="image i has seed S + i (0)")
     judge.add_argument("--metrics", metavar="LIST",
                        help="of fid,kid,clip,precision,recall,diversity,accuracy (fid,clip; of shapes accuracy too)")
@@ -68,7 +73,8 @@ def _parser():
     judge.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the model (fp32)")
     judge.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once (16)")
     judge.add_argument("--resize", type=int, metavar="SIDE", help="bring the images to SIDE x SIDE pixels first")
-    judge.add_argument("--filter", default="bicubic", choices=("bicubic", "bilinear"), help="of --resize (bicubic)")
+    judge.add_argument("--filter", default="bicubic", choices=("bicubic", "bilinear", "lanczos"),
+                       help="of --resize (bicubic)")
     judge.add_argument("--assets", default="assets", metavar="DIR",
                        help="folder with the clip and checker of the shapes world (assets)")
     judge.add_argument("--cache", type=Path, metavar="DIR", help="of reference features (~/.cache/sidfast)")
@@ -76,14 +82,45 @@ def _parser():
     judge.set_defaults(run=_evaluate)
 
     several = commands.add_parser("compare", help="a table and an FID-CLIP plot of results of `evaluate`")
-    several.add_argument("results", nargs="+", metavar="RESULT.json")
+    several.add_argument("results", nargs="+", metavar="[CURVE=]RESULT",
+                         help="a file, or a folder of such; results of one CURVE are joined by a line in the plot")
     several.add_argument("--paper", action="store_true", help="add the published points of SiD-LSG, hollow")
     several.add_argument("--out", required=True, metavar="DIR", help="gets table.md, table.csv, and plots")
     several.set_defaults(run=_compare)
 
+    study = commands.add_parser("ablate", help="run a study: variants of a configuration (docs/ablations.md)")
+    study.add_argument("study", metavar="STUDY.json", help="see configs/ablations/")
+    study.add_argument("--out", metavar="DIR", help="runs and results (runs/ablations/NAME of the study)")
+    study.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on each GPU, or on the CPU (1)")
+    study.set_defaults(run=_ablate)
+    plan = commands.add_parser("plan", help="memory, work and time of a run, before it is started (docs/scaling.md)")
+    plan.add_argument("--config", required=True, metavar="FILE", help="of a training run")
+    plan.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (1)")
+    plan.add_argument("--memory", metavar="24G", help="of each GPU; a setting that fits is recommended")
+    plan.add_argument("--architecture", metavar="NAME", help="sd15, sd21 or sd21-768, in place of the teacher's files")
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument("--throughput", metavar="RATE", help="of one GPU, such as '12 images/s' or '250 TFLOP/s'")
+    speed.add_argument("--measured", metavar="RUN", help="take images/s from a run directory")
+    plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="that one GPU sends to the others")
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="write RUN/report.html, one page about a training run")
     report.add_argument("--run", required=True, dest="folder", metavar="RUN", help="run directory")
     report.set_defaults(run=_report)
+
+    export = commands.add_parser("export", help="write a checkpoint's averaged generator as a diffusers pipeline")
+    export.add_argument("--run", required=True, dest="folder", metavar="RUN", help="run directory")
+    export.add_argument("--checkpoint", metavar="PATH", help="a folder of RUN/checkpoints (the newest)")
+    export.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="of the weights (fp16)")
+    export.add_argument("--out", required=True, metavar="DIR", help="gets the pipeline; an export there is replaced")
+    export.set_defaults(run=_export)
+
+    demo = commands.add_parser("demo", help="a page on this machine: prompt, seed, student beside teacher")
+    demo.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
+    demo.add_argument("--teacher", metavar="DIR", help="the one the model was distilled from, if it is still there")
+    demo.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -142,13 +179,50 @@ def _evaluate(args):
 def _compare(args):
     from sidfast.evaluation.compare import compare
 
+    for path in args.results:
+        check_paths({"RESULT.json": path})
     compare(args.results, args.out, args.paper)
+
+
+def _ablate(args):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from sidfast.studies.ablate import ablate
+
+    return 0 if ablate(args.study, args.out, args.jobs) else 1
+
+
+def _plan(args):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
+    from sidfast.config import load_config
+    from sidfast.training.plan import parse_memory, plan
+    from sidfast.training.planner import load_shapes
+
+    config = load_config(args.config, args.set)
+    plan([(Path(args.config).stem, config)], lambda c: load_shapes(args.architecture or c.model.teacher), args.gpus,
+         parse_memory(args.memory) if args.memory else None, args.throughput, args.measured, args.bandwidth)
 
 
 def _report(args):
     from sidfast.evaluation.report import write_report
 
     print(write_report(args.folder))
+
+
+def _export(args):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
+    from sidfast.training.export import export_checkpoint
+
+    step = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype)
+    print(f"{args.out}: the generator after {step} updates")
+
+
+def _demo(args):
+    from sidfast.publishing.demo import run_demo
+
+    run_demo(args.model, args.teacher, args.port, _device())
 
 
 if __name__ == "__main__":

@@ -9,21 +9,26 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from sidfast.config_data import Noise, Section, Synthetic
 from sidfast.errors import UserError
-from sidfast.method.noise import DENSITIES
+from sidfast.method.synthetic import cannot_capture
+from sidfast.parse import check_finite, parse_json
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+# Of DeepSpeed's section: keys that follow from others, with those; and keys that are worth a word when misspelt.
+_INSTEAD = {"train_batch_size": "train.batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch",
+            "gradient_accumulation_steps": "train.batch_size", "optimizer": "optimizer",
+            "scheduler": "optimizer.generator.warmup"}
+_DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "gradient_clipping", "communication_data_type",
+                   "activation_checkpointing", "prescale_gradients", "zero_allow_untested_optimizer")
 
 
 class Model(Section):
     """The teacher, which also gives generator and fake score their architecture and first weights."""
 
     teacher: str = Field(description="folder of a diffusers pipeline, or a hub id")
-    resolution: int | None = Field(None, ge=8, description="pixels; the teacher's own unless given")
+    resolution: int | None = Field(None, ge=8, le=16384, description="pixels; the teacher's own unless given")
 
 
 class Guidance(Section):
@@ -44,35 +49,6 @@ class Loss(Section):
     alpha: float = 1.0
 
 
-class Noise(Section):
-    """Noise levels at which the scores are compared (section 6), and the generator's starting level (eq. 4)."""
-
-    density: Literal[tuple(DENSITIES)] = "ddpm"
-    t_min: int = Field(20, ge=0, description="smallest timestep drawn")
-    t_max: int = Field(979, ge=1, description="largest timestep drawn")
-    t_init: int = Field(625, ge=1, description="timestep at which the generator starts")
-    mean: float | None = Field(None, description="edm: of ln sigma; laplace: of logSNR")
-    std: float | None = Field(None, gt=0, description="edm: of ln sigma")
-    scale: float | None = Field(None, gt=0, description="laplace: of logSNR")
-    shift: float | None = Field(None, gt=0, description="logit_normal: factor on sigma")
-    rho: float | None = Field(None, gt=0, description="karras: exponent")
-
-    @property
-    def options(self):
-        """The density's own options that were given."""
-        names = ("mean", "std", "scale", "shift", "rho")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.t_min >= self.t_max:
-            raise ValueError(f"noise.t_min ({self.t_min}) must be below noise.t_max ({self.t_max})")
-        for name in self.options:
-            if name not in DENSITIES[self.density]:
-                raise ValueError(f"noise.{name} has no meaning for density {self.density!r}")
-        return self
-
-
 class Data(Section):
     """Prompts. There are no images."""
 
@@ -82,14 +58,21 @@ class Data(Section):
 class Train(Section):
     """The loop. An image is one image per update of each network; a step is one update of each."""
 
-    steps: int | None = Field(None, ge=1, description="iterations; give this or images")
-    images: int | None = Field(None, ge=1, description="training images in all, rounded up to whole steps")
-    batch_size: int = Field(512, ge=1, description="images per update, over all GPUs and accumulation steps")
+    steps: int | None = Field(None, ge=1, le=10**12, description="iterations; give this or images")
+    images: int | None = Field(None, ge=1, le=10**12, description="training images in all, rounded up to whole steps")
+    batch_size: int = Field(512, ge=1, le=10**7, description="images per update, over all GPUs and accumulation steps")
     micro_batch: int = Field(4, ge=1, description="images per GPU and pass")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int = Field(500, ge=0, description="steps between checkpoints, and exports with them; 0 for none")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    hang_timeout: float = Field(1800, gt=0, description="seconds without progress after which a process is taken to "
+                                                        "hang and the run ends")
+    max_skipped: int = Field(50, ge=1, description="updates of a network in a row left out for a gradient that is not "
+                                                   "finite, after which the run ends (fp16 needs a dozen to find its "
+                                                   "loss scale)")
+    spike: float | None = Field(10, gt=1, description="a loss above this multiple of its running median is written to "
+                                                      "spikes.jsonl; null for never")
     sample_every: int = Field(500, ge=1, description="steps between sample grids")
     samples: int = Field(8, ge=0, description="images in a sample grid; 0 for none")
 
@@ -136,11 +119,11 @@ class Speed(Section):
     """How the networks run."""
 
     tf32: bool = Field(True, description="TensorFloat-32 in fp32 matrix products on a GPU")
-    fused: bool | Literal["auto"] = Field("auto", description="the UNet on the fused kernels; auto: on a GPU, if they "
-                                                              "cover the teacher")
+    fused: bool | Literal["auto"] = Field(False, description="the UNet on the fused kernels; auto: on a GPU, if they "
+                                                             "cover the teacher")
     cuda_graphs: bool | Literal["auto"] = Field(
-        "auto", description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
-                            "deepspeed.zero_optimization.stage is 3, which moves parameters about in memory")
+        False, description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
+                           "deepspeed.zero_optimization.stage is 3, which moves parameters about in memory")
     compile: bool = Field(False, description="torch.compile by regions, in place of the fused kernels")
     attention: Literal["auto", "cudnn", "flash", "xformers", "efficient", "math"] = Field(
         "auto", description="of the fused kernels; auto: time them at start, check them, take the fastest")
@@ -148,12 +131,26 @@ class Speed(Section):
 
 
 class Evaluation(Section):
-    """Measures on the shapes world, at the start and at the end of a run."""
+    """Measures at the start and at the end of a run, on its average; the keys are the options of `sidfast evaluate`
+    (docs/evaluation.md). The first process measures, the others wait."""
 
-    images: int = Field(0, ge=0, description="held-out captions; 0 for no evaluation")
+    images: int = Field(0, ge=0, description="how many; 0 for no evaluation")
     every: int = Field(0, ge=0, description="steps between further evaluations, for curves; 0 for none")
+    best: str | None = Field(None, description="the metric by which RUN/best keeps the best generator so far, as it is "
+                                               "called in evaluation.json; FID unless given")
     teacher: bool = Field(False, description="measure the teacher too, in 50 steps at guidance.kappa4")
-    batch_size: int = Field(250, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="images at once; 250 of 64 x 64 pixels, or as many as have "
+                                                           "as many pixels, unless given")
+    metrics: str | None = Field(None, description="with commas; fid,clip, for the shapes world fid,clip,accuracy")
+    prompts: str | None = Field(None, description="file, one prompt a line; the held-out captions of the shapes world, "
+                                                  "if that is trained on, unless given")
+    seeds_per_prompt: int = Field(1, ge=1, description="images of each prompt; diversity needs 2 or more")
+    reference: str | None = Field(None, description="folder of real images, or an .npz with mu and sigma; the shapes "
+                                                    "world is drawn")
+    features: str | None = Field(None, description="inception:FILE or clip:FOLDER; the shapes world has its own")
+    clip: str | None = Field(None, description="folder of the CLIP of the CLIP score; the shapes world has its own")
+    resize: int | None = Field(None, ge=1, description="side to which images are brought first, in pixels")
+    filter: Literal["bicubic", "bilinear", "lanczos"] = Field("bicubic", description="of resize, antialiased")
     assets: str = Field("assets", description="folder with the clip and checker of `sidfast teacher`")
 
 
@@ -166,6 +163,7 @@ class Config(Section):
     guidance: Guidance = Guidance()
     loss: Loss = Loss()
     noise: Noise = Noise()
+    synthetic: Synthetic = Synthetic()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     speed: Speed = Speed()
@@ -175,23 +173,38 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.evaluation.images and not self.data.prompts.startswith("shapes:"):
-            raise ValueError("evaluation.images needs the shapes world (data.prompts = shapes:train)")
-        ours = {"train_batch_size": "train.batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch",
-                "gradient_accumulation_steps": "train.batch_size", "optimizer": "optimizer",
-                "scheduler": "optimizer.generator.warmup"}
-        for engine in ("", "generator", "fake_score"):
-            section = self.deepspeed.get(engine, {}) if engine else self.deepspeed
-            name = f"deepspeed.{engine}" if engine else "deepspeed"
-            if not isinstance(section, dict):
-                raise ValueError(f"{name}: must be a section, not {section!r}")
-            for key in ("bf16", "fp16", "zero_optimization"):
-                if not isinstance(section.get(key, {}), dict):
-                    raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
-            for key, instead in ours.items():
+        check_finite(self.deepspeed, "deepspeed")
+        if self.evaluation.images and self.evaluation.prompts is None and not self.data.prompts.startswith("shapes:"):
+            raise ValueError("evaluation.images needs evaluation.prompts, a file, outside the shapes world")
+        if self.synthetic.prompt_share is not None and self.data.prompts.startswith("shapes:"):
+            raise ValueError("synthetic.prompt_share needs a file of prompts: the shapes world has no end. Give "
+                             "synthetic.unique_prompts")
+        uncaptured = cannot_capture(self.synthetic)
+        if self.speed.cuda_graphs is True and uncaptured:
+            raise ValueError(f"speed.cuda_graphs: impossible, {uncaptured}; leave it at auto")
+        _check_deepspeed(self.deepspeed, "deepspeed")
+        for engine in ("generator", "fake_score"):
+            section, name = self.deepspeed.get(engine, {}), f"deepspeed.{engine}"
+            _check_deepspeed(section, name)
+            for key in ("bf16", "fp16"):
                 if key in section:
-                    raise ValueError(f"{name}.{key} follows from the rest; set {instead} instead")
+                    raise ValueError(f"{name}.{key}: all networks compute in one type; set deepspeed.{key} instead")
         return self
+
+
+def _check_deepspeed(section, name):
+    """ValueError for what DeepSpeed would not say: keys that follow from others, and misspelt ones, that it ignores."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{name}: must be a section, not {section!r}")
+    for key in section:
+        if key in _INSTEAD:
+            raise ValueError(f"{name}.{key} follows from the rest; set {_INSTEAD[key]} instead")
+        near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=0.8)
+        if near and near[0] != key:
+            raise ValueError(f"{name}.{key}: DeepSpeed knows no such key; did you mean {near[0]}?")
+    for key in ("bf16", "fp16", "zero_optimization"):
+        if not isinstance(section.get(key, {}), dict):
+            raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
 
 
 def load_config(path, overrides=()):
@@ -200,61 +213,79 @@ def load_config(path, overrides=()):
     Raises UserError, naming file and key, for whatever is wrong with either.
     """
     path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a JSON object of sections")
+    values = read_values(path)
     for override in overrides:
         _override(values, override)
     return build_config(values, path)
+
+
+def read_values(path):
+    """The nested dictionaries of a configuration file. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:               # (ValueError: not UTF-8, or no possible name of a file)
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    values = parse_json(text, path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a JSON object of sections")
+    return values
 
 
 def build_config(values, source):
     """A Config from nested dictionaries; `source` names them in messages. Raises UserError."""
     try:
         return Config.model_validate(values)
+    except RecursionError:
+        raise UserError(f"{source}: sections are nested too deep") from None
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error.errors()[0])}") from None
+        raise UserError(f"{source}: {explain(error.errors()[0])}") from None
 
 
 def _override(values, text):
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"--set {text}: must be section.key=value")
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError):
+        value = json.dumps(value)                        # plain text needs no quotes
+    set_key(values, key, parse_json(value, f"--set {text}"), f"--set {text}")
+
+
+def set_key(values, key, value, source):
+    """Set `section.key` in nested dictionaries. Raises UserError, naming the source, for a section that is none."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set {text}: {section} is not a section")
-    try:
-        values[last] = json.loads(value)
-    except json.JSONDecodeError:
-        values[last] = value
+            raise UserError(f"{source}: {section} is not a section")
+    values[last] = value
 
 
-def _explain(error):
-    """One line out of one of pydantic's errors."""
+def explain(error, of=Config):
+    """One line out of one of pydantic's errors about a Section."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = _nearest(error["loc"])
+        near = _nearest(error["loc"], of)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, not {error['input']!r}"
+    return f"{key}: {message}, not {_short(error['input'])}"
 
 
-def _nearest(location):
+def _short(value, limit=80):
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _nearest(location, of):
     """The valid key most like an unknown one: in its own section, or in any."""
-    keys = list(_keys(Config))
+    keys = list(_keys(of))
     siblings = [k for k in keys if k.split(".")[:-1] == [str(p) for p in location[:-1]]]
     name = str(location[-1])
     for candidates in (siblings, keys):

@@ -1,5 +1,52 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see, and what every command asks of names."""
+
+import argparse
+import os
+import sys
 
 
 class UserError(Exception):
     """A mistake in the user's input: one line that says what is wrong, where, and what would be right (exit code 2)."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, through no mistake in its input: one line that says why, and what is left (exit code 1).
+
+    Raised on all processes alike; the first one tells it.
+    """
+
+
+class Diverged(RunError):
+    """Training has come to networks whose outputs or gradients are not finite."""
+
+
+class NonFiniteImage(UserError):
+    """A model makes images with non-finite pixels."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, as any other."""
+
+    def error(self, message):
+        """Tell it and exit with 2."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"sidfast: {one_line(message)} ({self.prog} --help lists what there is)", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error, limit=1000):
+    """An exception's message as one printable line of at most about `limit` characters."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+    return text if len(text) <= limit else f"{text[:limit // 2]} [...] {text[-limit // 2:]}"
+
+
+def check_paths(names):
+    """Raise UserError for names {option: text or None} that no file system takes: too long, or a null character."""
+    for option, name in names.items():
+        try:
+            os.stat(name or ".")
+        except (OSError, ValueError) as error:           # (ValueError: a null character, or half a surrogate pair)
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                continue                                 # whether it should be there is not for this to say
+            reason = getattr(error, "strerror", None) or "no name of a file"
+            raise UserError(f"{option} {str(name)[:80]!a}: {reason}") from None

@@ -4,6 +4,7 @@ Runs on a machine without a GPU, on one GPU, and on many; the same command again
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -13,36 +14,61 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 
 def main(argv=None):
-    """Parse, build, loop. Returns the exit code: 0 done, 2 the user's input is at fault (one line on stderr)."""
+    """Parse, build, loop. Returns the exit code: 0 done or stopped in order, 1 the run failed, 2 the user's input is at
+    fault (one line on stderr)."""
     from sidfast.quiet import quieten
 
     quieten()
-    from sidfast.errors import UserError
+    from sidfast.errors import RunError, UserError, one_line
 
     args = _parser().parse_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"sidfast: {error}", file=sys.stderr)
-        return 2
+    with contextlib.redirect_stderr(Unfailing(sys.stderr)):
+        try:
+            run(args)
+        except (UserError, RunError) as error:
+            _tell(one_line(error))
+            return 2 if isinstance(error, UserError) else 1
     return 0
+
+
+class Unfailing:
+    """A text stream whose log file may lie on a full disk: what finds no room is lost, and training goes on."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+        return len(text)
+
+    def flush(self):
+        """Nothing is held back."""
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
 
 
 def run(args):
     """Check everything that can be checked before anything is written, then train."""
     from sidfast.config import load_config
+    from sidfast.errors import UserError, check_paths
 
+    check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     config = load_config(args.config, args.set)
+    if args.profile < 0:
+        raise UserError(f"--profile {args.profile}: must be a number of steps")
+    check_paths({"model.teacher": config.model.teacher, "data.prompts": config.data.prompts,
+                 "evaluation.assets": config.evaluation.assets})
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         return
-    from sidfast.data.prompts import open_prompts
-    from sidfast.errors import UserError
+    from sidfast.data.diversity import training_prompts
 
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
-    open_prompts(config.data.prompts)
+    training_prompts(config.data.prompts, config.train.seed, config.synthetic)
 
     import torch
 
@@ -50,32 +76,50 @@ def run(args):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import comm
 
-    from sidfast.method.noise import NoiseLevels
     from sidfast.networks.loading import load_teacher
+    from sidfast.training.checkpoint import check_fits, choose_checkpoint
     from sidfast.training.engines import compute_dtype, engine_config
+    from sidfast.training.lock import claim
+    from sidfast.training.measure import check_measures
+    from sidfast.training.probe import probe_engines
     from sidfast.training.run import open_run
     from sidfast.training.trainer import train
 
     engine_config(config, "generator", processes)
     compute_dtype(config.deepspeed)
-    checkpoint = open_run(out, config, args.resume, lambda text: print(f"sidfast: {text}", file=sys.stderr)
-                          if first else None)
+    open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher)
-    try:
-        NoiseLevels(teacher.schedule, config.noise.density, config.noise.t_min, config.noise.t_max,
-                    **config.noise.options)
-    except ValueError as error:
-        raise UserError(f"{args.config}: {error}") from None
-    if config.noise.t_init >= len(teacher.schedule):
-        raise UserError(f"{args.config}: noise.t_init ({config.noise.t_init}) must be below the teacher's "
-                        f"{len(teacher.schedule)} timesteps")
+    check_teacher_fits(config, teacher, args.config)
     if first:
-        print(f"sidfast: {'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}",
-              file=sys.stderr)
-    result = train(config, out, checkpoint, teacher, join())
+        check_measures(config, teacher)
+    claim(out, first, warn=_tell)
+    device = join()
+    probe_engines(config, processes, device)
+    checkpoint = choose_checkpoint(out, args.resume, _tell)
+    if checkpoint:
+        check_fits(checkpoint, teacher.unet)
+    _tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
+    result = train(config, out, checkpoint, teacher, device, profile=args.profile)
     comm.destroy_process_group()
     if first and result:
         _report(out, result)
+
+
+def check_teacher_fits(config, teacher, source):
+    """Raise UserError, naming the source of the configuration, for noise levels or sizes that the teacher lacks."""
+    from sidfast.errors import UserError
+    from sidfast.training.batches import noise_levels
+
+    try:
+        noise_levels(teacher.schedule, config.noise)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    if config.noise.t_init >= len(teacher.schedule):
+        raise UserError(f"{source}: noise.t_init ({config.noise.t_init}) must be below the teacher's "
+                        f"{len(teacher.schedule)} timesteps")
+    if (config.model.resolution or 0) % teacher.latent_factor:
+        raise UserError(f"{source}: model.resolution ({config.model.resolution}) must be a multiple of "
+                        f"{teacher.latent_factor}, the pixels along the side of the teacher's latent ones")
 
 
 def join():
@@ -89,7 +133,7 @@ def join():
     gpu = torch.cuda.is_available()
     if not gpu:                                          # DeepSpeed's own collectives need a compiler; gloo needs none
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(_cpu_threads())
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -97,25 +141,44 @@ def join():
     return device
 
 
+def _cpu_threads():
+    """Threads of this process: OMP_NUM_THREADS, or its share of the cores (DeepSpeed's launcher sets LOCAL_SIZE,
+    torchrun LOCAL_WORLD_SIZE). More of them than cores wait for each other for ever."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, os.cpu_count() // local))
+
+
+def _tell(message):
+    """A line on standard error; several processes have one voice."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"sidfast: {message}", file=sys.stderr, flush=True)
+
+
 def _report(out, end):
     """The measures before and after, on standard output."""
     import json
 
+    from sidfast.evaluation.metrics import title
+
     start = json.loads((out / "evaluation.json").read_text())["start"]
-    print(f"\n{end['images']} held-out captions, one step      start      end")
-    for key, label in (("accuracy", "every attribute right"), ("clip_score", "CLIP score (small CLIP)"),
-                       ("fid_small_clip", "FID (small CLIP)")):
-        print(f"{label:<34}{start[key]:>9.4f}{end[key]:>9.4f}")
+    print(f"\n{end['images']} images, one step{'':<14}start      end")
+    for key, value in end.items():
+        if isinstance(value, float) and not key.startswith("accuracy_"):
+            print(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
     print(f"\nexport: {out / 'export'}   samples: {out / 'samples'}")
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="sidfast/train.py", description="Distil a one-step generator (SiD-LSG).")
+    from sidfast.errors import Parser
+
+    parser = Parser(prog="sidfast/train.py", description="Distil a one-step generator (SiD-LSG).")
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
     parser.add_argument("--out", metavar="RUN", help="run directory (runs/NAME of the configuration)")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH",
                         help="auto: go on where the run stopped; PATH: start from a checkpoint of any run")
+    parser.add_argument("--profile", type=int, default=0, metavar="K",
+                        help="write a Chrome trace of K steps, after three others, to RUN/profile")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)              # the launcher passes it
     return parser

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from sidfast.quiet import quieten
 
 quieten()
+if "PYTEST_XDIST_WORKER" in os.environ:                  # read as PyTorch loads: the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
@@ -55,14 +58,33 @@ def write_config(tmp_path, tiny_config):
     return write
 
 
+@pytest.fixture
+def group(monkeypatch):
+    """A process group of this process alone."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def environment(port, gpu=False):
     """One thread a process, so that results do not depend on the machine; a port of its own for each test.
 
-    Without Triton's interpreter: training on the CPU uses the references.
+    Without Triton's interpreter: training on the CPU uses the references. Without the marks of a parallel test run,
+    which pytest-benchmark would take for its own.
     """
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited = {name: value for name, value in os.environ.items()
+                 if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_XDIST")}
     return inherited | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)} | (
         {} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start_training(config, out, port, *args):
@@ -72,14 +94,15 @@ def start_training(config, out, port, *args):
                             text=True)
 
 
-def run_jobs(jobs, folder, processes, port, gpu=False):
-    """Run a list of training jobs (see tests/jobs.py) under DeepSpeed's launcher."""
+def run_jobs(jobs, folder, processes, port, gpu=False, script="tests/jobs.py"):
+    """Run a list of training jobs (see tests/jobs.py), or what another script makes of them, under the
+    launcher."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"jobs-{port}.json"
     file.write_text(json.dumps(jobs))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
-               "--master_port", str(port), "tests/jobs.py", str(file)]
+               "--master_port", str(port), script, str(file)]
     done = subprocess.run(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path}, capture_output=True,
                           text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -211,7 +211,7 @@ def objective_of(kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0, alpha=1.0, pred
     return Objective(NoiseSchedule(ALPHAS_CUMPROD), prediction_type, kappa1, kappa2, kappa3, kappa4, alpha, t_init)
 
 
-def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH):
+def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, noises=0):
     """A batch in fp32 with whole and fractional timesteps over the whole range, and a dropped prompt (if n > 1)."""
     g = torch.Generator().manual_seed(seed)
     text, null = (torch.randn(rows, words, text_width, generator=g) for rows in (n, 1))
@@ -219,7 +219,8 @@ def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH):
     z, eps = (torch.randn(n, *shape, generator=g) for _ in range(2))
     t = torch.linspace(20, 979, n + 2, dtype=torch.float64)[1:-1]
     t[::2] = t[::2].round()
-    return Batch(text, null, z, eps, t, torch.arange(n) == 1)
+    noise = torch.randn(n, noises, *shape, generator=g)
+    return Batch(text, null, z, eps, t, torch.arange(n) == 1, noise, torch.rand(n, generator=g))
 
 
 def in_float64(batch):

@@ -139,6 +139,9 @@ def test_resume_from_nothing(capsys, write_config, tmp_path):
     (["--prompt", "x", "--out", "picture.jpg"], ".png"),
     (["--prompt", "x", "--out", "/nowhere/x.png"], "/nowhere"),
     (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+    (["--prompt", "x", "--steps", "0"], "--steps (0) must be at least 1 and at most 1000"),
+    (["--prompt", "x", "--steps", "1001"], "--steps (1001)"),
+    (["--prompt", "x", "--guidance", "nan"], "--guidance (nan)"),
 ], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
 def test_sample(capsys, tiny_teacher, tmp_path, args, words):
     defaults = ["--model", str(tiny_teacher), "--out", str(tmp_path / "x.png")]

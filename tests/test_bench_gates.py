@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "bench"))
+import plots
 from harness import check_gates, load_gates
 
 GATE = {"where": "cpu", "group": "sum", "fast": "fused", "slow": ["eager", "compiled"], "ratio": 1.5}
@@ -67,3 +68,18 @@ def test_a_slowed_kernel_fails_the_run(tmp_path, seconds, code):
     assert ("ok   sum" if code == 0 else "FAIL sum: fused against ['eager', 'compiled']") in done.stdout
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["machine"] == "CPU" and kept["results"]["sum"]["eager"]["ms"] > 19
+
+
+def test_pictures(tmp_path):
+    """Each picture is drawn from a file that has its numbers, and only then."""
+    step = {f"fused, micro-batch {m}": {"images_per_s": 20 + m, "ms": 1} for m in (4, 8, 16)} | {
+        "plain fp16": {"images_per_s": 14.2, "ms": 1}}
+    results = {"training step, ms an image": step,
+               "UNet, ms by kind": {"fused": {"convolution": 30, "copies": 1}, "eager": {"attention": 25, "copies": 9}},
+               "geglu, forward": {"fused": {"ms": 1, "share_of_copy": 0.9}, "eager": {"ms": 3, "share_of_copy": 0.3}}}
+    for number, part in enumerate(({}, results)):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps({"machine": "a GPU", "torch": "2.11", "results": part}))
+        plots.main([str(file), "--out", str(tmp_path / str(number))])
+    assert not list((tmp_path / "0").iterdir())
+    assert {p.name for p in (tmp_path / "1").iterdir()} == {"time-by-kind.png", "micro-batch.png", "bandwidth.png"}

@@ -62,11 +62,12 @@ def test_the_protocol_in_one_command(coco, tiny_teacher):
 
 
 @pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / "sidfast").write_text("x"), "cannot be written"),
     (lambda f: (f / "annotations/captions_val2014.json").unlink(), "captions_val2014.json is missing"),
     (lambda f: (f / "annotations/captions_val2014.json").write_text("[1]"), "not COCO's file"),
     (lambda f: next((f / "val2014").iterdir()).unlink(), "1 images of the annotations are missing"),
     (lambda f: next((f / "val2014").iterdir()).write_bytes(b"x"), "broken"),
-], ids=["no-annotations", "other-json", "image-missing", "image-broken"])
+], ids=["not-writable", "no-annotations", "other-json", "image-missing", "image-broken"])
 def test_bad_folders(coco, capsys, damage, words):
     damage(coco)
     assert cli.main(["evaluate", "--coco", str(coco)]) == 2

@@ -4,10 +4,15 @@ import csv
 import json
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 from sidfast import cli
+from sidfast.evaluation.compare import _curve
+from sidfast.evaluation.results import read_groups
 
 
 @pytest.fixture
@@ -31,12 +36,81 @@ def test_table_and_plot(results, tmp_path):
     assert [(r["result"], r["steps"], r["fid"], r["clip_score"]) for r in rows] == [
         ("student", "1", "9.123456", "0.3012"), ("teacher", "50", "8.5", "0.31")]
     table = (out / "table.md").read_text()
-    assert "| student | 30000 | 1 |  | 9.123 | 0.3012 |" in table and "do not compare" not in table
+    assert "| student | 30000 | 1 | 1 |  | 9.123 | 0.3012 |" in table and "do not compare" not in table
     assert Image.open(out / "fid-clip-score.png").size[0] > 900
     svg = ElementTree.parse(out / "fid-clip-score.svg")
     hollow = [e for e in svg.iter("{http://www.w3.org/2000/svg}use") if "fill: none" in e.get("style", "")
               or "fill-opacity: 0" in e.get("style", "")]
     assert len(hollow) >= 9                              # the paper's nine points
+
+
+def write(folder, name, fid, score, model, first=0, intervals=None):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({
+        "model": {"path": name, "steps": 1, "guidance": None} | model, "images": 100, "prompts": {"sha256": "a"},
+        "reference": {"sha256": "b"}, "seeds": {"first": first, "last": first + 99, "per_prompt": 1},
+        "metrics": {"clip_score": score, "fid": fid}, "intervals": intervals or {}}))
+    return path
+
+
+def student(kappa, seed, **changes):
+    return {"sha256": f"{kappa}-{seed}", "distillation": {
+        "teacher": "t", "settings": "x", "step": 9, "seed": seed,
+        "guidance": {f"kappa{k}": kappa for k in range(1, 5)}} | changes}
+
+
+def table(out):
+    return list(csv.DictReader((out / "table.csv").open()))
+
+
+def test_seeds_become_an_interval(tmp_path):
+    """Three students that differ in the seed of their training alone; numpy and scipy on the three numbers."""
+    fids = [8.7, 9.1, 8.9]
+    for seed, fid in enumerate(fids):
+        write(tmp_path / "r", f"s{seed}", fid, 0.3 + 0.001 * seed, student(1.5, seed))
+    assert cli.main(["compare", str(tmp_path / "r"), "--out", str(tmp_path / "out")]) == 0
+    (row,) = table(tmp_path / "out")
+    low, high = stats.t.interval(0.95, 2, np.mean(fids), stats.sem(fids))
+    assert [float(row[k]) for k in ("fid", "fid_low", "fid_high")] == pytest.approx([np.mean(fids), low, high])
+    assert (row["seed sets"], row["guidance"]) == ("3", "1.5")
+    assert "| 8.90 ± 0.50 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("others, rows", [
+    ([("b", student(1.5, 0), 100)], 1), ([("b", student(1.5, 0), 50)], 2), ([("b", student(2.0, 1), 100)], 2),
+    ([("b", student(1.5, 1, step=8), 0)], 2), ([("b", student(1.5, 1, settings="y"), 0)], 2),
+    ([("b", {"sha256": "x"}, 0), ("c", {"sha256": "x"}, 100)], 2), ([("b", {"sha256": "x", "guidance": 2.0}, 0),
+     ("c", {"sha256": "x"}, 100)], 3)],
+    ids=["other noise", "noise shared in part", "guidance", "step", "settings", "plain model", "its guidance"])
+def test_what_is_taken_together(tmp_path, others, rows):
+    """Only results that differ in seeds, and share no image."""
+    write(tmp_path / "r", "a", 1.0, 0.3, student(1.5, 0))
+    for name, model, first in others:
+        write(tmp_path / "r", name, 2.0, 0.4, model, first)
+    found = read_groups([str(tmp_path / "r")])
+    assert len(found) == rows and sum(group.runs() for group in found) == 1 + len(others)
+
+
+def test_curves(tmp_path):
+    """Points of one curve are joined in the order of guidance, with their intervals."""
+    for n, kappa in enumerate((3.0, 1.0, 10.0, 1.5)):
+        for seed in (0, 1):
+            write(tmp_path / "s", f"k{kappa}-{seed}", 10 - n + seed, 0.3 + 0.01 * n, student(kappa, seed))
+        write(tmp_path / "t", f"t{kappa}", 5 - n, 0.35 + 0.01 * n, {"sha256": "t", "guidance": kappa}, 0,
+              {"clip_score": [0.34 + 0.01 * n, 0.36 + 0.01 * n]})
+    args = [f"student={tmp_path / 's'}", f"teacher={tmp_path / 't'}", "--out", str(tmp_path / "out")]
+    assert cli.main(["compare", *args]) == 0
+    rows = table(tmp_path / "out")
+    assert [row["curve"] for row in rows] == ["student"] * 4 + ["teacher"] * 4
+    assert "<!-- teacher -->" in (tmp_path / "out" / "fid-clip-score.svg").read_text()
+    axes = Figure().add_subplot()
+    _curve(axes, read_groups([args[1]]), "fid", "teacher")
+    assert [t.get_text() for t in axes.texts] == ["1", "1.5", "3", "10"]
+    (line,) = axes.lines[:1]
+    assert list(line.get_ydata()) == [4, 2, 5, 3] and list(line.get_xdata()) == pytest.approx([0.36, 0.38, 0.35, 0.37])
+    (bars,) = axes.collections[:1]
+    assert bars.get_segments()[0][:, 0] == pytest.approx([0.35, 0.37])       # the interval of the CLIP score
 
 
 def test_what_does_not_compare_is_said(results, tmp_path):
@@ -49,7 +123,11 @@ def test_what_does_not_compare_is_said(results, tmp_path):
     assert (out / "fid-clip-score.svg").exists() and (out / "fid-small-clip-clip-score.svg").exists()
 
 
-@pytest.mark.parametrize("content, words", [(None, "no such file"), ("{", "no result"), ('{"a": 1}', "no result")])
+@pytest.mark.parametrize("content, words", [(None, "no such file"), ("{", "no result"), ('{"a": 1}', "no result"),
+                                            ("[" * 100_000, "no result"), ('{"metrics": {}}', "no result"),
+                                            ('{"model": {}, "images": 9, "prompts": {"sha256": "a"}, "metrics": '
+                                             '{"fid": NaN}}', "no result")],
+                         ids=["missing", "not JSON", "other JSON", "deep", "empty", "not finite"])
 def test_no_results(results, tmp_path, capsys, content, words):
     path = tmp_path / "x.json"
     if content is not None:
@@ -58,3 +136,23 @@ def test_no_results(results, tmp_path, capsys, content, words):
     error = capsys.readouterr().err.strip()
     assert error.startswith("sidfast: ") and "x.json" in error and words in error and "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"prompts": {"sha256": []}}, {"reference": {"sha256": {}}}, {"clip": 3}, {"model": []}, {"images": "9"},
+    {"seeds": 3}, {"seeds": {"first": "a", "last": 2}}, {"intervals": []}, {"intervals": {"fid": ["a", "b"]}},
+    {"repeats": 3}, {"model": {"distillation": {"guidance": 3}}}, {"model": {"sha256": []}}],
+    ids=lambda v: str(v).replace("'", ""))
+def test_results_with_something_else_in_place(results, tmp_path, capsys, change):
+    (tmp_path / "x.json").write_text(json.dumps(json.loads(results[0].read_text()) | change))
+    assert cli.main(["compare", str(tmp_path / "x.json"), str(results[1]), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "is no result" in error and "\n" not in error and not (tmp_path / "out").exists()
+
+
+def test_arguments(results, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for args, words in (([str(results[0])] * 2, "student.json: is given twice"),
+                        ([str(tmp_path / "empty")], "no result (*.json) in it")):
+        assert cli.main(["compare", *args, "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err

@@ -186,9 +186,9 @@ def test_option_of_another_density(mistake, setting):
     assert setting.partition("=")[0] in text and "ddpm" in text, text
 
 
-def test_evaluation_needs_the_shapes_world(mistake):
+def test_evaluation_needs_prompts_outside_the_shapes_world(mistake):
     text = mistake("evaluation.images=10")
-    assert "evaluation.images" in text and "data.prompts" in text, text
+    assert "evaluation.images" in text and "evaluation.prompts" in text, text
 
 
 @pytest.mark.parametrize("engine", ("", "generator.", "fake_score."), ids=("both", "generator", "fake_score"))

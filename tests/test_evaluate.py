@@ -25,7 +25,7 @@ from sidfast.evaluation.images import ImageFolder, sized
 from sidfast.evaluation.judge import Judge, load_shapes_judge
 from sidfast.evaluation.metrics import diversity
 from sidfast.evaluation.reference import Reference, drawn_reference
-from sidfast.evaluation.rows import FolderRows, MemoryRows
+from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
 
 ASSETS = ROOT / "assets"
 CLIP = ASSETS / "clip"
@@ -128,7 +128,8 @@ def independent(stored):
     with torch.no_grad():
         return torch_fidelity.calculate_metrics(
             input1=str(stored / "made"), input2=str(stored / "real"), feature_extractor="small-clip", fid=True,
-            kid=True, prc=True, kid_subset_size=N // 2, cuda=False, cache=False, verbose=False, batch_size=50)
+            kid=True, prc=True, kid_subset_size=N // 2, cuda=False, cache=False, verbose=False, batch_size=50,
+            save_cpu_ram=True)
 
 
 @pytest.mark.parametrize("ours, theirs", [
@@ -216,12 +217,14 @@ def test_statistics_as_reference(stored, result, tmp_path):
 
 def test_true_world_is_near_and_a_shifted_one_far():
     """FID of two disjoint samples of the true world is small and falls with n as 1/n; a shifted world is far."""
-    judge = load_shapes_judge(ASSETS, "cpu")
-    captions = held_out_captions(1000)
+    judge = Judge(load_clip(CLIP, "cpu"))
+    captions, drawn = held_out_captions(1000), torch.from_numpy(draw(1000, 5)).permute(0, 3, 1, 2) / 255
+    references = {n: drawn_reference(captions[:n], judge) for n in (200, 1000)}
 
     def measured(n, shift=0.0):
-        images = torch.from_numpy(draw(n, 5, shift)).permute(0, 3, 1, 2) / 255
-        return evaluate(lambda _, seeds: images[seeds.start:seeds.stop], captions[:n], judge)["fid_small_clip"]
+        rows = MemoryRows()
+        collect(lambda start, stop: drawn[start:stop] + shift, captions[:n], judge.rows, rows, 50, "measure")
+        return metrics.fid(rows, references[n])
 
     few, many = measured(200), measured(1000)
     assert 0 < many < 0.35 * few                         # 1/5 in the limit
@@ -280,7 +283,7 @@ def test_diversity_is_the_mean_pairwise_distance(stored, tmp_path):
     for group in embeddings.unflatten(0, (20, 3)):
         upper = torch.triu_indices(3, 3, 1)
         want.append(1 - pairwise_cosine_similarity(group, group)[upper[0], upper[1]].mean().item())
-    assert diversity(embeddings, 3) == pytest.approx(np.mean(want), rel=1e-4)
+    assert diversity(embeddings, 3).mean().item() == pytest.approx(np.mean(want), rel=1e-4)
     got = run(options(stored, metrics="diversity", seeds_per_prompt=3), tmp_path / "r.json")["metrics"]
     assert 0 < got["diversity_small_clip"] < 1
 
@@ -363,9 +366,10 @@ def test_drawn_reference_ignores_how_it_is_stored(tmp_path):
     assert torch.equal(memory.rows.all("features"), folder.rows.all("features")) and memory.sha256 == folder.sha256
 
 
-def test_request_defaults_are_the_command_lines(export, tmp_path):
+def test_request_defaults_are_the_command_lines(tiny_teacher, tmp_path):
     """Several seeds a prompt, a steps-and-guidance model, bf16, and resizing, in one go."""
-    request = Request(str(ASSETS / "teacher"), tmp_path / "r.json", "shapes:held_out", images=8, seeds_per_prompt=4,
+    request = Request(model=str(tiny_teacher), resize=64, out=tmp_path / "r.json", prompts="shapes:held_out",
+                      images=8, seeds_per_prompt=4,
                       metrics="clip,diversity", steps=2, guidance=1.5, dtype="bf16", seed_offset=7, assets=str(ASSETS))
     evaluate_model(request, torch.device("cpu"))
     got = json.loads((tmp_path / "r.json").read_text())

@@ -46,6 +46,7 @@ def fails(capsys, stored, out, **changes):
 
 
 @pytest.mark.parametrize("changes, words", [
+    ({"metrics": ","}, ["--metrics: none given"]),
     ({"metrics": "fdi"}, ["unknown metric fdi", "is fid meant"]),
     ({"metrics": "fid,precison"}, ["unknown metric precison", "is precision meant"]),
     ({"metrics": "fid"}, ["8 are too few images for the covariance of 128 features", "129"]),
@@ -66,10 +67,20 @@ def fails(capsys, stored, out, **changes):
     ({"model": "/nowhere/at/all"}, ["/nowhere/at/all"]),
     ({"model": None}, ["--model is needed"]),
     ({"steps": "2"}, ["a folder of images takes neither --steps"]),
+    ({"seed_offset": str(2**63)}, ["--seed-offset", "2^62"]),
+    ({"cache": "/proc/nowhere"}, ["/proc/nowhere", "cannot be written"]),
+    ({"model": ASSETS / "clip"}, ["assets/clip", "neither a run directory nor a diffusers pipeline"]),
+    ({"seeds": "2"}, ["--seeds 2", "one set"]),
+    ({"seeds": "0"}, ["--seeds (0) must be at least 1"]),
 ], ids=lambda v: "" if isinstance(v, list) else " ".join(f"{k}={x}" for k, x in v.items()))
 def test_options(capsys, stored, tmp_path, changes, words):
     line = fails(capsys, stored, tmp_path / "r.json", **changes)
     assert all(word in line for word in words), line
+
+
+def test_empty_folder(capsys, stored, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "nor a folder of images" in fails(capsys, stored, tmp_path / "r.json", model=tmp_path / "empty")
 
 
 def test_folder_for_the_result(capsys, stored, tmp_path):
@@ -81,7 +92,8 @@ def test_folder_for_the_result(capsys, stored, tmp_path):
     (lambda f: (f / "3.png").write_bytes(b"no image"), "3.png is no image or a broken one"),
     (lambda f: (f / "3.png").write_bytes((f / "3.png").read_bytes()[:3000]), "3.png is no image or a broken one"),
     (lambda f: Image.new("RGB", (32, 64)).save(f / "3.png"), "3.png is 32 x 64 and 0.png 64 x 64"),
-], ids=["corrupt", "truncated", "size"])
+    (lambda f: Image.new("I;16", (64, 64)).save(f / "3.png"), "3.png has more than 8 bits a channel"),
+], ids=["corrupt", "truncated", "size", "16 bits"])
 def test_images(capsys, stored, folder, tmp_path, option, damage, words):
     damage(folder)
     line = fails(capsys, stored, tmp_path / "r.json", **{option: folder})
@@ -105,7 +117,7 @@ def test_too_few_images(capsys, stored, folder, tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"zip?", "neither a folder of images nor statistics"), ("other", "neither a folder of images nor statistics"),
+    (b"zip?", "it is no .npz"), ("other", "neither a folder of images nor statistics"),
     ("nan", "non-finite"), ("small", "statistics of 3 features, the feature network has 128"),
     ("kid", "kid need the images")], ids=str)
 def test_statistics(capsys, stored, tmp_path, content, words):

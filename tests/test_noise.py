@@ -155,7 +155,7 @@ def test_options_take_effect(name):
 
 def test_every_option_is_tested():
     assert {(name.split("-")[0], option) for name, options in OPTIONS.items() for option in options} == {
-        (density, option) for density, names in DENSITIES.items() for option in names}
+        (density, option) for density, law in DENSITIES.items() for option in law.options}
 
 
 LOW, HIGH = LOG_SIGMA[20], LOG_SIGMA[979]

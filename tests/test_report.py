@@ -1,9 +1,12 @@
 """RUN/report.html: complete, self-contained, and alive in a real browser."""
 
+import base64
+import io
 import json
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -11,6 +14,9 @@ from PIL import Image
 from sidfast import cli
 from sidfast.config import load_config
 from sidfast.evaluation.charts import line_chart
+from sidfast.evaluation.metrics import title
+from sidfast.evaluation.report import _samples
+from sidfast.publishing.grid import image_grid, read_grid, save_grid
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -27,12 +33,21 @@ def run(tmp_path_factory):
     lines = [{"step": n, "images": 16 * n, "fake_score_loss": 1 / n, "generator_loss": -0.1 * n, "non_finite": 0.0,
               "images_per_s": 20.0 + n} for n in range(5, 241, 5)]
     measures = {"images": 1000, "accuracy": 0.618, "clip_score": 0.7854, "fid_small_clip": 12.84}
+    spread = {"intervals": {"accuracy": [0.5875, 0.6476], "clip_score": [0.771, 0.8]}, "protocol": "p"}
     for n, accuracy in ((0, 0.09), (120, 0.4), (240, 0.618)):
         lines.append({"step": n} | {f"evaluation/{k}": v for k, v in (measures | {"accuracy": accuracy}).items()})
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 24')
-    (out / "evaluation.json").write_text(json.dumps({"end": measures, "start": measures | {"accuracy": 0.09}}))
+    (out / "evaluation.json").write_text(json.dumps({
+        "end": measures | spread | {"step": 240}, "step 120": measures | spread | {"step": 120},
+        "start": measures | {"accuracy": 0.09}, "teacher": measures | {"fid_small_clip": 0.43}}))
+    (out / "best").mkdir()
+    (out / "best" / "distillation.json").write_text(json.dumps({
+        "step": 120, "best_by": "fid_small_clip",
+        "evaluation": measures | spread | {"fid_small_clip": 11.5, "step": 120}}))
     for n, color in ((0, "red"), (80, "green"), (240, "blue")):
-        Image.new("RGB", (1200, 500), color).save(out / "samples" / f"step-{n:08d}.png")
+        rows = {"teacher, 50 steps": "gray", "student at start": "red", f"student after {n}": color}
+        save_grid(image_grid({label: [Image.new("RGB", (64, 64), c)] * 3 for label, c in rows.items()},
+                             ["one", "two <i>", "three"]), out / "samples" / f"step-{n:08d}.png")
     assert cli.main(["report", "--run", str(out)]) == 0
     return out
 
@@ -52,11 +67,52 @@ def test_page_is_self_contained_and_complete(run):
     page = (run / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert len(links.found) == 4 and all(link.startswith("data:") for link in links.found)       # grids, and the icon
+    assert len(links.found) == 7 and all(link.startswith("data:") for link in links.found)       # images, and the icon
     assert "http:" not in page and "https:" not in page and "@import" not in page and "url(" not in page
     assert "a &lt;b&gt; run" in page and "<b> run" not in page
-    assert all(word in page for word in ("0.618", "12.84", "guidance.kappa1", "2.15.0", "after 240 updates"))
+    assert all(word in page for word in ("0.618", "12.84", "guidance.kappa1", "2.15.0", "after 240 updates",
+                                         "0.5875 to 0.6476", "11.5", "<td>best<small>after 120 updates</small>",
+                                         "two &lt;i&gt;"))
     assert page.count("<svg") == 5                       # losses, three measures, speed; nothing of a GPU
+    assert page.count('class="level"') == 3              # the teacher's numbers
+    for pattern in ("fetch(", "XMLHttpRequest", "<link rel=\"stylesheet", "<iframe"):
+        assert pattern not in page
+
+
+def test_grid_gives_its_images_back(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(4)]
+    save_grid(image_grid({"a": images[:2], "b": images[2:]}, ["x", "y"]), tmp_path / "grid.png")
+    prompts, rows = read_grid(tmp_path / "grid.png")
+    assert prompts == ["x", "y"] and list(rows) == ["a", "b"]
+    assert all(np.array_equal(a, b) for a, b in zip(images, rows["a"] + rows["b"], strict=True))
+    images[0].save(tmp_path / "other.png")
+    assert read_grid(tmp_path / "other.png") is None
+
+
+def test_large_images_and_many_steps_stay_small(run, tmp_path):
+    """A picture of 320 pixels is shown at 256, and of many steps 24 are, with the first and the last."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (320, 320, 3), np.uint8))]
+    grid = image_grid({"teacher": noise, "start": noise, "now": noise}, ["x"])
+    shutil.rmtree(copy / "samples")
+    (copy / "samples").mkdir()
+    save_grid(grid, copy / "samples" / "step-00000000.png")
+    for n in range(1, 40):
+        (copy / "samples" / f"step-{n:08d}.png").hardlink_to(copy / "samples" / "step-00000000.png")
+    samples = _samples(copy)
+    steps = [frame["step"] for frame in samples["frames"]]
+    assert len(steps) == 24 and steps[0] == 0 and steps[-1] == 39 and not samples["small"]
+    image = Image.open(io.BytesIO(base64.b64decode(samples["frames"][0]["images"][0].split(",")[1])))
+    assert image.size == (256, 256) and image.format == "WEBP"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": 1}', '{"config": {"guidance": {}}}'])
+def test_config_that_is_none(tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    assert cli.main(["report", "--run", str(tmp_path)]) == 2
+    assert "no run directory" in capsys.readouterr().err
 
 
 def test_no_run_directory(tmp_path, capsys):
@@ -77,11 +133,23 @@ def test_chart_stays_in_its_frame(points):
     assert line_chart({"a": [(1, float("nan"))]}, "x") is None
 
 
+def colors(page, selector):
+    """[[r, g, b], ...]: the first pixel of each image that matches in the page."""
+    return page.evaluate("""async selector => Promise.all([...document.querySelectorAll(`#pairs ${selector}`)].map(
+        async image => {
+            await image.decode();
+            const canvas = document.createElement("canvas");
+            const pen = canvas.getContext("2d");
+            pen.drawImage(image, 0, 0);
+            return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        }))""", selector)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [1400, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(run, width, scheme):
-    """No console message, no request, no sideways scrolling; the slider changes the picture."""
+    """No console message, no request, no sideways scrolling; the slider changes the student's pictures."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -96,8 +164,12 @@ def test_in_a_browser(run, width, scheme):
         page.focus("#step")
         page.keyboard.press("ArrowLeft")
         assert page.inner_text("#shown") == "after 80 updates"
-        shown = page.eval_on_selector_all("#grids img", "es => es.map(e => getComputedStyle(e).display !== 'none')")
-        assert shown == [False, True, False]
+        assert colors(page, ".student") == [[0, 128, 0]] * 3 and colors(page, "img:not(.student)") == [[128] * 3] * 3
+        page.keyboard.press("Home")
+        assert page.inner_text("#shown") == "after 0 updates" and colors(page, ".student") == [[255, 0, 0]] * 3
+        inside = page.evaluate("""[...document.querySelectorAll('.pair img, svg')].every(
+            e => e.getBoundingClientRect().right <= innerWidth && e.getBoundingClientRect().width > 50)""")
+        assert inside
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(251, 250, 248)", "dark": "rgb(20, 22, 26)"}[scheme]
         browser.close()
@@ -119,12 +191,17 @@ def test_model_card(run, tmp_path, head, words):
     described = json.loads((copy / "config.json").read_text())
     described["config"]["model"]["teacher"] = str(teacher)
     (copy / "config.json").write_text(json.dumps(described))
-    write_card(copy)
+    write_card(copy, copy / "export", title)
     assert not (copy / "export").exists()                # nothing to describe
     (copy / "export").mkdir()
-    write_card(copy)
+    write_card(copy, copy / "export", title)
     card = (copy / "export" / "README.md").read_text()
-    assert all(word in card for word in [*words, "library_name: diffusers", "| end | 1000 | 0.618 | 0.7854 | 12.84 |",
+    assert all(word in card for word in [*words, "library_name: diffusers",
+                                         "| end | 1000 | 0.618 (0.5875 to 0.6476) | 0.7854 (0.771 to 0.8) | 12.84 |",
                                          "| t_init | 625 |", "(grid.png)", "1.5, 1.5, 1.5, 1.5"])
     assert sorted(p.name for p in (copy / "export").iterdir()) == ["README.md", "grid.png"]
-    assert Image.open(copy / "export" / "grid.png").getpixel((0, 0)) == (0, 0, 255)
+    assert read_grid(copy / "export" / "grid.png")[1]["student after 240"][0].getpixel((0, 0)) == (0, 0, 255)
+    shutil.copy(copy / "best" / "distillation.json", copy / "export")
+    write_card(copy, copy / "export", title)
+    card = (copy / "export" / "README.md").read_text()
+    assert "| after updates | 120 |" in card and "| chosen as the best of the run by | FID (small CLIP) |" in card

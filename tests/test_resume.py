@@ -11,13 +11,18 @@ import pytest
 import torch
 from conftest import ROOT, environment, losses, start_training
 
-from sidfast.training.checkpoint import find_checkpoint, read_tensors
+from sidfast.errors import UserError
+from sidfast.training.checkpoint import choose_checkpoint, read_tensors
 
 STEPS = 24
 
 
 def finish(process, timeout=200):
-    _, errors = process.communicate(timeout=timeout)
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)                                    # or it would slow down every test after this one
+        raise
     assert process.returncode == 0, errors[-3000:]
     return errors
 
@@ -108,17 +113,31 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(config, whole, tmp_pa
     assert losses(run) == losses(whole)
 
 
-@pytest.mark.parametrize("damage", ["missing file", "no state", "broken state"])
-def test_damaged_checkpoints_are_never_taken(whole, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing file", "no state", "broken state", "flipped bit"])
+def test_damaged_checkpoints_are_never_taken(whole, group, tmp_path, damage):
     folder = tmp_path / "checkpoints"
     shutil.copytree(whole / "checkpoints", folder)
     newest = folder / "step-00000024"
     {"missing file": lambda: next(newest.glob("*.safetensors")).unlink(),
      "no state": lambda: (newest / "state.json").unlink(),
-     "broken state": lambda: (newest / "state.json").write_text("{")}[damage]()
+     "broken state": lambda: (newest / "state.json").write_text("{"),
+     "flipped bit": lambda: flip_a_bit(next(newest.glob("fake_score.exp_avg-*")))}[damage]()
     told = []
-    assert find_checkpoint(folder, told.append).name == "step-00000020"
+    assert choose_checkpoint(tmp_path, "auto", told.append).name == "step-00000020"
     assert len(told) == 1 and "step-00000024" in told[0]
+    assert damage != "flipped bit" or "checksum" in told[0]
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        (folder / "state.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no whole checkpoint is left; remove that folder"):
+        choose_checkpoint(tmp_path, "auto", told.append)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        choose_checkpoint(tmp_path / "other", newest, told.append)
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def test_no_pickle_anywhere(whole):

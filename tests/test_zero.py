@@ -5,7 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import losses, run_jobs
+from helpers_method import assert_close, in_float64, naive_fake_score_update, naive_generator_update, objective_of
 
+from sidfast.config import build_config
+from sidfast.data.prompts import open_prompts
+from sidfast.networks.loading import load_teacher
+from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.checkpoint import read_tensors
 
 STAGES = (0, 1, 2, 3)
@@ -33,7 +38,9 @@ def runs(tiny_config, tmp_path_factory):
             for stage in STAGES]
     others = [{"config": changed(tiny_config, train__micro_batch=4), "out": str(folder / "one-pass")},
               {"config": changed(tiny_config, train__steps=10), "out": str(folder / "short")}]
-    run_jobs([*stages(tiny_config, folder, 1), *bf16, *others], folder, 1, 29711)
+    one_step = [{"config": changed(tiny_config, train__steps=1, deepspeed__zero_optimization={"stage": stage}),
+                 "out": str(folder / f"one-step-{stage}")} for stage in STAGES]
+    run_jobs([*stages(tiny_config, folder, 1), *bf16, *others, *one_step], folder, 1, 29711)
     return folder
 
 
@@ -58,6 +65,35 @@ def test_same_curve_in_every_stage(runs, stage):
     want = losses(runs / "stage-0-of-1")
     assert len(want) == 20 and want[0][1:] != want[-1][1:]
     assert_same_curve(losses(runs / f"stage-{stage}-of-1"), want, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def first_gradients(tiny_config, runs):
+    """{network: {name: gradient}} of the first step, in float64 and sample by sample."""
+    config = build_config(tiny_config, "test")
+    teacher = load_teacher(config.model.teacher)
+    encoder = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32)
+    whole = config.train.model_copy(update={"micro_batch": config.train.batch_size})
+    batches = Batches(open_prompts(config.data.prompts, config.train.seed), encoder,
+                      noise_levels(teacher.schedule, config.noise), (4, 8, 8), whole, config.guidance.prompt_dropout,
+                      config.synthetic, 0, torch.device("cpu"))
+    objective, unet = objective_of(1.5, 1.5, 1.5, 1.5), teacher.unet.double().requires_grad_(True)
+    generator, trained = copy.deepcopy(unet), copy.deepcopy(unet)            # the generator's turn is the second
+    checkpoint = runs / "one-step-0" / "checkpoints" / "step-00000001"
+    trained.load_state_dict(read_tensors(checkpoint, "fake_score", "weights"))
+    [first], [second] = (batches(0, update) for update in ("fake_score", "generator"))
+    return {"fake_score": naive_fake_score_update((unet, unet, unet), in_float64(first), objective)[1],
+            "generator": naive_generator_update((generator, trained, unet), in_float64(second), objective)[1]}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
+@pytest.mark.parametrize("network", ("fake_score", "generator"))
+def test_adam_sees_the_gradient_itself(runs, first_gradients, network, stage):
+    """Neither clipped nor scaled: with beta1 = 0, Adam's first moment is the gradient."""
+    got = read_tensors(runs / f"one-step-{stage}" / "checkpoints" / "step-00000001", network, "exp_avg")
+    want = first_gradients[network]
+    assert got.keys() == want.keys()
+    assert_close(network, *(torch.cat([v[name].flatten() for name in want]) for v in (got, want)), bound=1e-4)
 
 
 @pytest.mark.slow

@@ -7,16 +7,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sidfast.teacher.tokenizer import build_tokenizer
 
 
-def write_tiny_teacher(folder, prediction_type="epsilon", seed=0):
-    """Write a randomly initialised Stable Diffusion of 16 x 16 images to `folder`."""
+def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2):
+    """Write a randomly initialised Stable Diffusion to `folder`, of 16 x 16 images, or 64 x 64 with 4 levels."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     text = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, mid_block_add_attention=False)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * levels,
+                        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(8,) * levels,
+                        norm_num_groups=4, sample_size=8 * 2 ** (levels - 1), mid_block_add_attention=False)
     unet = UNet2DConditionModel(
         sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         block_out_channels=(16,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8)

@@ -24,12 +24,17 @@ class PromptFile:
     """
 
     def __init__(self, path, seed=0):
+        if not path:
+            raise UserError("data.prompts is empty; give a text file, one prompt a line")
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"data.prompts: {path} is no file")
-        if path.stat().st_size == 0:
-            raise UserError(f"data.prompts: {path} is empty; it needs one prompt a line")
-        self.seed, self._bytes = seed, np.memmap(path, np.uint8, "r")
+        try:
+            if not path.is_file():
+                raise UserError(f"data.prompts: {path} is no file")
+            if path.stat().st_size == 0:
+                raise UserError(f"data.prompts: {path} is empty; it needs one prompt a line")
+            self.seed, self._bytes = seed, np.memmap(path, np.uint8, "r")
+        except OSError as error:
+            raise UserError(f"data.prompts: {str(path)[:200]} cannot be read ({error.strerror})") from None
         newlines = np.flatnonzero(self._bytes == ord("\n"))
         mark = 3 if bytes(self._bytes[:3]) == codecs.BOM_UTF8 else 0
         starts = np.concatenate([[mark], newlines + 1])
@@ -111,6 +116,8 @@ def read_prompts(path):
         raise UserError(f"--prompts {path}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompts {path}: not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
     prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"--prompts {path}: no prompt in it")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -83,5 +84,8 @@ def load_checker(folder, device="cpu"):
     if not path.is_file():
         raise UserError(f"no attribute checker in {folder} ({_WEIGHTS} is missing); `sidfast teacher` trains one")
     checker = AttributeChecker()
-    checker.load_state_dict(load_file(path))
+    try:
+        checker.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError):
+        raise UserError(f"{path}: is no checker of this version; `sidfast teacher` trains one") from None
     return checker.to(device).eval().requires_grad_(False)

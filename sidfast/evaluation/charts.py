@@ -7,19 +7,28 @@ _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
 
 
-def line_chart(series, x_label):
+def line_chart(series, x_label, level=None, log=False):
     """SVG of {name: [(x, y), ...]}: one line each, classes `line-0`, `line-1`, ...; points that are not finite are
-    left out. None if nothing is left to draw."""
+    left out. None if nothing is left to draw.
+
+    `level`: (name, y) of a dashed line across; `log`: a logarithmic axis, if all values are above 0.
+    """
     series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None
-    xs, ys = (_ticks(*_span(p[i] for points in series.values() for p in points)) for i in (0, 1))
+    levels = [level[1]] if level else []
+    values = [y for points in series.values() for _, y in points] + levels
+    log = log and min(values) > 0
+    xs = _ticks(*_span([x for points in series.values() for x, _ in points]))
+    ys = _log_ticks(min(values), max(values)) if log else _ticks(*_span(values))
+    scale = math.log if log else float
+    bottom, top = scale(ys[0]), scale(ys[-1])
 
     def place(x, y):
-        right, top = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+        right, low = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
         return (_LEFT + (x - xs[0]) / (xs[-1] - xs[0]) * (right - _LEFT),
-                top - (y - ys[0]) / (ys[-1] - ys[0]) * (top - _TOP))
+                low - (scale(y) - bottom) / (top - bottom) * (low - _TOP))
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(", ".join(series))}">']
     for y in ys:
@@ -29,17 +38,22 @@ def line_chart(series, x_label):
     parts += [f'<text x="{place(x, ys[0])[0]:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:g}</text>'
               for x in xs]
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 1}" text-anchor="end">{escape(x_label)}</text>')
-    for k, points in enumerate(series.values()):
+    if level:
+        h = place(xs[0], level[1])[1]
+        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{h:.1f}" y2="{h:.1f}">'
+                     f'<title>{escape(level[0])}: {level[1]:.4g}</title></line>')
+    for k, (name, points) in enumerate(series.items()):
         spots = [place(*point) for point in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         parts.append(f'<polyline class="line-{k}" points="{path}"/>')
         if len(spots) <= 30:
-            parts += [f'<circle class="line-{k}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in spots]
+            parts += [f'<circle class="line-{k}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(name)}, {px:g} '
+                      f'{escape(x_label)}: {py:.4g}</title></circle>' for (x, y), (px, py) in
+                      zip(spots, points, strict=True)]
     return "".join([*parts, "</svg>"])
 
 
 def _span(values):
-    values = list(values)
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - abs(low or 1) / 2, high + abs(high or 1) / 2)
 
@@ -51,3 +65,13 @@ def _ticks(low, high):
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _log_ticks(low, high):
+    """1, 2, 5, 10, ... from at most `low` to at least `high`; powers of ten alone over many of them."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
+    marks = [m * 10.0**power for power in powers for m in steps]
+    first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
+    last = min(i for i, mark in enumerate(marks) if mark >= high * (1 - 1e-9) and i > first)
+    return marks[first:last + 1]

@@ -36,7 +36,10 @@ def prepare_coco(folder):
             raise UserError(f"--coco {folder}: {len(missing)} images of the annotations are missing, the first is "
                             f"{_IMAGES}/{missing[0]}")
         partial = crops.with_name(f".{crops.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--coco {folder}: {partial.parent} cannot be written ({error.strerror})") from None
         for name in tqdm(names.values(), desc="crops", mininterval=2):
             _write_crop(folder / _IMAGES / name, partial / f"{Path(name).stem}.png")
         ordered = sorted(texts, key=lambda key: hashlib.sha256(str(key).encode()).digest())

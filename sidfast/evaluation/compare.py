@@ -2,11 +2,13 @@
 
 import csv
 import io
-import json
+import math
 import shutil
 from pathlib import Path
 
 from sidfast.errors import UserError
+from sidfast.evaluation.metrics import title
+from sidfast.evaluation.results import read_groups
 
 _FIRST = ("fid", "clip_score", "accuracy")
 # Zero-shot COCO-2014, 30,000 captions, ViT-g/14 (arXiv 2406.01561; method.md, section 8): kappa, FID, CLIP score.
@@ -17,14 +19,14 @@ _PAPER = {
 }
 
 
-def compare(paths, out, paper):
-    """Write table.md, table.csv, and, if the results have FID and CLIP score, fid-clip.png and .svg to `out`.
+def compare(arguments, out, paper):
+    """Write table.md, table.csv, and, if the results have FID and CLIP score, fid-clip-score.png and .svg to `out`.
 
-    `paper` adds the published points. Raises UserError for a file that is no result, and an `out` that is in the way.
+    `arguments`: [CURVE=]FILE|FOLDER; results that differ in seeds alone become one row, with its 95 % interval, and
+    those of one CURVE one line of the plot. `paper` adds the published points. Raises UserError for a file that is no
+    result, and an `out` that is in the way.
     """
-    out = Path(out)
-    results = [_read(Path(path)) for path in paths]
-    names = _names([Path(path) for path in paths])
+    out, groups = Path(out), read_groups(arguments)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; a folder is needed")
     if not out.parent.is_dir():
@@ -32,56 +34,60 @@ def compare(paths, out, paper):
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    header, rows = _table(names, results)
-    (partial / "table.md").write_text(_markdown(header, rows, results))
-    (partial / "table.csv").write_text(_csv(header, rows))
-    for key in _fid_names(results, paper):
-        _plot(names, results, key, paper and key == "fid", partial)
+    keys = _keys(groups)
+    (partial / "table.md").write_text(_markdown(groups, keys))
+    (partial / "table.csv").write_text(_csv(groups, keys))
+    for key in _fid_names(groups, paper):
+        _plot(groups, key, paper and key == "fid", partial)
     out.mkdir(exist_ok=True)
     for file in partial.iterdir():
         file.replace(out / file.name)
     partial.rmdir()
 
 
-def _read(path):
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(v, (int, float)) for v in result["metrics"].values()) or "images" not in result:
-            raise ValueError
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is no result of `sidfast evaluate`") from None
-    return result
+def _keys(groups):
+    keys = list(dict.fromkeys(key for group in groups for key in group.first["metrics"]))
+    return sorted(keys, key=lambda key: next((i for i, first in enumerate(_FIRST) if key.startswith(first)),
+                                             len(_FIRST)))
 
 
-def _names(paths):
-    """File names, with folders where those are not enough to tell results apart."""
-    stems = [path.stem for path in paths]
-    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+def _columns(group):
+    """What a row says before the metrics."""
+    return [*([group.curve] if group.curve else [""]), group.name, group.first["images"], group.runs(),
+            group.first["model"].get("steps"), group.guidance()]
 
 
-def _table(names, results):
-    keys = list(dict.fromkeys(key for result in results for key in result["metrics"]))
-    keys.sort(key=lambda key: next((i for i, first in enumerate(_FIRST) if key.startswith(first)), len(_FIRST)))
-    rows = []
-    for name, result in zip(names, results, strict=True):
-        model = result["model"]
-        rows.append([name, result["images"], model.get("steps"), model.get("guidance"),
-                     *(result["metrics"].get(key) for key in keys)])
-    return ["result", "images", "steps", "guidance", *keys], rows
+_HEADER = ["curve", "result", "images", "seed sets", "steps", "guidance"]
 
 
-def _markdown(header, rows, results):
+def _markdown(groups, keys):
+    rows = [[*_columns(group), *(_number(group.numbers().get(key)) for key in keys)] for group in groups]
+    header = [*_HEADER, *keys]
+    if not any(group.curve for group in groups):
+        header, rows = header[1:], [row[1:] for row in rows]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    if any(interval for group in groups for _, interval in group.numbers().values()):
+        lines.append("\n±: 95 %, by Student's t over sets of seeds where there are several, over images where there is "
+                     "one.")
     notes = [f"{what}: differs between the results, so their numbers do not compare."
              for what, of in (("Image count", lambda r: r["images"]), ("Prompts", lambda r: r["prompts"]["sha256"]),
                               ("Reference", lambda r: r.get("reference", {}).get("sha256")),
                               ("Feature network", lambda r: r.get("features", {}).get("sha256")),
-                              ("CLIP", lambda r: r.get("clip", {}).get("sha256")))
-             if len({of(result) for result in results}) > 1]
+                              ("CLIP", lambda r: r.get("clip", {}).get("sha256")),
+                              ("Resampling", lambda r: str(r.get("resampling"))))
+             if len({of(group.first) for group in groups}) > 1]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _number(value):
+    """"1.968 ± 0.021": to the interval's second digit."""
+    if value is None or value[1] is None:
+        return value and value[0]
+    mean, (low, high) = value
+    half = (high - low) / 2
+    digits = min(12, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 4
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def _cell(value):
@@ -90,39 +96,59 @@ def _cell(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
-def _csv(header, rows):
+def _csv(groups, keys):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
+    writer.writerow([*_HEADER, *(name for key in keys for name in (key, f"{key}_low", f"{key}_high"))])
+    for group in groups:
+        numbers, row = group.numbers(), _columns(group)
+        for key in keys:
+            value, interval = numbers.get(key, (None, None))
+            row += [value, *(interval or (None, None))]
+        writer.writerow(["" if value is None else value for value in row])
     return text.getvalue()
 
 
-def _fid_names(results, paper):
+def _fid_names(groups, paper):
     """The kinds of FID that can be plotted; those of different feature networks never share a plot."""
-    found = {key for result in results for key in result["metrics"] if key.startswith("fid")
-             and "clip_score" in result["metrics"]}
+    found = {key for group in groups for key in group.first["metrics"] if key.startswith("fid")
+             and "clip_score" in group.first["metrics"]}
     return sorted(found | ({"fid"} if paper else set()))
 
 
-def _plot(names, results, key, paper, folder):
+def _plot(groups, key, paper, folder):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, result in zip(names, results, strict=True):
-        if key in result["metrics"] and "clip_score" in result["metrics"]:
-            axes.plot(result["metrics"]["clip_score"], result["metrics"][key], "o", label=name)
+    shown = [group for group in groups if key in group.first["metrics"] and "clip_score" in group.first["metrics"]]
+    for curve in dict.fromkeys(group.curve for group in shown):
+        members = [group for group in shown if group.curve == curve]
+        for line in [members] if curve else [[group] for group in members]:
+            _curve(axes, line, key, curve or line[0].name)
     for name, points in (_PAPER if paper else {}).items():
         kappas, fids, scores = zip(*points, strict=True)
         axes.plot(scores, fids, "o--", markerfacecolor="none", linewidth=0.8, label=name)
         for kappa, x, y in zip(kappas, scores, fids, strict=True):
             axes.annotate(f"{kappa:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="CLIP score (higher is better)", ylabel=f"{key} (lower is better)")
+    axes.set(xlabel="CLIP score (higher is better)", ylabel=f"{title(key)} (lower is better)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     stem = key.replace("_", "-") + "-clip-score"
     figure.savefig(folder / f"{stem}.png", dpi=150, metadata={"Software": None})
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
+
+
+def _curve(axes, groups, key, label):
+    """Points with their intervals, joined in the order of guidance, which stands beside each point of a curve."""
+    groups = sorted(groups, key=lambda group: (isinstance(group.guidance(), str), group.guidance() or 0))
+    points = [(group.numbers()["clip_score"], group.numbers()[key]) for group in groups]
+    x, y = ([value for value, _ in of] for of in zip(*points, strict=True))
+    spread = [[[value - (interval or (value, value))[0] for value, interval in of],
+               [(interval or (value, value))[1] - value for value, interval in of]] for of in zip(*points, strict=True)]
+    axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o-", markersize=5, linewidth=1, capsize=2, label=label)
+    for group, place in zip(groups, zip(x, y, strict=True), strict=True):
+        if len(groups) > 1 and group.guidance() is not None:
+            axes.annotate(_cell(group.guidance()), place, (4, 4), textcoords="offset points", fontsize=7)

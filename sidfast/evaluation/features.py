@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as image_ops
 
 from sidfast.data import shapes
 from sidfast.errors import UserError
+from sidfast.networks.untrusted import refuse_pickles
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")
@@ -30,12 +31,18 @@ class ClipFeatures:
     def __init__(self, clip, tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3, path=None, sha256=None):
         self.clip, self.tokenizer, self.path, self.sha256 = clip, tokenizer, path, sha256
         self.side = clip.config.vision_config.image_size
-        self.mean, self.std = (torch.tensor(v, device=clip.device).view(1, 3, 1, 1) for v in (mean, std))
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+        self.to(clip.device)
         self.dimension = clip.config.projection_dim
         self.suffix = "_small_clip" if self.side == shapes.IMAGE_SIZE else "_clip"     # no published CLIP is so small
 
     def __call__(self, images):
         return self.scale(self.embed(images))
+
+    def to(self, device):
+        """Move the network."""
+        self.clip.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     @staticmethod
     def scale(embeddings):
@@ -69,6 +76,10 @@ class InceptionFeatures:
     def __init__(self, network, path, sha256):
         self.network, self.path, self.sha256 = network, path, sha256
 
+    def to(self, device):
+        """Move the network."""
+        self.network.to(device)
+
     def __call__(self, images):
         return self.network((images * 255).round().to(torch.uint8))[0].float()
 
@@ -100,9 +111,10 @@ def load_clip(folder, device):
     if not (folder / "config.json").is_file():
         raise UserError(f"no CLIP in {folder} (config.json is missing); a transformers folder is needed, "
                         "of which `sidfast teacher` trains a small one")
+    refuse_pickles(folder, "CLIP", "transformers.CLIPModel")
     try:
         clip = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         mean, std = _normalisation(folder)
     except Exception as error:                           # the library raises many kinds for a broken folder
         raise UserError(f"the CLIP in {folder} cannot be loaded ({_first_line(error)})") from None

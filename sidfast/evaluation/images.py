@@ -12,7 +12,8 @@ from sidfast.errors import UserError
 from sidfast.evaluation.features import hash_files
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-FILTERS = {"bicubic": image_ops.InterpolationMode.BICUBIC, "bilinear": image_ops.InterpolationMode.BILINEAR}
+_TORCH = {"bicubic": image_ops.InterpolationMode.BICUBIC, "bilinear": image_ops.InterpolationMode.BILINEAR}
+FILTERS = (*_TORCH, "lanczos")
 
 
 class ImageFolder:
@@ -47,9 +48,13 @@ class ImageFolder:
     def _size(self, path):
         try:
             with Image.open(path) as image:
-                return image.height, image.width
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+                size, mode = (image.height, image.width), image.mode
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise self._broken(path, error) from None
+        if mode.startswith(("I", "F")):                  # Pillow would cut them off at 255
+            raise UserError(f"{self.option} {self.folder}: {path.name} has more than 8 bits a channel ({mode}); 8 are "
+                            "needed")
+        return size
 
     def _read(self, path):
         try:
@@ -79,13 +84,22 @@ def sized(make, side=None, filter_name="bicubic", expected=None):
     def make_sized(start, stop):
         images = make(start, stop)
         if side and tuple(images.shape[-2:]) != (side, side):
-            images = image_ops.resize(images.float(), [side, side], FILTERS[filter_name], antialias=True).clamp(0, 1)
+            images = _resize(images.float(), side, filter_name).clamp(0, 1)
         if expected and tuple(images.shape[-2:]) != tuple(expected):
             raise UserError(f"size mismatch: the images are {_times(images.shape[-2:])}, those of the reference "
                             f"{_times(expected)} (--resize N resizes the images)")
         return images
 
     return make_sized
+
+
+def _resize(images, side, filter_name):
+    """Images [N, C, H, W] to side x side, antialiased, in fp32 without rounding to 8 bits in between."""
+    if filter_name in _TORCH:
+        return image_ops.resize(images, [side, side], _TORCH[filter_name], antialias=True)
+    planes = [Image.fromarray(plane).resize((side, side), Image.Resampling.LANCZOS)       # (torch has no Lanczos)
+              for plane in images.flatten(0, 1).cpu().numpy()]
+    return torch.from_numpy(np.stack(planes)).to(images.device).unflatten(0, images.shape[:2])
 
 
 def _times(size):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from sidfast.data import shapes
-from sidfast.errors import UserError
+from sidfast.errors import NonFiniteImage
 from sidfast.evaluation.attributes import correct, load_checker
 from sidfast.evaluation.features import load_clip
 
@@ -21,6 +21,13 @@ class Judge:
     def __init__(self, features=None, clip=None, checker=None, embeddings=False, device="cpu"):
         self.features, self.clip, self.checker = features, clip, checker
         self.embeddings, self.device = embeddings, device
+
+    def to(self, device):
+        """Move the networks. Returns itself."""
+        for network in {id(n): n for n in (self.features, self.clip, self.checker) if n}.values():
+            network.to(device)
+        self.device = device
+        return self
 
     @torch.no_grad()
     def rows(self, images, prompts, first=0):
@@ -53,8 +60,8 @@ class Judge:
         images = images.to(self.device, torch.float32)
         finite = images.isfinite().all(dim=(1, 2, 3)) if images.ndim == 4 else images.isfinite()
         if not finite.all():
-            raise UserError(f"image {first + int((~finite).nonzero()[0])} has non-finite pixels; the model is broken, "
-                            "or its type too narrow (--dtype fp32)")
+            raise NonFiniteImage(f"image {first + int((~finite).nonzero()[0])} has non-finite pixels; the model is "
+                                 "broken, or its type too narrow (--dtype fp32)")
         return images.clamp(0, 1)
 
 

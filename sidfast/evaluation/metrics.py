@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sidfast.errors import UserError
+from sidfast.evaluation.attributes import ATTRIBUTES
+from sidfast.evaluation.intervals import of_mean, of_share
 
 METRICS = ("fid", "kid", "clip", "precision", "recall", "diversity", "accuracy")
 OF_FEATURES = {"fid", "kid", "precision", "recall"}
@@ -48,6 +50,30 @@ def check_reference(metrics, reference, folder):
                         "need the images")
 
 
+def names(metrics, suffix="", clip_suffix=""):
+    """The names of what `compute` gives."""
+    found = ["accuracy", *(f"accuracy_{name}" for name in ATTRIBUTES)] if "accuracy" in metrics else []
+    found += ["clip_score"] if "clip" in metrics else []
+    for metric, of in (("fid", ("fid",)), ("kid", ("kid", "kid_std")), ("precision", ("precision",)),
+                       ("recall", ("recall",))):
+        found += [name + suffix for name in of] if metric in metrics else []
+    return [*found, f"diversity{clip_suffix}"] if "diversity" in metrics else found
+
+
+def lower_is_better(name):
+    """Whether a smaller number of a metric in a result is the better one."""
+    return name.startswith(("fid", "kid"))
+
+
+def title(name):
+    """A metric's name in a result as people read it: "FID (small CLIP)"."""
+    network = next((words for end, words in (("_small_clip", "small CLIP"), ("_clip", "CLIP")) if name.endswith(end)),
+                   "Inception" if name in ("fid", "kid", "kid_std", "precision", "recall") else None)
+    bare = name.removesuffix("_clip").removesuffix("_small")
+    words = {"fid": "FID", "kid": "KID", "kid_std": "KID's deviation", "clip_score": "CLIP score"}
+    return words.get(bare, bare.replace("_", " of ", 1)) + (f" ({network})" if network else "")
+
+
 def compute(rows, metrics, reference=None, suffix="", clip_suffix="", per_prompt=1):
     """The metrics as plain numbers, {name: value}.
 
@@ -66,14 +92,36 @@ def compute(rows, metrics, reference=None, suffix="", clip_suffix="", per_prompt
         both = precision_recall(rows, reference)
         result |= {name + suffix: both[name] for name in ("precision", "recall") if name in metrics}
     if "diversity" in metrics:
-        result[f"diversity{clip_suffix}"] = diversity(rows.all("clip_embedding"), per_prompt)
+        result[f"diversity{clip_suffix}"] = diversity(rows.all("clip_embedding"), per_prompt).mean().item()
     return result
+
+
+def intervals(rows, metrics, clip_suffix="", per_prompt=1):
+    """95 % intervals {name: (low, high)} of those metrics that are means over images (sidfast/evaluation/intervals.py).
+
+    Images of one prompt are no independent samples, so with several the means over each prompt are what is counted.
+    """
+    found = {}
+    if "accuracy" in metrics:
+        for name in ("all", *ATTRIBUTES):
+            flags = rows.all(f"right_{name}")
+            name = "accuracy" if name == "all" else f"accuracy_{name}"
+            found[name] = of_share(flags) if per_prompt == 1 else of_mean(_over_prompts(flags, per_prompt))
+    if "clip" in metrics:
+        found["clip_score"] = of_mean(_over_prompts(rows.all("clip_cosine"), per_prompt))
+    if "diversity" in metrics:
+        found[f"diversity{clip_suffix}"] = of_mean(diversity(rows.all("clip_embedding"), per_prompt))
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def _over_prompts(values, per_prompt):
+    """Means [prompts] of values [images]; the last prompt may have fewer images than the others."""
+    return torch.stack([part.double().mean() for part in values.split(per_prompt)])
 
 
 def accuracy(rows):
     """Share of images that show everything in their caption ("accuracy"), and each attribute of it."""
-    names = ("all", "count", "layout", "background", "size", "color", "shape")
-    shares = {name: rows.all(f"right_{name}").double().mean().item() for name in names}
+    shares = {name: rows.all(f"right_{name}").double().mean().item() for name in ("all", *ATTRIBUTES)}
     return {"accuracy": shares.pop("all")} | {f"accuracy_{name}": value for name, value in shares.items()}
 
 
@@ -138,11 +186,11 @@ def precision_recall(rows, reference):
 
 
 def diversity(embeddings, per_prompt):
-    """Mean cosine distance between two images of one prompt: unit vectors [prompts * per_prompt, E] in that order."""
+    """Mean cosine distance [prompts] between two images of a prompt: unit vectors [prompts * per_prompt, E] in that
+    order."""
     groups = embeddings.double().unflatten(0, (-1, per_prompt))
     pairs = per_prompt * (per_prompt - 1)
-    cosine = (groups.sum(1).square().sum(-1) - groups.square().sum((1, 2))) / pairs
-    return (1 - cosine).mean().item()
+    return 1 - (groups.sum(1).square().sum(-1) - groups.square().sum((1, 2))) / pairs
 
 
 def settings(metrics, images, reference_images):

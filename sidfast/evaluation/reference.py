@@ -15,6 +15,7 @@ import torch
 from sidfast.data import shapes
 from sidfast.errors import UserError
 from sidfast.evaluation.images import ImageFolder
+from sidfast.evaluation.processes import Group
 from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
 
 _DRAWING_SEED = 20_000_003
@@ -93,7 +94,7 @@ def _with_rows(reference, make, batch_size, judge, cache, group):
     else:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         rows = FolderRows(Path(cache) / "reference" / name, key)
-        group.together(rows.open, first_only=True)
+        (group or Group()).together(rows.open, first_only=True)
     collect(make, [None] * reference.images, judge.reference_rows, rows, batch_size, "reference", group)
     reference.rows = rows
     return reference
@@ -102,6 +103,8 @@ def _with_rows(reference, make, batch_size, judge, cache, group):
 def _read_statistics(path):
     """(mean [D], covariance [D, D]) in fp64 from an .npz with `mu` and `sigma`, as pytorch-fid writes it."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz")
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
         if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:

@@ -1,22 +1,24 @@
 """RUN/report.html: one page about a training run, self-contained, made from what the run directory holds."""
 
 import base64
+import io
 import json
 import re
 from pathlib import Path
 
+from PIL import Image
+
 from sidfast.errors import UserError
 from sidfast.evaluation.charts import line_chart
+from sidfast.evaluation.metrics import lower_is_better, title
+from sidfast.publishing.export import read_distillation
+from sidfast.publishing.grid import read_grid
 
 _CHARTS = (("Losses", {"fake_score_loss": "fake score", "generator_loss": "generator"}),
-           ("Every attribute right", {"evaluation/accuracy": "accuracy"}),
-           ("FID (small CLIP)", {"evaluation/fid_small_clip": "FID"}),
-           ("CLIP score (small CLIP)", {"evaluation/clip_score": "CLIP score"}),
            ("Training speed, images/s", {"images_per_s": "images/s"}),
            ("Peak GPU memory, GiB", {"peak_gib": "GiB"}),
            ("Samples left out as non-finite", {"non_finite": "samples"}))
-_MEASURES = (("accuracy", "every attribute"), ("clip_score", "CLIP score (small CLIP)"),
-             ("fid_small_clip", "FID (small CLIP)"))
+_FRAMES, _SIDE, _SMALL = 24, 256, 128                    # steps in the slider; pixels of an image; of one kept as it is
 
 
 def write_report(run):
@@ -27,15 +29,18 @@ def write_report(run):
     try:
         described = json.loads((run / "config.json").read_text(encoding="utf-8"))
         config = described["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        evaluations, lines = _evaluations(run), _metrics(run / "metrics.jsonl")
+        facts, settings = _facts(config, described, lines), _flatten(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--run {run}: no run directory (it needs the config.json that training writes)") from None
-    lines = _metrics(run / "metrics.jsonl")
     environment = Environment(loader=PackageLoader("sidfast.evaluation"), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)
     page = environment.get_template("report.html").render(
-        name=run.resolve().name, facts=_facts(config, described, lines), charts=_charts(lines), grids=_grids(run),
-        measures=_MEASURES, evaluations=_evaluations(run / "evaluation.json"), settings=_flatten(config),
-        versions=described.get("versions", {}), command=" ".join(described.get("command", [])))
+        name=run.resolve().name, facts=facts, charts=_charts(lines, evaluations.get("teacher", {})),
+        samples=_samples(run), headline=_headline(evaluations), table=_table(evaluations), settings=settings,
+        small_clip=any("_small_clip" in key for values in evaluations.values() for key in values),
+        versions={"python": described.get("python"), **described.get("versions", {})},
+        command=" ".join(described.get("command", [])))
     path, partial = run / "report.html", run / ".report.html.partial"
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
@@ -60,38 +65,111 @@ def _facts(config, described, lines):
     return {"Teacher": config["model"]["teacher"],
             "Guidance κ1 to κ4": " · ".join(f"{g[f'kappa{k}']:g}" for k in range(1, 5)),
             "Noise levels": config["noise"]["density"], "Batch": config["train"]["batch_size"],
-            "Updates": max((line["step"] for line in lines), default=0), "Images": f"{images:,}",
-            "Hardware": where, "Processes": described.get("processes"), "Code": described.get("git")}
+            "Updates": f"{max((line['step'] for line in lines), default=0):,}", "Images": f"{images:,}",
+            "Hardware": where, "Processes": described.get("processes"),
+            "Code": (described.get("git") or "")[:12] or None}
 
 
-def _charts(lines):
-    """[(title, [names], svg), ...] of what was measured."""
+def _charts(lines, teacher):
+    """[(title, [names], name of the dashed line or None, svg), ...] of what was measured."""
     charts = []
-    for title, keys in _CHARTS:
-        series = {label: [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
-                  for key, label in keys.items()}
-        if "non_finite" in keys and not any(y for points in series.values() for _, y in points):
+    for name in dict.fromkeys(key.removeprefix("evaluation/") for line in lines for key in line
+                              if key.startswith("evaluation/")):
+        if name.startswith("accuracy_") or name in ("images", "kid_std"):
+            continue
+        level = ("teacher", teacher[name]) if isinstance(teacher.get(name), float) else None
+        charts.append(_chart(lines, title(name), {f"evaluation/{name}": "student"}, level, log=name.startswith("fid")))
+    for name, keys in _CHARTS:
+        if "non_finite" in keys and not any(line.get("non_finite") for line in lines):
             continue                                     # nothing was left out: nothing to show
-        svg = line_chart(series, "updates")
-        if svg:
-            charts.append((title, list(series) if len(series) > 1 else [], svg))
-    return charts
+        charts.append(_chart(lines, name, keys))
+    return [chart for chart in charts if chart[-1]]
 
 
-def _grids(run):
-    """[{"step", "data"}, ...] of the sample grids, in order."""
+def _chart(lines, name, keys, level=None, log=False):
+    series = {label: [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+              for key, label in keys.items()}
+    return name, list(series) if len(series) > 1 or level else [], level and level[0], line_chart(
+        series, "updates", level, log)
+
+
+def _samples(run):
+    """What the slider shows: {"prompts", "rows": labels and images that stay, "frames": of the student}, or None."""
+    files = sorted(path for path in (run / "samples").glob("step-*.png") if re.fullmatch(r"step-\d+", path.stem))
+    last = len(files) - 1
+    kept = range(last + 1) if last < _FRAMES else [round(i * last / (_FRAMES - 1)) for i in range(_FRAMES)]
+    grids = [(int(files[i].stem[5:]), read_grid(files[i])) for i in kept]
+    grids = [(step, grid) for step, grid in grids if grid and grid[0]]
+    if not grids:
+        return None
+    prompts, rows = grids[-1][1]
+    grids = [(step, grid) for step, grid in grids if grid[0] == prompts]     # (train.samples may have been changed)
+    *still, _ = rows.items()
+    frames = [{"step": step, "images": [_data(image) for image in list(images.values())[-1]]}
+              for step, (_, images) in grids]
+    return {"prompts": prompts, "frames": frames, "small": next(iter(rows.values()))[0].width <= _SMALL,
+            "rows": [(label, [_data(image) for image in images]) for label, images in still]}
+
+
+def _data(image):
+    """An image as a data URI: small ones as they are, others at most 256 pixels wide as WebP."""
+    file, small = io.BytesIO(), image.width <= _SMALL
+    if image.width > _SIDE:
+        image = image.resize((_SIDE, round(image.height * _SIDE / image.width)), Image.Resampling.LANCZOS)
+    image.save(file, **({"format": "PNG", "optimize": True} if small else {"format": "WEBP", "quality": 88}))
+    kind = "png" if small else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _evaluations(run):
+    """{name: numbers} of the teacher, the start, and the best and the last generator."""
+    path = run / "evaluation.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    steps = sorted((values.get("step") or 0, name) for name, values in known.items() if name.startswith("step "))
+    last = ["end"] if "end" in known else [name for _, name in steps[-1:]]               # (while the run goes on)
+    best = read_distillation(run / "best").get("evaluation", {})
+    if last and best.get("protocol") == known[last[0]].get("protocol"):
+        known["best"] = best
+    return {name: known[name] for name in ("teacher", "start", "best", *last) if name in known}
+
+
+def _names(evaluations):
+    return [name for name in dict.fromkeys(name for values in evaluations.values() for name in values)
+            if any(isinstance(values.get(name), float) for values in evaluations.values())
+            and not name.startswith("accuracy_")]
+
+
+def _headline(evaluations):
+    """[{"title", "value", "interval", "others"}, ...]: the last generator's numbers, and those they stand beside."""
+    if not evaluations:
+        return []
+    *others, last = evaluations
     found = []
-    for path in sorted((run / "samples").glob("step-*.png")):
-        match = re.fullmatch(r"step-(\d+)", path.stem)
-        if match:
-            found.append({"step": int(match[1]), "data": base64.b64encode(path.read_bytes()).decode()})
+    for name in _names(evaluations):
+        value, interval = _number(evaluations[last], name)
+        beside = [(other, _number(evaluations[other], name)[0]) for other in others if other in ("teacher", "start")]
+        found.append({"title": title(name), "value": value, "interval": interval, "others": beside,
+                      "better": "lower is better" if lower_is_better(name) else "higher is better"})
     return found
 
 
-def _evaluations(path):
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    order = {"teacher": 0, "start": 1, "end": 3}
-    return dict(sorted(known.items(), key=lambda item: (order.get(item[0], 2), len(item[0]), item[0])))
+def _table(evaluations):
+    """(header, rows) of the final table."""
+    names = _names(evaluations)
+    rows = []
+    for name, values in evaluations.items():
+        step = values.get("step")
+        after = f"after {step:,} updates" if name in ("best", "end") and step is not None else ""
+        rows.append((name, after, values["images"], [_number(values, key) for key in names]))
+    return [title(name) for name in names], rows
+
+
+def _number(values, name):
+    """(the value, its 95 % interval or ""), both as text."""
+    if not isinstance(values.get(name), (int, float)):
+        return "", ""
+    interval = values.get("intervals", {}).get(name)
+    return f"{values[name]:.4g}", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
 
 
 def _flatten(values, prefix=""):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from sidfast.errors import UserError
 from sidfast.evaluation.processes import Group
 
 
@@ -46,7 +47,16 @@ class FolderRows(MemoryRows):
         self.folder, self.key = Path(folder), json.loads(json.dumps(key))
 
     def open(self):
-        """Make the folder ready; for one process. Returns False if it held blocks of something else, now gone."""
+        """Make the folder ready; for one process. Returns False if it held blocks of something else, now gone.
+
+        Raises UserError where it cannot be written.
+        """
+        try:
+            return self._open()
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror or error})") from None
+
+    def _open(self):
         path, same = self.folder / "key.json", True
         if self.folder.exists():
             try:

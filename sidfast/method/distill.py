@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from sidfast.errors import Diverged
 from sidfast.kernels.guidance import denoise
 from sidfast.kernels.noising import add_noise
 from sidfast.method.denoise import denoise_coefficients, predict
@@ -41,7 +42,8 @@ class Objective:
 
 
 class Batch(NamedTuple):
-    """One micro-batch: text [N, L, D], null [1, L, D], z and eps [N, C, H, W], t [N], dropped [N] (bool)."""
+    """One micro-batch: text [N, L, D], null [1, L, D], z and eps [N, C, H, W], t [N], dropped [N] (bool); and what a
+    source of images may need besides: noise [N, noises, C, H, W], chance [N], uniform in [0, 1)."""
 
     text: torch.Tensor
     null: torch.Tensor
@@ -49,38 +51,49 @@ class Batch(NamedTuple):
     eps: torch.Tensor
     t: torch.Tensor
     dropped: torch.Tensor
+    noise: torch.Tensor
+    chance: torch.Tensor
 
 
 class Sums(NamedTuple):
-    """Of one update on this process, on the device: mean loss per sample, and the number of samples left out."""
+    """Of one update on this process, on the device: mean loss per sample, the number of samples left out, and the
+    samples' own losses and noise levels t, [N] each over all micro-batches."""
 
     loss: torch.Tensor
     non_finite: torch.Tensor
+    losses: torch.Tensor
+    t: torch.Tensor
 
 
 def generate(generator, z, text, objective):
     """One-step images x_g [N, C, H, W] from noise z and text (eq. 4)."""
-    t = torch.full((z.shape[0],), objective.t_init, device=z.device)
-    a, s = objective.schedule.coefficients(t)
-    A, B = denoise_coefficients(objective.prediction_type, a, s)
-    x_t = s[:, None, None, None] * z
-    return denoise(predict(generator, x_t, t, text), x_t, A, B, 1)
+    _, s = objective.schedule.coefficients(torch.full((z.shape[0],), objective.t_init, device=z.device))
+    return denoise_at(generator, s[:, None, None, None] * z, objective.t_init, text, objective)
 
 
-def fake_score_update(networks, objective, wrap=lambda compute: compute, agree=bool):
-    """The fake score's Update: eq. 5 on the generator's images."""
+def denoise_at(network, x_t, level, text, objective):
+    """x_hat [N, C, H, W] of x_t at one timestep for all samples, `level`, in one conditional pass (eq. 2)."""
+    t = torch.full((x_t.shape[0],), level, device=x_t.device)
+    A, B = denoise_coefficients(objective.prediction_type, *objective.schedule.coefficients(t))
+    return denoise(predict(network, x_t, t, text), x_t, A, B, 1)
+
+
+def fake_score_update(networks, objective, source=None, wrap=lambda compute: compute, agree=bool):
+    """The fake score's Update: eq. 5 on the images of `source(batch)`, the generator's own unless given."""
+    source = source or (lambda batch: generate(networks.generator.module.unet, batch.z, batch.text, objective))
 
     def compute(fake_score, *tensors):
         batch, keep = Batch(*tensors[:-1]), tensors[-1]
         a, s = objective.schedule.coefficients(batch.t)
         with torch.no_grad():
-            x_g = generate(networks.generator.module.unet, batch.z, batch.text, objective)
+            x_g = source(batch)
             _, x_in = add_noise(x_g, batch.eps, a, s, passes(kappas), batch.text.dtype)
         text = drop_prompts(batch.text, batch.null, batch.dropped)
         output = predict_guided(fake_score, x_in, batch.t, text, batch.null, kappas)
         loss, finite = fake_score_loss(output, x_g, batch.eps, a, s, objective.prediction_type, objective.kappa1)
         finite = finite & loss.isfinite() & x_g.isfinite().flatten(1).all(1)
-        return torch.where(keep, loss, 0).mean(), finite
+        loss = torch.where(keep, loss, 0)
+        return loss.mean(), finite, loss.detach()
 
     kappas = [objective.kappa1]
     return Update(networks.fake_score, wrap(compute), agree)
@@ -100,7 +113,8 @@ def generator_update(networks, objective, wrap=lambda compute: compute, agree=bo
             for network, scales in ((fake_score, kappas[:2]), (networks.teacher, kappas[2:])))
         loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
                                       objective.alpha)
-        return torch.where(keep, loss, 0).mean(), finite & loss.isfinite()
+        finite, loss = finite & loss.isfinite(), torch.where(keep, loss, 0)
+        return loss.mean(), finite, loss.detach()
 
     fake_score = networks.fake_score.module.unet         # the engine itself would prepare for a backward of its own
     return Update(networks.generator, wrap(compute), agree, frozen=fake_score)
@@ -109,9 +123,9 @@ def generator_update(networks, objective, wrap=lambda compute: compute, agree=bo
 class Update:
     """One optimizer step of an engine's network, out of one global batch; made by the two functions above.
 
-    `compute(unet, *batch, keep) -> (mean loss, finite [N])`, where samples with keep [N] (bool) False count as 0. A
-    sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0, and weights
-    are shared by all samples. Its micro-batch is then computed once more with another sample in its place.
+    `compute(unet, *batch, keep) -> (mean loss, finite [N], losses [N])`, where samples with keep [N] (bool) False count
+    as 0. A sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0, and
+    weights are shared by all samples. Its micro-batch is then computed once more with another sample in its place.
     `agree(all finite)` makes all processes do that together, where a pass is a collective call (ZeRO stage 3).
     """
 
@@ -119,25 +133,27 @@ class Update:
         self.engine, self.compute, self.agree, self.frozen = engine, compute, agree, frozen
 
     def __call__(self, batches):
-        """Returns Sums over `batches`, the micro-batches. Raises RuntimeError if the network has diverged."""
-        losses, left_out = [], []
+        """Returns Sums over `batches`, the micro-batches. Raises Diverged if the network has diverged."""
+        losses, left_out, single = [], [], []
         with _frozen(self.frozen):
             for batch in batches:
-                loss, finite = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
+                loss, finite, each = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
                 if not self.agree(finite.all()):
-                    loss = self._without(batch, finite)
+                    loss, each = self._without(batch, finite)
                 self.engine.backward(loss)
                 self.engine.step()                       # steps at the accumulation boundary
                 losses.append(loss.detach())
                 left_out.append((~finite).sum())
-        return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum())
+                single.append(each)
+        return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum(), torch.cat(single),
+                    torch.cat([batch.t for batch in batches]))
 
     def _without(self, batch, finite):
-        loss, again = self.engine(self.compute, *_replaced(batch, finite), finite)
+        loss, again, each = self.engine(self.compute, *_replaced(batch, finite), finite)
         if not again.all():
-            raise RuntimeError("a network's output is not finite for any input: the run has diverged. Go on from an "
+            raise Diverged("a network's output is not finite for any input: the run has diverged. Go on from an "
                                "earlier checkpoint with lower learning rates")
-        return loss
+        return loss, each
 
 
 def _replaced(batch, finite):

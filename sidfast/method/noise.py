@@ -2,7 +2,8 @@
 
 A distribution lives on ln sigma and has two methods, `quantile` (of u in [0, 1]) and `interval` (the u's of a range);
 `Truncated` restricts one to the teacher's range with them. So every draw is one uniform number put through a monotone
-function: no rejection, and the same numbers give the same levels however a batch is split.
+function: no rejection, and the same numbers give the same levels however a batch is split. To define a distribution's
+class is to make it known to the configuration (docs/ablations.md).
 """
 
 import math
@@ -32,7 +33,8 @@ class NoiseSchedule:
         """ln sigma of (fractional) timesteps t, any shape, in float64."""
         t = t.to(torch.float64)
         low = t.long().clamp(0, len(self) - 2)
-        return torch.lerp(self.log_sigma[low], self.log_sigma[low + 1], t - low)
+        between = torch.lerp(self.log_sigma[low], self.log_sigma[low + 1], t - low)
+        return torch.where(t == t.round(), self.log_sigma[t.round().long()], between)      # the last may be infinite
 
     def timestep(self, log_sigma):
         """The inverse: fractional t in [0, T-1], float64; levels on the grid give whole numbers."""
@@ -46,10 +48,41 @@ class NoiseSchedule:
         return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
 
 
+DENSITIES = {}                                           # name -> class (method.md, section 6)
+
+
+class Density:
+    """A distribution of ln sigma. `class Mine(Density, name="mine")` is `noise.density = "mine"`.
+
+    `options`: the keys of the configuration's `noise` section that it takes, all with defaults.
+    """
+
+    options = ()
+
+    def __init_subclass__(cls, name=None, **options):
+        super().__init_subclass__(**options)
+        if name is not None:
+            DENSITIES[name] = cls
+
+    @classmethod
+    def over(cls, schedule, low, high, **options):
+        """The distribution for a teacher: its NoiseSchedule, and the range of ln sigma that will be drawn from."""
+        return cls(**options)
+
+    def quantile(self, u):
+        """u uniform in [0, 1], float64, any shape -> ln sigma, rising with u."""
+        raise NotImplementedError
+
+    def interval(self, low, high):
+        """The u's of ln sigma = low and high (numbers)."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Normal:
-    """ln sigma ~ N(mean, std^2): EDM's training noise (arXiv 2206.00364). With std 1 also SD3's logit-normal
-    distribution (arXiv 2403.03206): sigma = u / (1 - u) with u = sigmoid(N(0, 1)); its shift is exp(mean)."""
+class Normal(Density, name="edm"):
+    """ln sigma ~ N(mean, std^2): EDM's training noise (arXiv 2206.00364)."""
+
+    options = ("mean", "std")
 
     mean: float = -1.2
     std: float = 1.2
@@ -61,9 +94,20 @@ class Normal:
         return tuple(0.5 * math.erfc((self.mean - v) / self.std / math.sqrt(2)) for v in (low, high))
 
 
+class LogitNormal(Normal, name="logit_normal"):
+    """sigma = shift u / (1 - u), u = sigmoid(N(0, 1)) (arXiv 2403.03206): ln sigma ~ N(ln shift, 1)."""
+
+    options = ("shift",)
+
+    def __init__(self, shift=1.0):
+        super().__init__(math.log(shift), 1.0)
+
+
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(Density, name="laplace"):
     """logSNR = -2 ln sigma ~ Laplace(mean, scale) (arXiv 2407.03297)."""
+
+    options = ("mean", "scale")
 
     mean: float = 0.0
     scale: float = 0.5
@@ -81,13 +125,19 @@ class Laplace:
 
 
 @dataclass(frozen=True)
-class Karras:
+class Karras(Density, name="karras"):
     """sigma = (smax^(1/rho) + u (smin^(1/rho) - smax^(1/rho)))^rho, u uniform (arXiv 2206.00364, eq. 5); its range is
     its own, so nothing is left to truncate."""
+
+    options = ("rho",)
 
     log_sigma_min: float
     log_sigma_max: float
     rho: float = 7.0
+
+    @classmethod
+    def over(cls, schedule, low, high, **options):
+        return cls(low, high, **options)
 
     def quantile(self, u):
         low, high = math.exp(self.log_sigma_min / self.rho), math.exp(self.log_sigma_max / self.rho)
@@ -98,7 +148,7 @@ class Karras:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Density, name="cosine"):
     """sigma = tan(pi/2 (u + 0.008) / 1.008), u uniform (arXiv 2102.09672)."""
 
     offset: float = 0.008
@@ -112,7 +162,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class Sigmoid(Density, name="sigmoid"):
     """a^2 = (g(end) - g(start + u (end - start))) / (g(end) - g(start)), g(x) = sigmoid(x / tau), u uniform
     (arXiv 2212.11972)."""
 
@@ -136,7 +186,7 @@ class Sigmoid:
         return (self.tau * math.log(g / (1 - g)) - self.start) / (self.end - self.start)
 
 
-class Grid:
+class Grid(Density):
     """Uniform over given levels (rising ln sigma, [K]): the teacher's own timesteps, or another schedule's."""
 
     def __init__(self, log_sigma):
@@ -152,6 +202,22 @@ class Grid:
         if not index:
             raise ValueError("no level of the grid lies in the range")
         return index[0] / len(self.log_sigma), (index[-1] + 1) / len(self.log_sigma)
+
+
+class Ddpm(Grid, name="ddpm"):
+    """The teacher's own timesteps, all equally likely: the paper's."""
+
+    @classmethod
+    def over(cls, schedule, low, high):
+        return cls(schedule.log_sigma)
+
+
+class Linear(Grid, name="linear"):
+    """The timesteps of DDPM's original schedule (arXiv 2006.11239), all equally likely."""
+
+    @classmethod
+    def over(cls, schedule, low, high):
+        return cls(linear_schedule().log_sigma)
 
 
 @dataclass(frozen=True)
@@ -178,18 +244,6 @@ def linear_schedule(steps=1000, beta_start=1e-4, beta_end=0.02):
     return NoiseSchedule(torch.cumprod(1 - betas, 0))
 
 
-DENSITIES = {
-    "ddpm": (),
-    "edm": ("mean", "std"),
-    "karras": ("rho",),
-    "cosine": (),
-    "linear": (),
-    "sigmoid": (),
-    "laplace": ("mean", "scale"),
-    "logit_normal": ("shift",),
-}                                                        # name -> options it takes (method.md, section 6)
-
-
 class NoiseLevels:
     """Random timesteps of a named density, truncated to [sigma(t_min), sigma(t_max)] of a teacher's schedule."""
 
@@ -197,16 +251,7 @@ class NoiseLevels:
         if t_max >= len(schedule):
             raise ValueError(f"noise.t_max ({t_max}) must be below the teacher's {len(schedule)} timesteps")
         low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
-        if density == "ddpm":
-            distribution = Grid(schedule.log_sigma)
-        elif density == "linear":
-            distribution = Grid(linear_schedule().log_sigma)
-        elif density == "karras":
-            distribution = Karras(low, high, **options)
-        elif density == "logit_normal":
-            distribution = Normal(math.log(options.get("shift", 1.0)), 1.0)
-        else:
-            distribution = {"edm": Normal, "cosine": Cosine, "sigmoid": Sigmoid, "laplace": Laplace}[density](**options)
+        distribution = DENSITIES[density].over(schedule, low, high, **options)
         self.schedule, self.distribution = schedule, Truncated(distribution, low, high)
 
     def sample(self, n, generator):

@@ -10,6 +10,7 @@ from torch import nn
 from sidfast.errors import UserError
 from sidfast.method.denoise import PREDICTION_TYPES
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.untrusted import refuse_pickles
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,9 +30,20 @@ class Teacher:
     prediction_type: str
 
     @property
+    def latent_factor(self):
+        """Pixels along the side of a latent one."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
     def resolution(self):
         """The side of its images in pixels."""
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.unet.config.sample_size * self.latent_factor
+
+    def sampler(self):
+        """A new DDIM scheduler for images in several steps, on Stable Diffusion's timesteps."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(self.scheduler.config, set_alpha_to_one=False, steps_offset=1)
 
 
 def find_teacher(name):
@@ -63,8 +75,12 @@ def check_teacher(folder):
             raise UserError(f"model.teacher: {folder} has no folder {part}")
     if "text_encoder_2" in index:
         raise UserError(f"model.teacher: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
-    if _read_json(folder, "unet/config.json").get("_class_name") != "UNet2DConditionModel":
+    unet = _read_json(folder, "unet/config.json")
+    if unet.get("_class_name") != "UNet2DConditionModel":
         raise UserError(f"model.teacher: {folder}/unet is no UNet2DConditionModel")
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
+        raise UserError(f"model.teacher: {folder}/unet takes {unet['in_channels']} channels and gives "
+                        f"{unet['out_channels']} (a model for inpainting, say); a text-to-image model is needed")
     scheduler = _read_json(folder, "scheduler/scheduler_config.json")
     kind = scheduler.get("_class_name", "")
     if "beta_schedule" not in scheduler:
@@ -79,14 +95,18 @@ def load_teacher(name):
     """Load a teacher by folder or hub id; safetensors only. Raises UserError for anything missing or broken."""
     folder = find_teacher(name)
     check_teacher(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        refuse_pickles(folder / part, "model.teacher", "diffusers.StableDiffusionPipeline", folder)
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel
 
     unet = _load(folder, "unet", UNet2DConditionModel, use_safetensors=True, low_cpu_mem_usage=False)
     vae = _load(folder, "vae", AutoencoderKL, use_safetensors=True, low_cpu_mem_usage=False)
     text_encoder = _load(folder, "text_encoder", CLIPTextModel, use_safetensors=True)
-    tokenizer = _load(folder, "tokenizer", AutoTokenizer)
+    tokenizer = _load(folder, "tokenizer", AutoTokenizer, trust_remote_code=False)
     scheduler = _load(folder, "scheduler", DDPMScheduler)
+    if "clip_sample" not in _read_json(folder, "scheduler/scheduler_config.json"):
+        scheduler = DDPMScheduler.from_config(scheduler.config, clip_sample=False)         # (its default is for pixels)
     for module in (unet, vae, text_encoder):
         module.float().eval().requires_grad_(False)
     return Teacher(folder, unet, vae, text_encoder, tokenizer, scheduler, NoiseSchedule(scheduler.alphas_cumprod),

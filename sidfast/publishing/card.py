@@ -5,29 +5,34 @@ import re
 import shutil
 from pathlib import Path
 
-_MEASURES = (("accuracy", "every attribute right"), ("clip_score", "CLIP score (small CLIP)"),
-             ("fid_small_clip", "FID (small CLIP)"))
+from sidfast.publishing.export import read_distillation
+
+_SKIPPED = ("images", "step", "intervals", "protocol")
 
 
-def write_card(run):
-    """Write README.md, and the last sample grid as grid.png, into the export of a run directory that has one."""
-    run = Path(run)
-    export = run / "export"
+def write_card(run, export, title):
+    """Write README.md, and the run's last sample grid as grid.png, into an export of a run directory, if it is there.
+
+    `title(name)`: what people call a metric.
+    """
+    run, export = Path(run), Path(export)
     if not export.is_dir():
         return
     grids = sorted((run / "samples").glob("step-*.png"))
     if grids:
-        shutil.copy(grids[-1], export / "grid.png")
+        shutil.copy(grids[-1], export / ".grid.png.partial")
+        (export / ".grid.png.partial").replace(export / "grid.png")
     path = run / "evaluation.json"
     numbers = json.loads(path.read_text()) if path.is_file() else {}
     described = json.loads((run / "config.json").read_text())
-    text = _card(described["config"], described.get("versions", {}), numbers, bool(grids))
+    text = _card(described["config"], described.get("versions", {}), numbers, read_distillation(export), bool(grids),
+                 title)
     partial = export / ".README.md.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(export / "README.md")
 
 
-def _card(config, versions, numbers, grid):
+def _card(config, versions, numbers, distillation, grid, title):
     g, teacher = config["guidance"], config["model"]["teacher"]
     head, terms = _licence(teacher)
     kappas = ", ".join(f"{g[f'kappa{k}']:g}" for k in range(1, 5))
@@ -35,6 +40,10 @@ def _card(config, versions, numbers, grid):
                 "noise levels": f"{config['noise']['density']}, t {config['noise']['t_min']} to "
                                 f"{config['noise']['t_max']}", "t_init": config["noise"]["t_init"],
                 "batch": config["train"]["batch_size"], "prompts": f"`{config['data']['prompts']}`"}
+    if "step" in distillation:
+        settings["after updates"] = distillation["step"]
+    if "best_by" in distillation:
+        settings["chosen as the best of the run by"] = title(distillation["best_by"])
     settings |= {name: versions[name] for name in ("torch", "diffusers") if versions.get(name)}
     parts = [f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{head}---",
              "# A one-step text-to-image generator",
@@ -43,19 +52,29 @@ def _card(config, versions, numbers, grid):
              '    pipe = DiffusionPipeline.from_pretrained("THIS FOLDER", trust_remote_code=True)\n'
              '    image = pipe("a prompt").images[0]']
     if grid:
-        parts.append("![samples: teacher, student at the start, student](grid.png)")
+        parts.append("![samples: teacher, student at the start, student at the end of the run](grid.png)")
     if numbers:
-        parts += ["## Numbers", _numbers(numbers)]
+        parts += ["## Numbers", _numbers(numbers, title)]
     parts += ["## Settings", _table(("setting", "value"), settings.items()), "## Licence", terms]
     return "\n\n".join(parts) + "\n"
 
 
-def _numbers(numbers):
-    rows = [(name, n["images"], *(f"{n[key]:.4g}" if key in n else "" for key, _ in _MEASURES))
-            for name, n in numbers.items()]
-    note = ("Held-out captions of the shapes world, one image each. FID and CLIP score are in the features of the "
-            "small CLIP of that\nworld: no Inception FID, no OpenAI CLIP score.")
-    return _table(("generator", "images", *(label for _, label in _MEASURES)), rows) + "\n\n" + note
+def _numbers(numbers, title):
+    names = dict.fromkeys(key for n in numbers.values() for key in n
+                          if key not in _SKIPPED and not key.startswith("accuracy_"))
+    rows = [(name, n["images"], *(_value(n, key) for key in names)) for name, n in numbers.items()]
+    note = "95 % intervals over the images stand in brackets."
+    if any(key.endswith("_small_clip") for key in names):
+        note += (" FID and CLIP score are in the features of the small CLIP of the\nshapes world: no Inception FID, no "
+                 "OpenAI CLIP score.")
+    return _table(("generator", "images", *map(title, names)), rows) + "\n\n" + note
+
+
+def _value(numbers, key):
+    if key not in numbers:
+        return ""
+    interval = numbers.get("intervals", {}).get(key)
+    return f"{numbers[key]:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
 
 
 def _table(header, rows):

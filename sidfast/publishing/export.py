@@ -1,7 +1,11 @@
 """Writing a finished generator as a diffusers pipeline folder, and loading any folder that can make images."""
 
 import copy
+import ctypes
 import json
+import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +13,17 @@ import torch
 from torch import nn
 
 from sidfast.errors import UserError
+from sidfast.files import flush
+from sidfast.networks.fused import unfuse
 from sidfast.networks.loading import load_teacher
+from sidfast.networks.untrusted import read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
 
 _CODE = "pipeline.py"
+_DISTILLATION = "distillation.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HERE, _RENAME_EXCHANGE = -100, 2                        # AT_FDCWD; linux/fs.h
 
 
 def one_step_pipeline(teacher, unet, t_init):
@@ -22,14 +32,55 @@ def one_step_pipeline(teacher, unet, t_init):
                            scheduler=teacher.scheduler, t_init=t_init)
 
 
-def write_export(pipe, folder, dtype=torch.float16):
+def student_unet(teacher, weights, resolution=None):
+    """A copy of a teacher's UNet in fp32, as diffusers has it, with other weights ({name: tensor}).
+
+    `resolution`: of its images in pixels, unless the teacher's. Raises RuntimeError for weights of another network.
+    """
+    unet = unfuse(copy.deepcopy(teacher.unet)).float()
+    unet.load_state_dict(weights)
+    if resolution:
+        unet.register_to_config(sample_size=resolution * unet.config.sample_size // teacher.resolution)
+    return unet
+
+
+def write_export(pipe, folder, dtype=torch.float16, distillation=None):
     """Write a one-step pipeline to `folder` in safetensors, replacing an earlier export only once it is complete.
 
     The folder holds the pipeline's code, so diffusers loads it with trust_remote_code and without this package.
+    `distillation` (JSON values) says where the generator comes from; see `read_distillation`.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    recover_export(folder)
+    partial = _partial(folder)
+    try:
+        _write(pipe, partial, dtype, distillation)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace_folder(partial, folder)
+
+
+def recover_export(folder):
+    """Undo what a process that was killed while it wrote an export left: nothing half-written, and an export if there
+    was one."""
+    folder = Path(folder)
+    old = _old(folder)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    for left in (_partial(folder), old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _partial(folder):
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _old(folder):
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _write(pipe, partial, dtype, distillation):
     partial.mkdir(parents=True)
     for name in ("vae", "text_encoder", "unet"):
         save_module(getattr(pipe, name), partial / name, dtype)
@@ -42,12 +93,45 @@ def write_export(pipe, folder, dtype=torch.float16):
         index[name] = ["transformers", type(getattr(pipe, name)).__name__]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.copy(pipeline_module.__file__, partial / _CODE)
-    old = folder.with_name(f".{folder.name}.old")
+    if distillation:
+        (partial / _DISTILLATION).write_text(json.dumps(distillation, indent=2) + "\n")
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():                               # (safetensors writes files that their owner alone can read)
+            shutil.copymode(partial / "model_index.json", path)
+        flush(path)
+
+
+def replace_folder(new, folder):
+    """Put a finished folder in another's place, at one moment where the file system can exchange two names."""
+    old = _old(folder)
+    if not folder.exists():
+        new.rename(folder)
+    elif _exchange(new, folder):
+        new.rename(old)
+    else:
+        folder.rename(old)                               # between these two, `recover_export` knows the way back
+        new.rename(folder)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a, b):
+    """Exchange two names by Linux's renameat2; False where that is not possible."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+def read_distillation(folder):
+    """What an export says of the run that it comes from: {"teacher", "guidance": {"kappa1", ...}, "seed", "step",
+    "settings"}, the last a hash of all other settings; {} where it says nothing."""
+    try:
+        known = json.loads((Path(folder) / _DISTILLATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def save_module(module, folder, dtype=torch.float16):
@@ -62,24 +146,43 @@ def save_module(module, folder, dtype=torch.float16):
 
 
 def find_pipeline(model):
-    """The folder of a diffusers pipeline, given as a run directory or as itself; a hub id is returned as it is.
+    """The folder of a diffusers pipeline, given as a run directory, itself, or a hub id (downloaded unless cached).
 
-    Raises UserError for a folder that holds none.
+    Raises UserError for a folder that holds none, and for what is neither.
     """
     folder = Path(model)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-        folder = folder / "export"
-        if not folder.is_dir():
+        if (folder / "metrics.jsonl").is_file() and not (folder / "export").is_dir():
             raise UserError(f"{model}: the run has no export yet; one is written with every checkpoint")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        folder = folder / "export" if (folder / "export").is_dir() else folder
+    if not folder.is_dir():
+        return _download(str(model))
+    if not (folder / "model_index.json").is_file():
         raise UserError(f"{model}: neither a run directory nor a diffusers pipeline (model_index.json is missing)")
     return folder
+
+
+def _download(model):
+    """A pipeline's folder in the hub's cache, named after the commit; safetensors only, and no code."""
+    if not _HUB_ID.fullmatch(model):
+        raise UserError(f"{model}: neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"*/*{end}" for end in (".json", ".txt", ".safetensors", ".model")]
+    try:
+        return Path(snapshot_download(model, allow_patterns=["model_index.json", *wanted],
+                                      ignore_patterns=["*.fp16.*", "*non_ema*"]))
+    except Exception as error:                           # the hub library raises its own, the network's and the OS's
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{model}: no folder here, and the hub did not give it ({lines[0]})") from None
 
 
 def load_pipeline(model, device, dtype=torch.float32):
     """A pipeline from a run directory, an export, or any other diffusers folder or hub id, ready on `device`.
 
-    Returns (pipe, one_step). Raises UserError for a folder that holds none.
+    Returns (pipe, one_step). Code that the folder brings is not run, and no pickle is read: a one-step pipeline is this
+    package's own class, everything else diffusers' and transformers'. Raises UserError for a folder that asks for more,
+    or holds no pipeline.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
@@ -88,24 +191,36 @@ def load_pipeline(model, device, dtype=torch.float32):
     folder = find_pipeline(model)
     if _is_one_step(folder):                             # its code is ours: nothing of the folder's is run
         parts = load_teacher(str(folder))
-        t_init = json.loads((folder / "model_index.json").read_text())["t_init"]
+        t_init = read_index(folder, model).get("t_init")
+        if not isinstance(t_init, int) or not 0 < t_init < len(parts.schedule):
+            raise UserError(f"{model}: t_init in model_index.json must be a timestep, 1 to {len(parts.schedule) - 1}")
         return one_step_pipeline(parts, parts.unet, t_init).to(device, dtype), True
+    if folder.is_dir():
+        refuse_code(folder, model)
+        for part in sorted(p for p in folder.iterdir() if p.is_dir()):
+            refuse_pickles(part, model, "diffusers.DiffusionPipeline", folder)
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, torch_dtype=dtype,
-                                                 use_safetensors=True, low_cpu_mem_usage=False)
+        pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True,
+                                                 low_cpu_mem_usage=False, trust_remote_code=False)
     except Exception as error:                           # the libraries raise many kinds for a broken folder
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{model}: cannot be loaded ({lines[0]})") from None
     return pipe.to(device), False
 
 
-def sampler_options(model, one_step, steps, guidance):
-    """What to call a loaded pipeline with. Raises UserError for a one-step generator that is given either number."""
-    if not one_step:
-        return {"num_inference_steps": steps or 50, "guidance_scale": 1.5 if guidance is None else guidance}
-    if steps is not None or guidance is not None:
+def sampler_options(model, pipe, one_step, steps, guidance):
+    """What to call a loaded pipeline with. Raises UserError for a one-step generator that is given either number, and
+    for numbers that make no sense."""
+    if one_step and (steps is not None or guidance is not None):
         raise UserError(f"{model}: a one-step generator takes neither --steps nor --guidance")
-    return {}
+    if one_step:
+        return {}
+    most = pipe.scheduler.config.get("num_train_timesteps")
+    if steps is not None and (steps < 1 or (most and steps > most)):
+        raise UserError(f"--steps ({steps}) must be at least 1" + (f" and at most {most}" if most else ""))
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance ({guidance}) must be a finite number")
+    return {"num_inference_steps": steps or 50, "guidance_scale": 1.5 if guidance is None else guidance}
 
 
 def _is_one_step(folder):

@@ -1,11 +1,13 @@
-"""Grids of images, labelled, for people to look at."""
+"""Grids of images, labelled, for people to look at; saved with what is in them, so that the images can be taken out."""
 
+import json
 import textwrap
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 _TILE = 128                                              # pixels, at least
 _GAP, _LABEL = 6, 120
+_LAYOUT = "sidfast-grid"                                 # the text chunk of a PNG
 
 
 def image_grid(rows, captions=()):
@@ -27,4 +29,31 @@ def image_grid(rows, captions=()):
         for column, image in enumerate(images):
             filter_ = Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS
             picture.paste(image.resize((width, height), filter_), (_LABEL + column * (width + _GAP), y))
+    picture.info[_LAYOUT] = json.dumps({"prompts": list(captions), "rows": list(rows), "tile": [width, height],
+                                        "image": list(first[0].size), "top": head})
     return picture
+
+
+def save_grid(picture, path):
+    """Write an `image_grid` as PNG, with what is in it as a text chunk."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(_LAYOUT, picture.info[_LAYOUT])
+    picture.save(path, format="PNG", pnginfo=text)
+
+
+def read_grid(path):
+    """(prompts, {label: list of PIL images as they were made}) out of a file of `save_grid`; None if it is none."""
+    try:
+        with Image.open(path) as picture:
+            layout = json.loads(picture.text[_LAYOUT])
+            picture = picture.convert("RGB")
+        (width, height), columns = layout["tile"], range(len(layout["prompts"]))
+    except (OSError, SyntaxError, AttributeError, KeyError, ValueError, TypeError):
+        return None
+    corners = [[(_LABEL + k * (width + _GAP), layout["top"] + i * (height + _GAP)) for k in columns]
+               for i in range(len(layout["rows"]))]
+    whole = width % layout["image"][0] == 0              # enlarged by a whole factor: every pixel comes back
+    filter_ = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+    tiles = [[picture.crop((x, y, x + width, y + height)).resize(layout["image"], filter_)
+              for x, y in row] for row in corners]
+    return layout["prompts"], dict(zip(layout["rows"], tiles, strict=True))

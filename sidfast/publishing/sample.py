@@ -1,5 +1,6 @@
 """`sidfast sample`: images of one or many prompts, as one picture."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
+
+_MOST = 4096                                             # images in a picture
 
 
 def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, device):
@@ -23,8 +26,15 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
         raise UserError(f"--out {out}: must end in .png")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: {'is a folder' if out.is_dir() else 'no file can be written there'}")
+    if not 0 <= seed < 2**63 - n:
+        raise UserError(f"--seed must be at least 0 and below 2^63, not {seed}")
+    if n * len(prompts) > _MOST:
+        raise UserError(f"-n {n} with {len(prompts)} prompts: {n * len(prompts)} images in one picture are too many; "
+                        f"{_MOST} at most (for more: sidfast evaluate)")
     pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32)
-    options = sampler_options(model, one_step, steps, guidance)
+    options = sampler_options(model, pipe, one_step, steps, guidance)
     pipe.set_progress_bar_config(disable=True)
     rows = {}
     for k in range(n):

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from sidfast.data.diversity import fixed_z
 from sidfast.evaluation.features import tokenize
 from sidfast.method.distill import Batch
+from sidfast.method.noise import NoiseLevels
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns
 
@@ -35,14 +37,28 @@ class TextEncoder:
         return self.text_encoder(ids).last_hidden_state.to(self.dtype)
 
 
+def noise_levels(schedule, section):
+    """{update: NoiseLevels} of a configuration's `noise`. Raises ValueError for what the teacher does not have."""
+    levels = {}
+    for update in UPDATES:
+        density, t_min, t_max, options = section.levels(update)
+        levels[update] = NoiseLevels(schedule, density, t_min, t_max, **options)
+    return levels
+
+
 class Batches:
     """The micro-batches of this process, for any step and either update."""
 
-    def __init__(self, prompts, encoder, levels, latent_shape, train, dropout, device, rank=0, processes=1):
-        """`latent_shape`: (C, H, W); `train`: the configuration's section; `dropout`: share of empty prompts."""
+    def __init__(self, prompts, encoder, levels, latent_shape, train, dropout, synthetic, noises, device, rank=0,
+                 processes=1):
+        """`levels`: {update: NoiseLevels}; `latent_shape`: (C, H, W); `train`, `synthetic`: the configuration's
+        sections; `dropout`: share of empty prompts; `noises`: tensors of further noise that the source of the fake
+        score's images takes for each."""
         self.prompts, self.encoder, self.levels, self.latent_shape = prompts, encoder, levels, latent_shape
         self.size, self.micro, self.seed, self.dropout, self.device = (
             train.batch_size, train.micro_batch, train.seed, dropout, device)
+        self.temperature, self.z_per_prompt = synthetic.temperature, synthetic.z_per_prompt
+        self.noises = {"fake_score": noises, "generator": 0}
         share = self.size // processes
         self.rows = range(rank * share, (rank + 1) * share)
         self._worker, self._ahead = ThreadPoolExecutor(1), {}
@@ -50,25 +66,39 @@ class Batches:
     def __call__(self, step, update):
         """The list of this process's Batches for one update of step 0, 1, 2, ...."""
         k = UPDATES.index(update)
-        text = self.encoder(self._ids(len(UPDATES) * step + k))
+        prompts, ids = self._text(len(UPDATES) * step + k)
+        text, mine = self.encoder(ids), slice(self.rows.start, self.rows.stop)
         generator = self._generator(step, k)
         z, eps = (self._normal(generator) for _ in range(2))
-        t = self.levels.sample(self.size, generator)
-        dropped = torch.rand(self.size, generator=generator, device=self.device) < self.dropout
-        mine = slice(self.rows.start, self.rows.stop)
-        whole = text, *(v[mine] for v in (z, eps, t, dropped))
-        pieces = zip(*(v.split(self.micro) for v in whole), strict=True)
+        t = self.levels[update].sample(self.size, generator)
+        dropped = self._uniform(generator) < self.dropout
+        further = [self._normal(generator) for _ in range(self.noises[update])]
+        noise = torch.stack(further, 1) if further else z[:, None][:, :0]
+        chance, which = self._uniform(generator), self._uniform(generator)
+        z, eps, t, dropped, noise, chance = (v[mine] for v in (z, eps, t, dropped, noise, chance))
+        if self.z_per_prompt is not None:
+            which = (which[mine] * self.z_per_prompt).long().tolist()
+            z = fixed_z(prompts, which, self.seed, self.latent_shape).to(self.device)
+        if self.temperature != 1:
+            z = self.temperature * z
+        pieces = zip(*(v.split(self.micro) for v in (text, z, eps, t, dropped, noise, chance)), strict=True)
         return [Batch(text, self.encoder.null, *rest) for text, *rest in pieces]
 
-    def _ids(self, number):
-        """Token ids of update `number`; those of the next are made meanwhile, while this thread waits for the GPU."""
+    def prompt(self, step, update, row):
+        """The text of this process's sample `row` in an update."""
+        number = len(UPDATES) * step + UPDATES.index(update)
+        return self.prompts[number * self.size + self.rows[row]]
+
+    def _text(self, number):
+        """Prompts and token ids of update `number`; those of the next are made meanwhile, while this thread waits for
+        the GPU."""
         waiting = self._ahead.pop(number, None)
         self._ahead = {number + 1: self._worker.submit(self._tokenize, number + 1)}
         return waiting.result() if waiting else self._tokenize(number)
 
     def _tokenize(self, number):
-        first = number * self.size
-        return self.encoder.tokenize([self.prompts[first + row] for row in self.rows])
+        prompts = [self.prompts[number * self.size + row] for row in self.rows]
+        return prompts, self.encoder.tokenize(prompts)
 
     def _generator(self, step, k):
         seed = np.random.SeedSequence([self.seed, step, k]).generate_state(1, np.uint64)[0]
@@ -76,3 +106,6 @@ class Batches:
 
     def _normal(self, generator):
         return torch.randn(self.size, *self.latent_shape, generator=generator, device=self.device)
+
+    def _uniform(self, generator):
+        return torch.rand(self.size, generator=generator, device=self.device)

@@ -1,19 +1,23 @@
 """Checkpoints: complete or absent, never half; safetensors and JSON, no pickle; any ZeRO stage, any process count.
 
     step-XXXXXXXX/NETWORK.KIND-RANK-of-RANKS.safetensors    whole fp32 tensors by parameter name, dealt out to processes
-    step-XXXXXXXX/state.json                                step, counters, loss scale, and the size of every file
+    step-XXXXXXXX/state.json                                step, counters, loss scale, size and SHA-256 of every file
     latest                                                  the name of the newest folder, written last
+    best                                                    if there: names of folders, one a line, never pruned
+
+`saver.py` writes them; this module is their format, and reads them.
 """
 
+import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
-from deepspeed import comm
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from sidfast.errors import UserError
+from sidfast.files import flush, write_atomically, write_text
 from sidfast.training.engines import (
     MOMENTS,
     gather,
@@ -26,64 +30,133 @@ from sidfast.training.engines import (
     scatter,
 )
 
-_STATE = "state.json"
-_PREFIX = "step-"
+STATE = "state.json"
+_PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
 
 
-def save_checkpoint(folder, step, engines, ema, extra, keep):
-    """Write `folder`/step-XXXXXXXX; a collective call.
+def snapshot(engines, ema, further=None):
+    """This process's share of all that must be saved, in host memory: {file name: {tensor name: fp32}}.
 
-    `engines`: {name: engine}; `extra`: JSON values to get back on resume. Older checkpoints beyond `keep` are removed
-    once the new one is complete.
+    A collective call, and the only part of saving that training waits for. `further`: {name: {kind: tensors laid out
+    like the engine's masters}} to keep besides.
     """
-    folder, rank, ranks = Path(folder), comm.get_rank(), comm.get_world_size()
-    partial = folder / f".partial-{_PREFIX}{step:08d}"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier()
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    files = {}
     for name, engine in engines.items():
         mine = _share(engine, rank, ranks)
         kinds = {"weights": masters(engine), **{key: moments(engine, key) for key in MOMENTS}}
         if name == "generator":
             kinds["ema"] = ema.shards
+        kinds |= (further or {}).get(name, {})
         for kind, tensors in kinds.items():
-            file = partial / f"{name}.{kind}-{rank:05d}-of-{ranks:05d}.safetensors"
-            save_file(gather(engine, tensors, mine.__contains__), file)
-            _flush(file)
-    comm.barrier()
-    if rank == 0:
-        state = {"format": 1, "step": step, "extra": extra,
-                 "engines": {name: {"optimizer_step": optimizer_step(e), "loss_scale": loss_scale_state(e)}
-                             for name, e in engines.items()},
-                 "files": {f.name: f.stat().st_size for f in sorted(partial.iterdir())}}
-        _write_text(partial / _STATE, json.dumps(state, indent=1))
-        final = folder / f"{_PREFIX}{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _flush(folder)
-        write_atomically(folder / "latest", final.name + "\n")
-        for old in _by_age(folder)[keep:]:
-            shutil.rmtree(old)
-    comm.barrier()
+            files[f"{name}.{kind}-{rank:05d}-of-{ranks:05d}.safetensors"] = gather(engine, tensors, mine.__contains__)
+    return files
+
+
+def engine_states(engines):
+    """What state.json holds of each engine."""
+    return {name: {"optimizer_step": optimizer_step(e), "loss_scale": loss_scale_state(e)}
+            for name, e in engines.items()}
+
+
+def step_folder(folder, step, partial=False):
+    """The folder of a checkpoint, or the one in which it is put together."""
+    return Path(folder) / f"{_PARTIAL if partial else ''}{_PREFIX}{step:08d}"
+
+
+def complete(folder, step, state, keep):
+    """Make the checkpoint that was put together a complete one, then remove those beyond the newest `keep`.
+
+    `state`: what state.json will hold. Folders that `best` names stay. Raises OSError.
+    """
+    partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
+    write_text(partial / STATE, json.dumps(state, indent=1))
+    for file in partial.iterdir():                       # (safetensors writes files that their owner alone can read)
+        shutil.copymode(partial / STATE, file)
+    flush(partial)
+    if final.exists():                                   # a damaged one: a good one is never written twice
+        discard(final)
+    partial.rename(final)
+    flush(folder)
+    write_atomically(folder / "latest", final.name + "\n")
+    newest = by_age(folder)
+    lost = [f for f in newest if f.name > final.name]    # of a future that a damaged checkpoint took away
+    for old in lost + [f for f in newest if f not in lost][keep:]:
+        if old.name not in _best(folder):
+            discard(old)
+
+
+def discard(folder):
+    """Remove a folder in such a way that a kill in between leaves nothing that looks like a checkpoint."""
+    old = folder.with_name(_OLD + folder.name.lstrip("."))
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder):
+    """Remove what killed processes left half-done."""
+    for pattern in (_PARTIAL, _OLD):
+        for left in Path(folder).glob(f"{pattern}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def by_age(folder):
+    """Checkpoint folders, newest first."""
+    return sorted(Path(folder).glob(f"{_PREFIX}*"), reverse=True)
 
 
 def find_checkpoint(folder, warn):
-    """The newest complete checkpoint in `folder`, or None. `warn(message)` is told of every damaged one."""
-    for candidate in _by_age(Path(folder)):
-        fault = checkpoint_fault(candidate)
+    """The newest whole checkpoint in `folder`, or None if there are none. `warn(message)` is told of every damaged one.
+
+    Raises UserError if all are.
+    """
+    return _first_whole(by_age(folder), lambda path: checkpoint_fault(path) or content_fault(path), warn)
+
+
+def choose_checkpoint(out, resume, warn):
+    """The newest whole checkpoint of the run in `out`, or else the one that `resume` names; None to start afresh.
+
+    A collective call: the first process decides, the work of reading every file and comparing checksums is shared.
+    `warn` as in `find_checkpoint`. Raises UserError if the one that was asked for is damaged, or all of them are.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def fault_of(path):
+        fault = checkpoint_fault(path) or content_fault(path, rank, ranks)
+        return next((f for f in _gathered(fault) if f), None)
+
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return _first_whole(_gathered(by_age(Path(out) / "checkpoints"))[0], fault_of, warn)
+    own = _gathered(by_age(Path(out) / "checkpoints"))[0]                    # the same command again: it goes on
+    if own:
+        return _first_whole(own, fault_of, warn)
+    fault = fault_of(Path(resume))
+    if fault:
+        raise UserError(f"--resume {resume}: no complete checkpoint ({fault})")
+    return Path(resume)
+
+
+def _first_whole(candidates, fault_of, warn):
+    for candidate in candidates:
+        fault = fault_of(candidate)
         if fault is None:
             return candidate
-        warn(f"checkpoint {candidate} is damaged ({fault}); falling back to the one before it")
+        older = candidate != candidates[-1]
+        warn(f"checkpoint {candidate} is damaged ({fault})" + "; falling back to the one before it" * older)
+    if candidates:
+        raise UserError(f"{candidates[0].parent}: no whole checkpoint is left; remove that folder to start afresh")
     return None
 
 
 def checkpoint_fault(path):
-    """What is wrong with a checkpoint folder, in a few words, or None."""
+    """What is wrong with a checkpoint folder at first sight (files and sizes), in a few words, or None."""
     try:
-        files = json.loads((path / _STATE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{_STATE} is missing or broken"
+        files = {name: entry["bytes"] for name, entry in read_state(path)["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{STATE} is missing or broken"
     for name, size in files.items():
         file = path / name
         if not file.is_file():
@@ -93,9 +166,43 @@ def checkpoint_fault(path):
     return None
 
 
+def content_fault(path, rank=0, ranks=1):
+    """The same for the contents of every `ranks`-th file."""
+    files = read_state(path)["files"]
+    for name in sorted(files)[rank::ranks]:
+        try:
+            if checksum(path / name) != files[name]["sha256"]:
+                return f"{name} is not what was written: its checksum differs"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def checksum(file):
+    """SHA-256 of a file, in hexadecimal."""
+    digest, block = hashlib.sha256(), bytearray(2**22)
+    with open(file, "rb", buffering=0) as f:
+        while size := f.readinto(block):
+            digest.update(memoryview(block)[:size])
+    return digest.hexdigest()
+
+
+def check_fits(path, unet):
+    """Raise UserError unless a checkpoint is of networks like `unet`, by names and shapes."""
+    want = {name: list(p.shape) for name, p in unet.named_parameters()}
+    for network in ("generator", "fake_score"):
+        shapes = {}
+        for file in sorted(Path(path).glob(f"{network}.weights-*.safetensors")):
+            with safe_open(file, "pt") as f:
+                shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}        # noqa: SIM118
+        if shapes != want:
+            raise UserError(f"--resume {path}: is of another architecture than the teacher (the {network}'s weights "
+                            "differ in name or shape)")
+
+
 def read_state(path):
     """A checkpoint's state.json."""
-    return json.loads((Path(path) / _STATE).read_text())
+    return json.loads((Path(path) / STATE).read_text())
 
 
 def read_tensors(path, network, kind):
@@ -122,34 +229,18 @@ def restore(path, engines, ema):
     ema.restore(read_tensors(path, "generator", "ema"))
 
 
-def write_atomically(path, text):
-    """Replace a text file as a whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    _write_text(partial, text)
-    partial.replace(path)
-    _flush(path.parent)
-
-
 def _share(engine, rank, ranks):
     """The parameter names that this process writes: every `ranks`-th."""
     return {name for i, (name, _) in enumerate(engine.module.unet.named_parameters()) if i % ranks == rank}
 
 
-def _by_age(folder):
-    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+def _best(folder):
+    path = Path(folder) / "best"
+    return path.read_text().split() if path.is_file() else []
 
 
-def _write_text(path, text):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _flush(path):
-    """Make a file's or a folder's contents survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _gathered(value):
+    """Every process's value, in the order of ranks; a collective call."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -7,6 +7,7 @@ of processes.
 """
 
 import copy
+import math
 
 import deepspeed
 import torch
@@ -32,6 +33,7 @@ def engine_config(config, name, processes):
     section = copy.deepcopy({k: v for k, v in config.deepspeed.items() if k not in ENGINES})
     _merge(section, config.deepspeed.get(name, {}))
     section.setdefault("steps_per_print", 2**31)         # the trainer prints its own progress
+    section.setdefault("gradient_clipping", 0.0)         # DeepSpeed clips to norm 1 unless told; the method does not
     return section | {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.batch_size // (train.micro_batch * processes)}
@@ -76,7 +78,27 @@ def _adam(module, adam, eps, section, device):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(module.parameters(), adamw_mode=False, **options)
-    return torch.optim.Adam(module.parameters(), fused=device.type == "cuda", **options)
+    plain = section.get("zero_optimization", {}).get("stage", 0) == 0 and compute_dtype(section) == torch.float32
+    kind = CheckedAdam if plain else torch.optim.Adam    # DeepSpeed's own optimizers check by themselves
+    return kind(module.parameters(), fused=device.type == "cuda", **options)
+
+
+class CheckedAdam(torch.optim.Adam):
+    """Adam that leaves out an update whose gradient is not finite, and tells DeepSpeed so (`overflow`).
+
+    For the one case where DeepSpeed hands gradients straight to the optimizer: ZeRO stage 0 in fp32. Gradients are
+    reduced already, so every process decides alike.
+    """
+
+    overflow = False
+    _global_grad_norm = None                             # for the engine's get_global_grad_norm
+
+    def step(self, closure=None):
+        """One step, or none."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._global_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        return None if self.overflow else super().step(closure)
 
 
 def masters(engine):
@@ -98,17 +120,28 @@ def gather(engine, tensors, keep=lambda name: True):
 
     Every process must call it; each keeps the names for which keep(name) holds.
     """
+    return {name: _host_copy(value) for name, value in _each(engine, tensors) if keep(name)}
+
+
+@torch.no_grad()
+def copy_weights(engine, tensors, unet):
+    """Write `tensors`, laid out like `masters(engine)`, into another UNet, which is whole; a collective call."""
+    target = dict(unet.named_parameters())
+    for name, value in _each(engine, tensors):
+        target[name].copy_(value)
+
+
+def _each(engine, tensors):
+    """(name, whole tensor) of each parameter, out of `tensors`; to be gone through to the end."""
     own = masters(engine)
     _swap(own, tensors)
     try:
-        full = {}
         for i, (name, parameter) in enumerate(engine.module.unet.named_parameters()):
-            value = _whole(engine, i, parameter, own)
-            if keep(name):
-                full[name] = value.detach().to("cpu", torch.float32, copy=True)
-        return full
+            yield name, _whole(engine, i, parameter, own).detach()
     finally:
         _swap(own, tensors)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()    # until then the copies are under way
 
 
 @torch.no_grad()
@@ -124,6 +157,14 @@ def scatter(engine, full, tensors):
                 own[i].copy_(full[name])
     finally:
         _swap(own, tensors)
+
+
+def _host_copy(value):
+    """An fp32 copy in host memory; from a GPU into pinned memory (which PyTorch keeps for the next time), without
+    waiting."""
+    if not value.is_cuda:
+        return value.to("cpu", torch.float32, copy=True)
+    return torch.empty(value.shape, dtype=torch.float32, pin_memory=True).copy_(value, non_blocking=True)
 
 
 def _whole(engine, i, parameter, own):

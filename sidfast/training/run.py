@@ -1,10 +1,14 @@
 """The run directory: configuration, metrics, TensorBoard events, sample grids, export. Written by the first process."""
 
+import errno
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,15 +16,22 @@ import torch
 
 from sidfast.config import build_config
 from sidfast.errors import UserError
-from sidfast.training.checkpoint import checkpoint_fault, find_checkpoint, write_atomically
+from sidfast.files import write_atomically
+from sidfast.publishing.grid import save_grid
+from sidfast.training.checkpoint import checkpoint_fault
+from sidfast.training.lock import NAME as LOCK
+from sidfast.training.lock import claim
+from sidfast.training.saver import WRITE_ERRORS, describe
 
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
-         "train.samples", "train.micro_batch", "evaluation", "speed", "deepspeed")
+         "train.samples", "train.micro_batch", "train.hang_timeout", "train.max_skipped", "train.spike", "evaluation",
+         "speed", "deepspeed")
+_BOUND = re.compile(r"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)")         # of those after all
 
 
-def open_run(out, config, resume, warn):
-    """Decide where a run starts; nothing is written yet. Returns the checkpoint to resume from, or None.
+def open_run(out, config, resume):
+    """Check that a run may start or go on in `out`; nothing is written yet.
 
     `resume`: "auto" (go on where this run stopped), "never", or the path of a checkpoint, also of another run. Raises
     UserError if `out` holds a run with another configuration, or anything but a run.
@@ -29,20 +40,18 @@ def open_run(out, config, resume, warn):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file")
     previous = out / "config.json"
-    occupied = out.is_dir() and any(out.iterdir())
+    occupied = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
     if occupied and not previous.is_file():
         raise UserError(f"--out {out}: the folder is not empty and holds no run; choose another")
-    if occupied and resume != "auto":
-        raise UserError(f"--out {out}: holds a run already; choose another folder, or --resume auto to go on with it")
     if occupied:
         _check_same(previous, config)
-        return find_checkpoint(out / "checkpoints", warn)
-    if resume in ("auto", "never"):
-        return None
-    fault = checkpoint_fault(Path(resume))
+    if occupied and resume != "auto" and resume not in _read_command(previous):
+        raise UserError(f"--out {out}: holds a run already; choose another folder, or --resume auto to go on with it")
+    if resume not in ("auto", "never") and (Path(resume) / "checkpoints").is_dir():
+        raise UserError(f"--resume {resume}: is a run; name one of its checkpoints ({resume}/checkpoints/step-...)")
+    fault = resume not in ("auto", "never") and checkpoint_fault(Path(resume))
     if fault:
         raise UserError(f"--resume {resume}: no complete checkpoint ({fault})")
-    return Path(resume)
 
 
 def _check_same(path, config):
@@ -52,9 +61,19 @@ def _check_same(path, config):
         raise UserError(f"{path}: is not a run's configuration; choose another --out") from None
     old, new = _flatten(before), _flatten(config.model_dump())
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not any(key == f or key.startswith(f + ".") for f in _FREE):
+        if old.get(key) != new.get(key) and not _is_free(key):
             raise UserError(f"--out {path.parent}: holds a run with another configuration ({key} is "
                             f"{old.get(key)!r} there and {new.get(key)!r} here); choose another --out")
+
+
+def _is_free(key):
+    return not _BOUND.fullmatch(key) and any(key == f or key.startswith(f + ".") for f in _FREE)
+
+
+def _read_command(path):
+    """The words of the command that a run was last started with: the same command again goes on."""
+    command = json.loads(path.read_text()).get("command", [])
+    return [word.removeprefix("--resume=") for word in command if word != "never"]
 
 
 def _flatten(values, prefix=""):
@@ -62,6 +81,17 @@ def _flatten(values, prefix=""):
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def describe_distillation(config, step):
+    """What an export says of where it comes from: `sidfast.publishing.export.read_distillation`."""
+    values = config.model_dump()
+    seed = values["train"].pop("seed")
+    rest = {key: value for key, value in _flatten(values).items()
+            if not _is_free(key) and not key.startswith("guidance.")}
+    settings = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return {"teacher": config.model.teacher, "guidance": values["guidance"], "seed": seed, "step": step,
+            "settings": settings}
 
 
 class RunDirectory:
@@ -72,52 +102,98 @@ class RunDirectory:
 
         `facts`: JSON values that config.json keeps beside the configuration.
         """
-        self.out = Path(out)
+        self.out, self.lost = Path(out), []
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        claim(self.out, first=True)
         write_atomically(self.out / "config.json", json.dumps(_describe(config) | facts, indent=2) + "\n")
-        self.metrics = self.out / "metrics.jsonl"
-        kept = [line for line in self._lines() if line["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.metrics, "a", encoding="utf-8")               # noqa: SIM115 (closed by close)
+        self._metrics = LineFile(self.out / "metrics.jsonl", step)
+        self._spikes = LineFile(self.out / "spikes.jsonl", step)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
 
     def log(self, step, values):
         """One line of metrics.jsonl, and TensorBoard scalars."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, step)
+        with self.attempt("a line of metrics.jsonl (it will come with the next)"):
+            self._metrics.write({"step": step} | values)
+        with self.attempt("TensorBoard's events"):
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, step)
+
+    def spikes(self, lines):
+        """Lines of spikes.jsonl."""
+        for line in lines:
+            with self.attempt("a line of spikes.jsonl (it will come with the next)"):
+                self._spikes.write(line)
+
+    @contextmanager
+    def attempt(self, what):
+        """Something to write that training can do without: a full disk is told of, once for each `what`."""
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            if what not in self.lost:
+                self.lost.append(what)
+                print(f"sidfast: {what} could not be written: {describe(error)} in {self.out}; training goes on",
+                      file=sys.stderr, flush=True)
+        else:
+            self.lost = [name for name in self.lost if name != what]
 
     def sample(self, step, picture):
-        """Save a sample grid (a PIL image)."""
+        """Save a sample grid (of `image_grid`)."""
         partial = self.out / "samples" / f".step-{step:08d}.png"
-        picture.save(partial, format="PNG")
-        partial.replace(self.out / "samples" / f"step-{step:08d}.png")
+        with self.attempt("a sample grid"):
+            try:
+                save_grid(picture, partial)
+                partial.replace(self.out / "samples" / f"step-{step:08d}.png")
+            finally:
+                partial.unlink(missing_ok=True)
 
     def evaluation(self, name, values=None):
         """Get (without `values`) or set the evaluation called `name`; kept in evaluation.json."""
         path = self.out / "evaluation.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         if values is not None:
-            write_atomically(path, json.dumps(known | {name: values}, indent=2) + "\n")
-        return known.get(name)
+            with self.attempt("an evaluation"):
+                write_atomically(path, json.dumps(known | {name: values}, indent=2) + "\n")
+        return known.get(name) if values is None else values
 
     def close(self):
-        self._file.close()
-        self._board.close()
+        with self.attempt("TensorBoard's events"):
+            self._board.close()
+
+
+class LineFile:
+    """A file of JSON lines that is whole at any time, also on a full disk: what found no room comes with the next."""
+
+    def __init__(self, path, step):
+        """Go on with a file at `step`: later lines are dropped, and one that was being written when the run ended."""
+        self.path, self._waiting = path, b""
+        if path.is_file():
+            kept = [line for line in self._lines() if line["step"] <= step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, values):
+        """Append a line. Raises OSError if it must wait."""
+        self._waiting += json.dumps(values).encode() + b"\n"
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(self._waiting)
+                if written < len(self._waiting):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting = b""
 
     def _lines(self):
-        """The complete lines of metrics.jsonl."""
-        if not self.metrics.is_file():
-            return
-        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+        for text in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(text)
             except ValueError:
-                return                                   # the line that was being written when the run was killed
+                return
 
 
 def _describe(config):

@@ -1,5 +1,6 @@
 """How the networks run: what the `speed` section asks for, and what this machine and this teacher allow."""
 
+import functools
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -37,8 +38,9 @@ class Speed:
         return unet
 
 
-def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device):
-    """The Speed of a run. `section`: the configuration's; `rows`: of the largest pass; `stages`: ZeRO's, per engine.
+def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, capturing=None):
+    """The Speed of a run. `section`: the configuration's; `rows`: of the largest pass; `stages`: ZeRO's, per engine;
+    `capturing`: what speaks against CUDA graphs besides, or None.
 
     Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here.
     """
@@ -50,7 +52,7 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device):
     reason = ("there is no GPU here" if not gpu else
               "ZeRO stage 3 moves parameters about in memory" if sharded else
               "gradient checkpointing of networks that are not fused draws random states" if
-              section.gradient_checkpointing and not fused else None)
+              section.gradient_checkpointing and not fused else capturing)
     graphs = _wanted("cuda_graphs", section.cuda_graphs, reason, notes)
     if not fused and section.attention != "auto":
         raise UserError(f"speed.attention ({section.attention}) chooses for the fused kernels, which do not run here"
@@ -58,11 +60,20 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device):
     attention, timed = section.attention, {}
     if fused and attention == "auto":
         shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
-        timed = choose_attention(shapes, dtype, device)
+        timed = _timed_attention(tuple(shapes), dtype, device)
         attention = next(iter(timed))
         if isinstance(timed[attention], str):
             raise RuntimeError(f"no implementation of attention works here: {timed}")
     return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing, timed, tuple(notes))
+
+
+@functools.cache
+def _timed_attention(shapes, dtype, device):
+    """Timed once, and by the first process for all: runs in one process, and processes of one run, take the same."""
+    timed = [choose_attention(shapes, dtype, device)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(timed)
+    return timed[0]
 
 
 def _wanted(key, value, reason, notes):

@@ -1,0 +1,38 @@
+"""95 % intervals, as (low, high).
+
+Of one evaluation: for means over images, whose spread the images themselves show. Of several evaluations with seeds of
+their own: for any metric, and for FID, KID, precision and recall only so. A bootstrap over images does not do for
+these: a sample drawn with replacement has fewer different images, which by itself moves them (FID upwards).
+"""
+
+import math
+
+import torch
+from scipy import stats
+
+LEVEL = 0.95
+
+
+def of_mean(values):
+    """Normal interval of the mean of independent values [N]; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    values = torch.as_tensor(values).double()
+    half = stats.norm.ppf(0.5 + LEVEL / 2) * values.std().item() / math.sqrt(len(values))
+    return values.mean().item() - half, values.mean().item() + half
+
+
+def of_share(flags):
+    """Wilson's interval of the share of true flags [N]: it has a width where all or none are true."""
+    low, high = stats.binomtest(int(flags.sum()), len(flags)).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
+
+
+def of_repeats(values):
+    """(mean, (low, high)) of a few independent values by Student's t; the interval is None for fewer than two."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    half = stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * deviation / math.sqrt(len(values))
+    return mean, (mean - half, mean + half)

@@ -1,0 +1,191 @@
+"""The images that train the fake score (method.md, section 7): who draws them, and what is done to them.
+
+A source is a class with a name and one method, `__call__(batch) -> x_g`; a degradation likewise, `__call__(x, noise)`.
+To define the class is to make it known to the configuration (docs/ablations.md). Everything random comes with the
+batch, so that a source's images do not depend on micro-batches or processes, and resume exactly.
+"""
+
+import math
+
+import torch
+
+from sidfast.method.distill import denoise_at, generate
+from sidfast.method.guidance import passes, predict_guided
+
+SOURCES, DEGRADATIONS = {}, {}                           # name -> class
+
+
+class Source:
+    """Draws images with a generator's UNet. `class Mine(Source, name="mine")` is `synthetic.source = "mine"`.
+
+    `options`: the keys of the `synthetic` section that it needs, handed to it by name, meaningless elsewhere;
+    `copy`: "ema" or "stale" to draw with that copy of the generator, which training keeps up, in place of the generator
+    itself; `capturable`: whether a CUDA graph may hold it, i.e. no shape or branch depends on values; `noises`: how
+    many tensors of further noise it takes an image.
+    """
+
+    options, copy, capturable, noises = (), None, True, 0
+
+    def __init_subclass__(cls, name=None, **options):
+        super().__init_subclass__(**options)
+        if name is not None:
+            SOURCES[name] = cls
+
+    def __init__(self, unet, objective):
+        self.unet, self.objective = unet, objective
+
+    def generate(self, batch):
+        """One-step images [N, C, H, W] of a Batch (eq. 4)."""
+        return generate(self.unet, batch.z, batch.text, self.objective)
+
+    def __call__(self, batch):
+        """Images x_g [N, C, H, W] in fp32 for a Batch, of which `noise` is [N, noises, C, H, W]; without gradient."""
+        raise NotImplementedError
+
+
+class Generator(Source, name="generator"):
+    """The generator as it is."""
+
+    def __call__(self, batch):
+        return self.generate(batch)
+
+
+class Ema(Generator, name="ema"):
+    """The generator's average."""
+
+    copy = "ema"
+
+
+class Stale(Generator, name="stale"):
+    """The generator as it was `stale_by` updates ago."""
+
+    copy, options = "stale", ("stale_by", "stale_every")
+
+    def __init__(self, unet, objective, stale_by, stale_every):
+        super().__init__(unet, objective)                # (training keeps the copy as old as that)
+
+
+class MultiStep(Source, name="multistep"):
+    """The generator run several times: its image is brought back to a lower noise level with fresh noise, and
+    denoised from there. The levels are evenly spaced timesteps from t_init down: for 4 steps t_init times 1, 3/4, 1/2,
+    1/4."""
+
+    options = ("steps",)
+
+    def __init__(self, unet, objective, steps):
+        super().__init__(unet, objective)
+        self.noises = steps - 1
+        self.levels = [round(objective.t_init * (steps - i) / steps) for i in range(steps)]
+
+    def __call__(self, batch):
+        x = self.generate(batch)
+        for level, eps in zip(self.levels[1:], batch.noise[:, :self.noises].unbind(1), strict=True):
+            a, s = self.objective.schedule.coefficients(torch.full((len(x),), level, device=x.device))
+            x_t = a[:, None, None, None] * x + s[:, None, None, None] * eps
+            x = denoise_at(self.unet, x_t, level, batch.text, self.objective)
+        return x
+
+
+class TeacherShare:
+    """Another source's images, of which a random share is replaced by the teacher's: DDIM from the same z and text."""
+
+    capturable = False                                   # which rows are the teacher's depends on values
+
+    def __init__(self, inner, teacher, scheduler, share, steps, guidance):
+        """`teacher`: its UNet; `scheduler`: a diffusers DDIMScheduler; `guidance`: as in eq. 3."""
+        self.inner, self.teacher, self.scheduler = inner, teacher, scheduler
+        self.share, self.guidance, self.noises = share, guidance, inner.noises
+        scheduler.set_timesteps(steps)
+
+    def __call__(self, batch):
+        x = self.inner(batch)
+        rows = (batch.chance < self.share).nonzero().flatten()
+        if len(rows):
+            x = x.index_copy(0, rows, self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype))
+        return x
+
+    def _sample(self, x, text, null):
+        x = x * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps.tolist():
+            both = passes([self.guidance])
+            steps = torch.full((len(x),), t, device=x.device)
+            o = predict_guided(self.teacher, x.repeat(both, 1, 1, 1), steps, text, null, [self.guidance]).float()
+            if both == 2:
+                o_null, o_cond = o.chunk(2)
+                o = o_null + self.guidance * (o_cond - o_null)
+            x = self.scheduler.step(o, t, x).prev_sample
+        return x
+
+
+class Degradation:
+    """Spoils images. `class Mine(Degradation, name="mine")` is `synthetic.degradation = "mine"`; `noises` as for a
+    Source."""
+
+    noises = 0
+
+    def __init_subclass__(cls, name=None, **options):
+        super().__init_subclass__(**options)
+        if name is not None:
+            DEGRADATIONS[name] = cls
+
+    def __init__(self, strength):
+        self.strength = strength
+
+    def __call__(self, x, noise):
+        """x [N, C, H, W], noise [N, noises, C, H, W] -> [N, C, H, W]."""
+        raise NotImplementedError
+
+
+class Blur(Degradation, name="blur"):
+    """A Gaussian with a deviation of `strength` latent pixels, cut off at three deviations, edges mirrored."""
+
+    def __call__(self, x, noise):
+        from torchvision.transforms.functional import gaussian_blur
+
+        radius = min(math.ceil(3 * self.strength), min(x.shape[-2:]) - 1)
+        return gaussian_blur(x, [2 * radius + 1] * 2, [float(self.strength)] * 2)
+
+
+class Noise(Degradation, name="noise"):
+    """White noise with a deviation of `strength`; latents have one of about 1."""
+
+    noises = 1
+
+    def __call__(self, x, noise):
+        return x + self.strength * noise[:, 0]
+
+
+class Degraded:
+    """Another source's images, degraded."""
+
+    def __init__(self, inner, degradation):
+        self.inner, self.degradation = inner, degradation
+        self.noises = inner.noises + degradation.noises
+
+    def __call__(self, batch):
+        return self.degradation(self.inner(batch), batch.noise[:, self.inner.noises:])
+
+
+def build_source(section, networks, objective, copies, scheduler):
+    """What draws the images of one run.
+
+    `section`: the configuration's `synthetic`; `copies`: {kind: UNet} of the copies that its source draws with;
+    `scheduler()`: a diffusers DDIMScheduler for the teacher.
+    """
+    cls = SOURCES[section.source]
+    unet = copies[cls.copy] if cls.copy else networks.generator.module.unet
+    source = cls(unet, objective, **{name: getattr(section, name) for name in cls.options})
+    if section.teacher_share:
+        guidance = objective.kappa4 if section.teacher_guidance is None else section.teacher_guidance
+        source = TeacherShare(source, networks.teacher, scheduler(), section.teacher_share, section.teacher_steps or 50,
+                              guidance)
+    if section.degradation:
+        source = Degraded(source, DEGRADATIONS[section.degradation](section.strength))
+    return source
+
+
+def cannot_capture(section):
+    """Why CUDA graphs cannot hold a section's images, or None."""
+    if section.teacher_share:
+        return "which images are the teacher's (synthetic.teacher_share) depends on values"
+    return None if SOURCES[section.source].capturable else f"synthetic.source {section.source!r} depends on values"

@@ -1,0 +1,138 @@
+"""`sidfast demo`: a page on this machine, with the student beside its teacher and their times. Nothing leaves it."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sidfast.errors import UserError
+from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation
+
+_HOST = "127.0.0.1"
+_PROMPT = "a small red circle above a large blue square on a white background"
+_CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; }"
+_STEPS, _GUIDANCE = 50, 1.5                              # of a teacher, until the sliders are moved
+
+
+@dataclass
+class Model:
+    """A pipeline that has run once, so that its times are not those of the first call."""
+
+    name: str
+    pipe: object
+    one_step: bool
+
+    def __call__(self, prompt, seed, steps=None, guidance=None):
+        """(PIL image, seconds from the prompt to it). The noise depends on the seed alone, for every model."""
+        options = {} if self.one_step else {"num_inference_steps": int(steps), "guidance_scale": guidance}
+        noise = torch.Generator().manual_seed(int(seed))
+        self._wait()
+        started = time.perf_counter()
+        image = self.pipe(prompt, generator=noise, **options).images[0]
+        self._wait()
+        return image, time.perf_counter() - started
+
+    def _wait(self):
+        if self.pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def open_models(model, teacher, device):
+    """The Model asked for, and that of its teacher, or None where there is none.
+
+    `teacher`: a folder or hub id; None for the one that the model's export names, if it is a folder here. Raises
+    UserError for what cannot be loaded.
+    """
+    named = read_distillation(find_pipeline(model)).get("teacher")
+    if teacher is None and isinstance(named, str) and Path(named).is_dir():
+        teacher = named
+    student = _open(model, device)
+    if teacher is not None and student.one_step:
+        return student, _open(teacher, device)
+    if teacher is not None:
+        raise UserError(f"--teacher {teacher}: {model} takes several steps itself; a one-step generator has a teacher")
+    return student, None
+
+
+def build_demo(student, teacher):
+    """The gradio page of one or two Models. Raises UserError where gradio is not installed."""
+    gr = _gradio()
+
+    def run(model, prompt, seed, steps, guidance):
+        if not prompt.strip():
+            raise gr.Error("A prompt is needed.", print_exception=False)
+        if seed is None or int(seed) < 0:
+            raise gr.Error("The seed must be a whole number, 0 or above.", print_exception=False)
+        image, seconds = model(prompt, seed, steps, guidance)
+        took = "1 step" if model.one_step else f"{int(steps)} steps, guidance {guidance:g}"
+        return image, f"**{seconds:.3f} s** · {took}"
+
+    with gr.Blocks(title="sidfast", analytics_enabled=False) as page:
+        gr.Markdown(f"# sidfast\n`{student.name}`" + (f" beside its teacher, `{teacher.name}`" if teacher else ""))
+        with gr.Row():
+            prompt = gr.Textbox(label="Prompt", value=_PROMPT, scale=5, autofocus=True)
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, scale=1)
+        several = teacher or not student.one_step
+        with gr.Row(visible=bool(several)):
+            steps = gr.Slider(1, 100, _STEPS, step=1, label="Steps of the teacher" if teacher else "Steps")
+            guidance = gr.Slider(0, 10, _GUIDANCE, step=0.1, label="Guidance of the teacher" if teacher else "Guidance")
+        with gr.Row():
+            go = gr.Button("Make", variant="primary")
+            again = gr.Button("Next seed")
+        inputs, shown = [prompt, seed, steps, guidance], []
+        with gr.Row(equal_height=True):
+            for label, model in (("Student", student), ("Teacher", teacher)):
+                if model:
+                    with gr.Column():
+                        image = gr.Image(label=label, interactive=False, height=420, format="png",
+                                         buttons=["download"], elem_classes="picture")
+                        shown.append((label.lower(), model, [image, gr.Markdown()]))
+        starts = [go.click, prompt.submit,
+                  again.click(lambda seed: int(seed or 0) + 1, seed, seed, show_progress="hidden",
+                              api_name="next_seed").then]
+        for start in starts:
+            public = start is starts[0]                  # one of them is enough for a program that calls the page
+            for name, model, outputs in shown:           # the student first: it need not wait for the teacher
+                start = start(_bind(run, model), inputs, outputs, concurrency_limit=1, concurrency_id="models",
+                              api_name=name if public else None,
+                              api_visibility="public" if public else "private").then
+    return page
+
+
+def run_demo(model, teacher, port, device):
+    """Serve the page on this machine alone until interrupted. Raises UserError for whatever is at fault."""
+    gr = _gradio()
+    page = build_demo(*open_models(model, teacher, device))
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        page.queue().launch(server_name=_HOST, server_port=port, share=False, inbrowser=False, ssr_mode=False,
+                            theme=theme, css=_CSS, footer_links=[], quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise UserError(f"--port {port}: {str(error).splitlines()[0]}") from None
+    print(f"sidfast: http://{_HOST}:{port} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+def _bind(run, model):
+    return lambda *inputs: run(model, *inputs)
+
+
+def _gradio():
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"     # before it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import gradio
+    except ImportError:
+        raise UserError('the demo needs gradio, which is not installed: pip install "gradio>=6.31"') from None
+    return gradio
+
+
+def _open(model, device):
+    pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    opened = Model(str(model), pipe, one_step)
+    opened("", 0, 2, _GUIDANCE)
+    return opened
+

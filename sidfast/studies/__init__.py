@@ -1,0 +1,1 @@
+"""Studies: what a change to a run does, over several seeds."""

@@ -1,0 +1,154 @@
+"""`sidfast ablate`: do what is left of a study, then write its results, table, plots and report."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sidfast.errors import UserError
+from sidfast.files import write_atomically
+from sidfast.studies.plots import encode, plots
+from sidfast.studies.record import check_record, is_final, read_record
+from sidfast.studies.report import page
+from sidfast.studies.results import collect, costs
+from sidfast.studies.study import read_study
+from sidfast.studies.table import markdown
+
+
+def ablate(path, out, jobs=1):
+    """Run a study, or go on with it.
+
+    `jobs`: runs at once on each GPU, or on the CPU. Results come to `out`, also those of a study that is not finished.
+    Returns whether it is. Raises UserError for whatever can be found at fault before training begins.
+    """
+    study, out = read_study(path), Path(out or Path("runs") / "ablations" / Path(path).stem)
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; a folder is needed")
+    for run in study.runs:
+        check_record(out, study, run)
+    left = _left(study, out)
+    if left:
+        _check_inputs(study, path)
+        out.mkdir(parents=True, exist_ok=True)
+        _work(study, path, out, jobs, len(left))
+    write_results(study, out)
+    left = _left(study, out)
+    for run in left:
+        record = read_record(out, run)
+        why = f"failed: {record['message']}" if record else "not finished (see the end of logs/); run this again"
+        print(f"sidfast: {run.variant}, seed {run.seed}: {why}", file=sys.stderr)
+    return not left
+
+
+def write_results(study, out):
+    """Everything that a study shows, from what its runs left behind. results.json is the same however they came about;
+    what they cost stands in costs.json."""
+    results, cost = collect(study, out), costs(study, out)
+    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(out / "costs.json", json.dumps(cost, indent=1) + "\n")
+    write_atomically(out / "table.md", markdown(results, cost))
+    figures = plots(results)
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            partial = out / f".{name}.{kind}.partial"
+            partial.write_bytes(encode(figure, kind))
+            partial.replace(out / f"{name}.{kind}")
+    write_atomically(out / "report.html", page(study, out, results, cost, figures))
+
+
+def _left(study, out):
+    return [run for run in study.runs if not is_final(read_record(out, run))]
+
+
+def _check_inputs(study, path):
+    """What a run would otherwise stumble over after hours, or one after the other."""
+    from sidfast.data.diversity import training_prompts
+    from sidfast.networks.loading import load_teacher
+    from sidfast.train import check_teacher_fits
+    from sidfast.training.engines import compute_dtype, engine_config
+
+    measures = study.file.evaluation
+    features = measures.features.partition(":")[2] if measures.features else None
+    for name, place in (("coco", measures.coco), ("prompts", measures.prompts), ("reference", measures.reference),
+                        ("features", features), ("clip", measures.clip),
+                        ("assets", measures.assets if study.of_shapes else None)):
+        if place is not None and not Path(place).exists():
+            raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
+    teacher, checked = load_teacher(study.runs[0].config.model.teacher), set()
+    for run in study.runs:
+        config, where = run.config, f"{path}: variants.{run.variant}"
+        engine_config(config, "generator", 1)
+        compute_dtype(config.deepspeed)
+        check_teacher_fits(config, teacher, where)
+        prompts = (config.data.prompts, config.synthetic.model_dump_json())
+        if prompts not in checked:
+            checked.add(prompts)
+            training_prompts(config.data.prompts, run.seed, config.synthetic)
+
+
+def _work(study, path, out, jobs, left):
+    """Start workers, tell of every run that ends, wait for all of them."""
+    gpus = _gpus()
+    devices = [gpu for gpu in gpus or [None] for _ in range(jobs)]
+    threads = 0 if gpus else int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // jobs)))
+    (out / "logs").mkdir(exist_ok=True)
+    workers = [_start(path, out, min(jobs, left), threads, gpu, k) for k, gpu in enumerate(devices[:left])]
+    seen = {(run.variant, run.seed) for run in study.runs if is_final(read_record(out, run))}
+    try:
+        busy = True
+        while busy:
+            busy = any(worker.poll() is None for worker in workers)
+            _tell(study, out, seen)
+            time.sleep(0.5 if busy else 0)
+    finally:
+        for worker in workers:
+            worker.stdin.close()                         # ends a worker that is still there
+            worker.wait()
+    for k, worker in enumerate(workers):
+        if worker.returncode:
+            log = out / "logs" / f"worker-{k}.log"
+            print(f"sidfast: worker {k} ended with exit code {worker.returncode}; see {log}", file=sys.stderr)
+
+
+def _start(path, out, jobs, threads, gpu, k):
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0",
+                                "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    else:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with open(out / "logs" / f"worker-{k}.log", "ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "sidfast.studies.worker", str(path), str(out), str(jobs),
+                                 str(threads)], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+
+def _gpus():
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _tell(study, out, seen):
+    for run in study.runs:
+        key = (run.variant, run.seed)
+        record = None if key in seen else read_record(out, run)
+        if is_final(record):
+            seen.add(key)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items()
+                                if value is not None and not name.startswith("accuracy_"))
+            print(f"sidfast: {len(seen)} of {len(study.runs)}: {run.variant}, seed {run.seed}: {record['status']}"
+                  f"{', ' + numbers if numbers else ''}", file=sys.stderr, flush=True)

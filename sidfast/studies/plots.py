@@ -1,0 +1,107 @@
+"""A study's plots, as PNG and SVG: FID against CLIP score, and each metric against training images."""
+
+import io
+import math
+
+from sidfast.studies.results import interval, metric_names
+from sidfast.studies.table import label
+
+_MARKERS = "os^Dv<>PX*"
+
+
+def plots(results):
+    """{file stem: matplotlib Figure}; those for which there are no numbers are left out."""
+    metrics, found = metric_names(results), {}
+    clip = next((m for m in metrics if m.startswith("clip_score")), None)
+    for metric in metrics:
+        if metric.startswith("fid") and clip:
+            found["fid-clip"] = _against(results, clip, metric)
+    for metric in metrics:
+        if any(len(run["curve"]) > 1 for variant in results["variants"].values() for run in variant["runs"].values()):
+            found[f"{metric.replace('_', '-')}-images"] = _over_images(results, metric)
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def encode(figure, kind):
+    """The bytes of a figure's "png" or "svg", the same for the same figure."""
+    data = io.BytesIO()
+    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    figure.savefig(data, format=kind, dpi=150, metadata=metadata)
+    return data.getvalue()
+
+
+def _figure():
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "sidfast"      # or the names inside an SVG would be random
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _styles(results):
+    """{variant: (colour, marker)}: the reference is black."""
+    from matplotlib import colormaps
+
+    colors = colormaps["tab10"].colors
+    others = [name for name in results["variants"] if name != results["reference"]]
+    styles = {name: (colors[i % 10], _MARKERS[i // 10 + i % 3]) for i, name in enumerate(others)}
+    return styles | {results["reference"]: ("black", "o")}
+
+
+def _against(results, x, y):
+    """A point for each variant with the intervals of both means, and a small one for each seed."""
+    figure, axes = _figure()
+    drawn = False
+    for name, (color, marker) in _styles(results).items():
+        variant = results["variants"][name]
+        if x not in variant["summary"] or y not in variant["summary"]:
+            continue
+        points = [(run["metrics"][x], run["metrics"][y]) for run in variant["runs"].values() if run["status"] == "done"]
+        axes.plot(*zip(*points, strict=True), ".", color=color, markersize=4, alpha=0.6)
+        both = [variant["summary"][m] for m in (x, y)]
+        spread = [0 if m["low"] is None else m["high"] - m["mean"] for m in both]
+        axes.errorbar(both[0]["mean"], both[1]["mean"], xerr=spread[0] or None, yerr=spread[1] or None, color=color,
+                      marker=marker, markersize=7, linewidth=0.8, capsize=2, label=name)
+        drawn = True
+    if not drawn:
+        return None
+    axes.set(xlabel=f"{label(x)} (higher is better)", ylabel=f"{label(y)} (lower is better)")
+    return _finish(figure, axes)
+
+
+def _over_images(results, metric):
+    """A line for each variant through the means over seeds, with the interval as a band."""
+    figure, axes = _figure()
+    drawn, lowest, highest = False, math.inf, 0.0
+    for name, (color, marker) in _styles(results).items():
+        by_images = {}
+        for run in results["variants"][name]["runs"].values():
+            for point in run["curve"] if run["status"] == "done" else ():
+                if point["images"] and point.get(metric) is not None:  # (the start is the same for all, far off)
+                    by_images.setdefault(point["images"], []).append(point[metric])
+        points = [(images, interval(values)) for images, values in sorted(by_images.items())]
+        if not points:
+            continue
+        drawn = True
+        lowest, highest = (f([old, *(y["mean"] for _, y in points)]) for f, old in ((min, lowest), (max, highest)))
+        axes.plot([x for x, _ in points], [y["mean"] for _, y in points], color=color, marker=marker, markersize=4,
+                  linewidth=2 if name == results["reference"] else 1.2, label=name)
+        if all(y["low"] is not None for _, y in points):
+            axes.fill_between([x for x, _ in points], [y["low"] for _, y in points], [y["high"] for _, y in points],
+                              color=color, alpha=0.1, linewidth=0)
+    if not drawn:
+        return None
+    axes.set(xlabel="training images", ylabel=label(metric))
+    if metric.startswith("fid") and 0 < 10 * lowest < highest:
+        axes.set(yscale="log", ylim=(lowest / 2, None))
+    return _finish(figure, axes)
+
+
+def _finish(figure, axes):
+    axes.grid(alpha=0.3)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, loc="outside right upper")
+    return figure

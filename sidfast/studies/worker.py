@@ -1,0 +1,223 @@
+"""One process that takes a study's runs one after the other: `python -m sidfast.studies.worker STUDY OUT JOBS THREADS`.
+
+Teacher, reference features, the evaluation of teacher and start, and compiled kernels are made once for all of them.
+The process ends with its parent, whose end it sees at the end of its standard input.
+"""
+
+import copy
+import gc
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from sidfast.quiet import quieten
+
+_SIDE = 192                                              # pixels, of an image in the report
+_PATIENCE = 10                                           # seconds to wait for a lock whose holder may be ending
+
+
+def main(argv=None):
+    quieten()
+    path, out, jobs, threads = argv or sys.argv[1:]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from sidfast.studies.study import read_study
+    from sidfast.train import join
+
+    study, device = read_study(path), join()
+    if int(threads):
+        torch.set_num_threads(int(threads))              # the same however many runs are left: so are the results
+    Worker(study, Path(out), int(jobs), device).work()
+    torch.distributed.destroy_process_group()
+
+
+def _end_with_parent():
+    os.read(0, 1)                                        # (waiting in sys.stdin would hold up the interpreter's end)
+    os._exit(1)
+
+
+class Worker:
+    """Does what is left of a study, on one device."""
+
+    def __init__(self, study, out, jobs, device):
+        """`jobs`: processes that share the device, for the cost."""
+        self.study, self.out, self.jobs, self.device = study, out, jobs, device
+        self.memo, self.teacher = {}, None
+
+    def work(self):
+        """Every run that is neither finished nor another process's."""
+        from sidfast.studies.record import claimed, is_final, read_record
+
+        waiting, tried, deadline = list(self.study.runs), set(), time.monotonic() + _PATIENCE
+        while waiting:
+            busy = []
+            for run in waiting:
+                with claimed(self.out, run) as mine:
+                    if not mine:
+                        busy.append(run)
+                    elif (run.variant, run.seed) not in tried and not is_final(read_record(self.out, run)):
+                        tried.add((run.variant, run.seed))
+                        self._run(run)
+                        deadline = time.monotonic() + _PATIENCE
+            if time.monotonic() > deadline:
+                return                                   # others are at work on what is left
+            waiting = busy
+            if waiting:
+                time.sleep(0.5)
+
+    def _run(self, run):
+        """One run, and its record, whatever comes of it."""
+        from sidfast.errors import Diverged, NonFiniteImage, UserError
+        from sidfast.studies.record import write_record
+
+        print(f"sidfast: {run.variant}, seed {run.seed}", file=sys.stderr, flush=True)
+        started, metrics, status, message = time.perf_counter(), None, "done", None
+        try:
+            metrics = self._train(run)
+        except (Diverged, NonFiniteImage) as error:
+            status, message = "diverged", str(error)
+        except UserError as error:
+            status, message = "failed", str(error)
+        except Exception as error:                       # out of memory, a full disk: the other runs may do
+            traceback.print_exc()
+            status, message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        folder = self.out / run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _lines(folder / "metrics.jsonl")
+        if status == "done":
+            _strip(folder, self.study, self.device)
+        write_record(self.out, self.study, run, status, message, metrics, _curve(lines, run.config, metrics))
+        self._write_cost(run, lines, time.perf_counter() - started)
+        if status != "failed":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _train(self, run):
+        """Train, or go on training; the final metrics."""
+        from sidfast.networks.loading import load_teacher
+        from sidfast.studies.record import COST, RESULT, has_other_config
+        from sidfast.training.checkpoint import choose_checkpoint
+        from sidfast.training.lock import claim
+        from sidfast.training.run import open_run
+        from sidfast.training.trainer import train
+
+        folder = self.out / run.folder
+        begun = folder.is_dir() and {p.name for p in folder.iterdir()} <= {RESULT, COST, "samples"}
+        if begun or has_other_config(self.out, run):     # failed at once, or with a setting that was mended since
+            shutil.rmtree(folder)
+        open_run(folder, run.config, "auto")
+        claim(folder, first=True)
+        checkpoint = choose_checkpoint(folder, "auto", lambda text: print(f"sidfast: {text}", file=sys.stderr))
+        if self.teacher is None:
+            self.teacher = load_teacher(run.config.model.teacher)
+        result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, self.memo)
+        if _lines(folder / "metrics.jsonl")[-1]["step"] < run.config.train.total_steps:
+            sys.exit(1)                                  # stopped by a signal: the next call goes on from here
+        return result if self.study.of_shapes else self._evaluate(folder)
+
+    def _evaluate(self, folder):
+        """The metrics of a run's export by `sidfast evaluate`."""
+        from sidfast.evaluation.command import Request, coco_options, evaluate_model
+
+        options, measures = self.study.file.evaluation.options, self.study.file.evaluation
+        if measures.coco:
+            options |= coco_options(measures.coco, options)
+        out = folder / "evaluated.json"
+        evaluate_model(Request(str(folder), out, cache=self.out / "cache", **options), self.device)
+        return json.loads(out.read_text())["metrics"]
+
+    def _write_cost(self, run, lines, wall):
+        """What the run took, of which time that does not repeat itself is no part of the results."""
+        import torch
+
+        from sidfast.files import write_atomically
+        from sidfast.studies.record import COST
+
+        gpu = self.device.type == "cuda"
+        cost = {"training_s": round(_training_seconds(lines), 3), "wall_s": round(wall, 3), "runs_at_once": self.jobs,
+                "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
+                "peak_gib": max((line["peak_gib"] for line in lines if "peak_gib" in line), default=None)}
+        write_atomically(self.out / run.folder / COST, json.dumps(cost, indent=1) + "\n")
+
+
+def _lines(path):
+    """The complete lines of metrics.jsonl."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:                               # the line that was being written when the run was killed
+            break
+    return lines
+
+
+def _training_seconds(lines):
+    """Of the updates alone, those before an interruption included: from the speed that was logged for each interval."""
+    seconds, images = 0.0, 0
+    for line in lines:
+        if "images_per_s" in line:
+            seconds, images = seconds + (line["images"] - images) / line["images_per_s"], line["images"]
+    return seconds
+
+
+def _curve(lines, config, metrics):
+    """[(images, {metric: value}), ...] of the evaluations along a run, the last one at its end."""
+    curve, prefix = {}, "evaluation/"
+    for line in lines:
+        values = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+        if values:
+            curve[line["step"] * config.train.batch_size] = values
+    if metrics:
+        curve[config.train.total_steps * config.train.batch_size] = metrics
+    return sorted(curve.items())
+
+
+def _strip(folder, study, device):
+    """The same prompts with the same noise for every run: images of the export, side by side in one picture, at most
+    _SIDE pixels each."""
+    import torch
+    from PIL import Image
+    from torchvision.transforms.functional import resize
+
+    from sidfast.evaluation.evaluate import pipeline_generator
+    from sidfast.publishing.export import load_pipeline
+    from sidfast.studies.record import STRIP
+
+    pipe, _ = load_pipeline(folder, device)
+    images = []
+    for seed, prompt in enumerate(sample_prompts(study)):
+        image = pipeline_generator(pipe)([prompt], [seed]).float().cpu()
+        images.append(resize(image, _SIDE, antialias=True).clamp(0, 1) if min(image.shape[-2:]) > _SIDE else image)
+    pixels = (torch.cat(images).movedim(0, 2).flatten(2) * 255).round().byte()       # [3, H, images * W]
+    partial = folder / f".{STRIP}"
+    Image.fromarray(pixels.movedim(0, 2).numpy()).save(partial, format="PNG")
+    partial.replace(folder / STRIP)
+
+
+def sample_prompts(study):
+    """The prompts of the report's images, no others than those of the evaluation."""
+    from sidfast.data.prompts import read_prompts
+    from sidfast.evaluation.coco import prepare_coco
+    from sidfast.evaluation.evaluate import held_out_captions
+
+    measures = study.file.evaluation
+    if study.of_shapes:
+        return held_out_captions(measures.samples)
+    return read_prompts(measures.prompts or prepare_coco(measures.coco)[0])[:measures.samples]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What an update of the real networks needs: every byte alive during it, and its floating-point operations.
+
+The updates of `sidfast.method.distill` run on torch's meta device, which has shapes and no memory. A dispatch mode sees
+every tensor that they make and notes when its storage is born and when it dies; nothing is estimated by rule. Each
+update runs at two micro-batches: the events are the same ones, so at event i the bytes are a_i + b_i m, and the peak is
+known for every m.
+"""
+
+import copy
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from sidfast.method.distill import Batch, Networks, fake_score_update, generator_update
+
+UPDATES = {"fake_score": fake_score_update, "generator": generator_update}
+_SIZES = (2, 3)                                          # (a single row makes some copies unnecessary)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One update of one network. `rows`: (fixed, per image, gradients) bytes alive at each event, weights aside."""
+
+    rows: tuple
+    flops: float                                         # of one image
+    parameters: int
+
+    def peak(self, micro_batch, gradients=True):
+        """Most bytes alive at once; `gradients`: with those of the network's parameters."""
+        return max(fixed + each * micro_batch + own * gradients for fixed, each, own in self.rows)
+
+
+def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
+    """The Footprint of update `name` ("fake_score" or "generator").
+
+    `unets`: {"generator", "fake_score", "teacher"} in `dtype`, prepared as they will run, on the meta device (or
+    another, for comparisons); latent_shape: (C, H, W), text_shape: (L, D).
+    """
+    runs = [_run(name, unets, objective, latent_shape, text_shape, dtype, m) for m in _SIZES]
+    small, large = (timeline for timeline, _ in runs)
+    if len(small) != len(large):
+        raise RuntimeError(f"the {name} update does not do the same at every micro-batch: {len(small)} and "
+                           f"{len(large)} tensors")
+    step, rows = _SIZES[1] - _SIZES[0], set()
+    for (a, own), (b, _) in zip(small, large, strict=True):
+        each = (b - a) / step
+        rows.add((a - each * _SIZES[0], each, own))
+    parameters = sum(p.numel() for p in unets[name].parameters())
+    return Footprint(tuple(rows), (runs[1][1] - runs[0][1]) / step, parameters)
+
+
+def image_flops(unet, latent_shape, text_shape, kappas):
+    """FLOPs of one training image, one update of each network, from one pass of a UNet on the meta device.
+
+    `kappas`: (kappa1, ..., kappa4). The same number as that of the two updates as a whole (`Footprint.flops`), in a
+    fraction of the time. Memory layout and gradient checkpointing do not matter here.
+    """
+    from sidfast.method.guidance import passes
+
+    unet = copy.deepcopy(unet).to("meta").requires_grad_(False)
+    x = torch.zeros(1, *latent_shape, device="meta", requires_grad=True)
+    inputs = torch.zeros(1, device="meta"), torch.zeros(1, *text_shape, device="meta")
+    forward, frozen, trained = Ledger(), Ledger(), Ledger()
+    with gpu_attention():
+        with forward:
+            y = unet(x, *inputs, return_dict=False)[0]
+        with frozen:
+            y.sum().backward()
+        unet.requires_grad_(True)
+        y = unet(x.detach(), *inputs, return_dict=False)[0]
+        with trained:
+            y.sum().backward()
+    both = passes(kappas[:1])
+    denoisers = passes(kappas[1:3]) + passes(kappas[3:])
+    return (forward.flops * (2 + both + denoisers) + trained.flops * (1 + both) + frozen.flops * denoisers)
+
+
+def count_flops(config, teacher, latent_shape):
+    """`image_flops` of a run: its configuration, its Teacher, (C, H, W)."""
+    g = config.guidance
+    text_shape = teacher.tokenizer.model_max_length, teacher.unet.config.cross_attention_dim
+    return image_flops(teacher.unet, latent_shape, text_shape, (g.kappa1, g.kappa2, g.kappa3, g.kappa4))
+
+
+def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
+    """([(bytes, bytes of the parameters' gradients), ...] after every event, FLOPs) of one micro-batch of n images."""
+    engines = {k: PlainEngine(u) for k, u in unets.items()}
+    update = UPDATES[name](Networks(engines["generator"], engines["fake_score"], unets["teacher"]), objective,
+                           agree=lambda finite: True)
+    device = next(unets[name].parameters()).device
+    x = torch.zeros(n, *latent_shape, device=device)
+    batch = Batch(torch.zeros(n, *text_shape, device=device, dtype=dtype),
+                  torch.zeros(1, *text_shape, device=device, dtype=dtype), x, x.clone(),
+                  torch.zeros(n, device=device, dtype=torch.int64), torch.zeros(n, device=device, dtype=torch.bool),
+                  x[:, None][:, :0], torch.zeros(n, device=device))
+    for role, unet in unets.items():
+        unet.requires_grad_(role != "teacher")
+        unet.zero_grad(set_to_none=True)
+    ledger = Ledger()
+    with gpu_attention(), ledger:
+        update([batch])
+    grads = [p.grad for p in unets[name].parameters() if p.grad is not None]
+    timeline = ledger.timeline(grads)
+    unets[name].zero_grad(set_to_none=True)
+    return timeline, ledger.flops
+
+
+class PlainEngine:
+    """What `distill` needs of an engine, without DeepSpeed."""
+
+    def __init__(self, unet):
+        self.module = self
+        self.unet = unet
+
+    def __call__(self, compute, *tensors):
+        return compute(self.unet, *tensors)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        pass
+
+
+class Ledger(TorchDispatchMode):
+    """Notes the birth and the death of every storage that operations make inside the block, and counts their FLOPs
+    (a multiplication and an addition are two; attention's backward pass with the scores that it computes again)."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+        self.events, self._known = [], {}                # (storage's number, bytes; negative at its death)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        count = flop_registry.get(function._overloadpacket)
+        if count:
+            self.flops += count(*args, **kwargs, out_val=out)
+        if function.is_view or function._schema.name.endswith("_"):
+            return out                                   # no storage of its own
+        inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_iter(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs:
+                self._note(t.untyped_storage())
+        return out
+
+    def _note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        number = len(self.events)
+        self._known[key] = number
+        self.events.append((number, size))
+        weakref.finalize(storage, self._gone, key, number, size)
+
+    def _gone(self, key, number, size):
+        self._known.pop(key, None)
+        self.events.append((number, -size))
+
+    def timeline(self, grads):
+        """[(bytes alive, bytes of `grads` among them), ...] after every event."""
+        own = {self._known[g.untyped_storage()._cdata] for g in grads}
+        alive, gradients, rows = 0, 0, []
+        for number, size in self.events:
+            if number in own:
+                gradients += size
+            else:
+                alive += size
+            rows.append((alive, gradients))
+        return rows
+
+
+@contextmanager
+def gpu_attention():
+    """Attention on the meta device as GPUs run it, without the scores in memory; torch would choose the plain kind."""
+    original = F.scaled_dot_product_attention
+
+    def attend(q, k, v, *args, **kwargs):
+        if not q.is_meta:
+            return original(q, k, v, *args, **kwargs)
+        if q.dtype == torch.float32:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    F.scaled_dot_product_attention = attend              # (a function mode would not reach recomputation in backward)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original

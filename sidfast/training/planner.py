@@ -1,0 +1,193 @@
+"""What each way to run a configuration needs of a GPU.
+
+Sizes come from the real networks on the meta device (footprint.py) and from what DeepSpeed keeps (memory.py).
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sidfast.errors import UserError
+from sidfast.method.distill import Objective
+from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.loading import check_teacher, find_teacher
+from sidfast.training import memory
+from sidfast.training.engines import ENGINES, compute_dtype, engine_config
+from sidfast.training.footprint import UPDATES, measure_update
+
+GIB = 2**30
+MARGIN = 0.9                                             # of a GPU's memory: the rest is CUDA's, and fragments
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# (label, stage, offload)
+STAGES = (("0", 0, False), ("1", 1, False), ("2", 2, False), ("2, offload", 2, True), ("3", 3, False),
+          ("3, offload", 3, True))
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The networks without weights, on the meta device."""
+
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    text_length: int
+    prediction_type: str
+
+    def parameters(self):
+        """{network: number of parameters}."""
+        return {name: sum(p.numel() for p in getattr(self, name).parameters())
+                for name in ("unet", "vae", "text_encoder")}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run: what it needs of each GPU, in bytes."""
+
+    label: str
+    stage: int
+    offload: bool
+    micro_batch: int
+    checkpointing: bool
+    bytes: float
+    parts: dict
+    host: float
+    accumulation: int
+
+    def settings(self):
+        """The --set options that ask for it."""
+        zero = {"stage": self.stage} | ({"offload_optimizer": {"device": "cpu"}} if self.offload else {})
+        compact = json.dumps(zero, separators=(",", ":"))
+        return (f"--set train.micro_batch={self.micro_batch} "
+                f"--set speed.gradient_checkpointing={str(self.checkpointing).lower()} "
+                f"--set 'deepspeed.zero_optimization={compact}'")
+
+
+def load_shapes(teacher):
+    """Shapes of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture's name."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from sidfast.teacher.random_init import ARCHITECTURES, build_networks
+
+    with torch.device("meta"):
+        if teacher in ARCHITECTURES:
+            return Shapes(**build_networks(teacher), text_length=77, prediction_type=ARCHITECTURES[teacher][3])
+        folder = _folder(teacher, ARCHITECTURES)
+        check_teacher(folder)
+        try:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+            config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+            return Shapes(unet, vae, CLIPTextModel(config), config.max_position_embeddings,
+                          scheduler.get("prediction_type", "epsilon"))
+        except Exception as error:                       # each library has exceptions of its own for a broken file
+            raise UserError(f"model.teacher: the configurations in {folder} cannot be read "
+                            f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+
+def _folder(teacher, architectures):
+    if Path(teacher).is_dir():
+        return find_teacher(teacher)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(teacher, local_files_only=True))
+    except Exception:                                    # the library's own, for a name that is none as well
+        raise UserError(f"model.teacher: {teacher} is no folder and not in the hub's cache here; its configurations "
+                        f"are needed, or --architecture {'|'.join(architectures)}") from None
+
+
+class Planner:
+    """Measures a configuration's updates once, then answers for any stage, micro-batch and number of GPUs."""
+
+    def __init__(self, config, shapes, note=lambda text: None):
+        self.config, self.shapes = config, shapes
+        factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
+        side = config.model.resolution // factor if config.model.resolution else shapes.unet.config.sample_size
+        self.latent_shape = (shapes.unet.config.in_channels, side, side)
+        self.dtype = compute_dtype(config.deepspeed)
+        self.footprints = {}
+        for checkpointing in (False, True):
+            note(f"counting the updates on the meta device, {'with' if checkpointing else 'without'} gradient "
+                 "checkpointing ...")
+            self.footprints[checkpointing] = self._measure(checkpointing)
+
+    @property
+    def flops(self):
+        """Of one training image, one update of each network, without recomputation by checkpointing."""
+        return sum(f.flops for f in self.footprints[False].values())
+
+    def option(self, label, stage, offload, micro_batch, checkpointing, gpus):
+        """The Option of one setting, or None if the global batch cannot be split so."""
+        batch = self.config.train.batch_size
+        if batch % (micro_batch * gpus):
+            return None
+        sizes = self.shapes.parameters()
+        P, prints = sizes["unet"], self.footprints[checkpointing]
+        zeros = {name: memory.Zero.of(self._section(name, stage, offload), gpus) for name in ENGINES}
+        width = zeros["generator"].width
+        parts = {}
+        for zero in zeros.values():
+            for part, size in memory.resident(zero, P).items():
+                parts[part] = parts.get(part, 0) + size
+        ema = zeros["generator"]
+        parts["average"] = 4 * P * ema.share(1) * (not ema.offload)
+        parts["teacher"] = width * P
+        parts["text encoder and VAE"] = 4 * (sizes["vae"] + sizes["text_encoder"])
+        updates = {name: prints[name].peak(micro_batch, zeros[name].stage < 2)
+                   + memory.during_update(zeros[name], P)
+                   + sum(memory.gathered(zero, P) for zero in zeros.values()) for name in ENGINES}
+        steps = [memory.during_step(zero, P) for zero in zeros.values()]
+        parts["update"] = max(*updates.values(), *steps)
+        host = sum(memory.on_host(zero, P) for zero in zeros.values()) + 4 * P * ema.share(1) * ema.offload
+        return Option(label, stage, offload, micro_batch, checkpointing, sum(parts.values()), parts, host,
+                      batch // (micro_batch * gpus))
+
+    def options(self, gpus):
+        """Every Option that the global batch allows, by stage, then micro-batch."""
+        sizes = sorted({*_MICRO_BATCHES, self.config.train.micro_batch})
+        found = [self.option(*stage, m, checkpointing, gpus)
+                 for stage in STAGES for checkpointing in (False, True) for m in sizes]
+        return [option for option in found if option]
+
+    def sent(self, option, gpus):
+        """Bytes that a GPU sends in one step."""
+        zero = memory.Zero.of(self._section("generator", option.stage, option.offload), gpus)
+        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation)
+
+    def _section(self, name, stage, offload):
+        section = engine_config(self.config, name, 1)
+        zero = dict(section.get("zero_optimization", {})) | {"stage": stage}
+        zero["offload_optimizer"] = {"device": "cpu"} if offload else {"device": "none"}
+        return section | {"zero_optimization": zero}
+
+    def _measure(self, checkpointing):
+        unets = {}
+        for role in ("generator", "fake_score", "teacher"):
+            unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
+            if checkpointing:
+                unet.train().enable_gradient_checkpointing()
+            unets[role] = unet
+        g, meta = self.config.guidance, torch.device("meta")
+        objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(meta), self.shapes.prediction_type,
+                              g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
+        text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
+        return {name: measure_update(name, unets, objective, self.latent_shape, text, self.dtype) for name in UPDATES}
+
+
+def recommend(options, limit):
+    """The Option to take among those that need at most `limit` bytes, or None.
+
+    Least sharding and no recomputation first, for both cost time; then the largest micro-batch up to 32, for beyond
+    that a GPU gains little.
+    """
+    fitting = [o for o in options if o.bytes <= limit * MARGIN and o.micro_batch <= 32]
+    order = [s[0] for s in STAGES if s[0] != "0"] + ["0"]                        # stage 1 costs nothing over stage 0
+    best = sorted(fitting, key=lambda o: (o.offload, o.checkpointing and o.micro_batch < 4, order.index(o.label),
+                                          o.checkpointing, -o.micro_batch))
+    large = [o for o in best if o.micro_batch >= 4]      # tiny passes leave a GPU idle
+    return (large or best or [None])[0]

@@ -1,0 +1,135 @@
+"""Saving beside the training: the step waits for a copy in host memory only, a thread of each process writes it.
+
+A checkpoint becomes complete once every process has told the first that its files are on disk (through the store, not
+by a collective call: those belong to the training thread). What fails, a full disk above all, costs that checkpoint
+and nothing else.
+"""
+
+import errno
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from sidfast.files import flush
+from sidfast.training import checkpoint
+
+WRITE_ERRORS = (OSError, SafetensorError)                # what a full or broken disk raises
+
+
+class Saver:
+    """Writes the checkpoints of a run into `folder`, one at a time, and keeps the newest `keep`."""
+
+    def __init__(self, folder, keep, channel, timeout, warn):
+        """A collective call. `timeout`: seconds that one process waits for the others' files; `warn(message)`: told, on
+        the first process, what could not be saved."""
+        self.folder, self.keep, self.warn = Path(folder), keep, warn
+        self.rank, self.ranks = channel.rank, channel.ranks
+        self._store = channel.connect(timeout)
+        self._thread, self._saves, self._fault = None, 0, None
+        self.saved = None                                # the step of the newest complete checkpoint of this saver
+        if self.rank == 0:
+            checkpoint.sweep(self.folder)
+        torch.distributed.barrier()
+
+    def save(self, step, engines, ema, extra, further=None):
+        """Begin to save; a collective call that returns when the state has been copied to host memory.
+
+        `extra`: JSON values to get back on resume; `further`: see `checkpoint.snapshot`. Waits for the save before this
+        one, if it is still being written.
+        """
+        self.wait()
+        tensors = checkpoint.snapshot(engines, ema, further)
+        state = {"format": 2, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines)}
+        self._saves += 1
+        self._thread = threading.Thread(target=self._run, args=(self._saves, step, tensors, state), daemon=True)
+        self._thread.start()
+
+    def wait(self):
+        """Wait until nothing is being written. Returns what went wrong with the last save, or None; alike on all
+        processes."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._fault
+
+    def _run(self, number, step, tensors, state):
+        try:
+            self._fault = self._write(number, step, tensors, state)
+        except torch.distributed.DistError as error:     # another process is gone: nothing can be agreed any more
+            self._fault = f"the other processes do not answer ({str(error).splitlines()[0]})"
+        if self._fault is None:
+            self.saved = step
+        elif self.rank == 0:
+            shutil.rmtree(checkpoint.step_folder(self.folder, step, partial=True), ignore_errors=True)
+            self.warn(f"the checkpoint of step {step} could not be saved: {self._fault}. Training goes on; the last "
+                      f"good checkpoint is {last_good(self.folder)}")
+
+    def _write(self, number, step, tensors, state):
+        """Write this process's files, then agree with the others. Returns a fault, or None."""
+        files, fault = self._write_files(checkpoint.step_folder(self.folder, step, partial=True), tensors)
+        size = sum(t.numel() * t.element_size() for file in tensors.values() for t in file.values())
+        self._store.set(f"save/{number}/{self.rank}", json.dumps({"files": files, "fault": fault, "bytes": size}))
+        tensors.clear()
+        if self.rank == 0:
+            self._store.set(f"save/{number}/outcome", json.dumps(self._complete(number, step, state)))
+        return json.loads(self._store.get(f"save/{number}/outcome"))
+
+    def _write_files(self, partial, tensors):
+        """({name: size and checksum}, None), or ({}, fault) with this process's files removed again."""
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            files = {}
+            for name, content in tensors.items():
+                save_file(content, partial / name)
+                flush(partial / name)
+                files[name] = {"bytes": (partial / name).stat().st_size, "sha256": checkpoint.checksum(partial / name)}
+            return files, None
+        except WRITE_ERRORS as error:
+            for name in tensors:
+                (partial / name).unlink(missing_ok=True)
+            return {}, describe(error)
+
+    def _complete(self, number, step, state):
+        """On the first process: make a checkpoint of everyone's files. Returns a fault, or None."""
+        reports = [json.loads(self._store.get(f"save/{number}/{rank}")) for rank in range(self.ranks)]
+        fault = next((r["fault"] for r in reports if r["fault"]), None)
+        if fault is None:
+            files = dict(sorted(item for r in reports for item in r["files"].items()))
+            try:
+                checkpoint.complete(self.folder, step, state | {"files": files}, self.keep)
+            except WRITE_ERRORS as error:
+                fault = describe(error)
+        return fault and f"{fault} in {self.folder}, {space(self.folder, sum(r['bytes'] for r in reports))}"
+
+
+def describe(error):
+    """A few words for an error of writing."""
+    text = getattr(error, "strerror", None) or str(error)
+    return "no space left" if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in text else text
+
+
+def space(folder, needed):
+    """How much space a save needs, and how much there is."""
+    try:
+        free = f"{_size(shutil.disk_usage(folder).free)} free"
+    except OSError:
+        free = "which cannot be reached"
+    return f"which needs {_size(needed)} ({free})"
+
+
+def last_good(folder):
+    """The newest complete checkpoint by its files' sizes, or "none"."""
+    return next((f for f in checkpoint.by_age(folder) if checkpoint.checkpoint_fault(f) is None), "none")
+
+
+def _size(count):
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

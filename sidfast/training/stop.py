@@ -1,0 +1,88 @@
+"""An orderly stop: on SIGTERM or SIGUSR1 to any process, all of them end at the same step.
+
+Also the tie to DeepSpeed's launcher, whose processes must not train on without it: two jobs would write one folder.
+"""
+
+import ctypes
+import os
+import signal
+import time
+
+import psutil
+import torch
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+
+
+class Stop:
+    """Says at every step whether to stop."""
+
+    def __init__(self):
+        """A collective call, in the main thread."""
+        self._asked, self._agreement = 0, None
+        self._flag = torch.zeros((), dtype=torch.int32)
+        several = torch.distributed.get_world_size() > 1
+        self._group = torch.distributed.new_group(backend="gloo") if several else None
+        self._handlers = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        self._launcher, self._looked = _tie_to_launcher(), 0.0
+
+    def agreed(self):
+        """The name of the signal that ends the run, or None; a collective call at the end of each step.
+
+        The answer is that to the question of the step before, so that no process waits for another: a signal ends the
+        run two steps later at most, and with the same step everywhere.
+        """
+        self._look_for_launcher()
+        if self._group is None:
+            return _name(self._asked)
+        before = self._answer()
+        self._flag = torch.tensor(self._asked, dtype=torch.int32)
+        self._agreement = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, self._group,
+                                                       async_op=True)
+        return _name(before)
+
+    def close(self):
+        """Give the signals back; a collective call."""
+        self._answer()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _answer(self):
+        if self._agreement is not None:
+            self._agreement.wait()
+            self._agreement = None
+        return int(self._flag)
+
+    def _ask(self, number, frame):
+        self._asked = number
+
+    def _look_for_launcher(self):
+        """A run whose `deepspeed` command was ended stops as if the signal had reached it."""
+        now = time.monotonic()
+        if self._launcher and now - self._looked > 1:
+            self._looked = now
+            process, parent = self._launcher
+            if process.ppid() != parent:
+                self._asked = self._asked or signal.SIGTERM
+
+
+def _name(number):
+    return signal.Signals(number).name if number else None
+
+
+def _tie_to_launcher():
+    """If this process is a child of DeepSpeed's launcher: end with it. Returns (launcher, its parent's id), or None."""
+    try:
+        parent = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" not in parent.cmdline():
+            return None
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)           # (Linux; TERM is forwarded)
+        started = parent.parent()
+        if started and any(os.path.basename(word) == "deepspeed" for word in started.cmdline()[:3]):
+            return parent, started.pid
+        if parent.ppid() == 1:                           # its command ended while this process was starting
+            return parent, None
+    except (psutil.Error, AttributeError):
+        pass
+    return None

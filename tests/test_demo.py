@@ -1,0 +1,136 @@
+"""`sidfast demo` and `sidfast export`: a real gradio page in this process, and folders that diffusers loads."""
+
+import builtins
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from sidfast import cli
+from sidfast.config import build_config
+from sidfast.networks.loading import load_teacher
+from sidfast.publishing.export import load_pipeline, one_step_pipeline, read_distillation, write_export
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def export(tiny_teacher, tmp_path_factory):
+    """An export that names its teacher."""
+    teacher, folder = load_teacher(str(tiny_teacher)), tmp_path_factory.mktemp("demo") / "export"
+    write_export(one_step_pipeline(teacher, teacher.unet, 625), folder, distillation={"teacher": str(tiny_teacher)})
+    return folder
+
+
+def test_page(export, tiny_teacher):
+    """Through gradio's own server, on a port of this machine: student and teacher from the same noise, with times."""
+    gradio = pytest.importorskip("gradio")
+    from gradio_client import Client
+
+    from sidfast.publishing.demo import build_demo, open_models
+
+    student, teacher = open_models(export, None, CPU)
+    assert student.one_step and teacher.name == str(tiny_teacher) and not teacher.one_step
+    page = build_demo(student, teacher)
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and page.analytics_enabled is False
+    _, url, share = page.queue().launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, ssr_mode=False)
+    try:
+        assert "127.0.0.1" in url and share is None
+        client = Client(url, verbose=False)
+        shown = {name: client.predict("a red circle", 3, 2, 1.5, api_name=f"/{name}")
+                 for name in ("student", "teacher")}
+        for name, words in (("student", "1 step"), ("teacher", "2 steps, guidance 1.5")):
+            path, text = shown[name]
+            assert text.endswith(words) and " s**" in text
+            pipe, one_step = load_pipeline(export if name == "student" else tiny_teacher, "cpu")
+            options = {} if one_step else {"num_inference_steps": 2, "guidance_scale": 1.5}
+            want = pipe("a red circle", generator=torch.Generator().manual_seed(3), **options).images[0]
+            assert list(Image.open(path).convert("RGB").getdata()) == list(want.getdata())
+        with pytest.raises(Exception, match="A prompt is needed"):
+            client.predict("  ", 3, 2, 1.5, api_name="/student")
+    finally:
+        page.close()
+        gradio.close_all()
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--model", "/nowhere"], "/nowhere"), (["--model", "EXPORT", "--teacher", "/nowhere"], "/nowhere"),
+    (["--model", "TEACHER", "--teacher", "TEACHER"], "takes several steps itself")],
+    ids=["model", "teacher", "several"])
+def test_bad_input(export, tiny_teacher, capsys, args, words):
+    pytest.importorskip("gradio")
+    places = {"EXPORT": str(export), "TEACHER": str(tiny_teacher)}
+    assert cli.main(["demo", *(places.get(arg, arg) for arg in args)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sidfast: ") and words in error and "\n" not in error
+
+
+def test_gradio_is_not_installed(export, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.split(".")[0] == "gradio":
+            raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    assert cli.main(["demo", "--model", str(export)]) == 2
+    assert "needs gradio, which is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run(tiny_teacher, tiny_config, tmp_path_factory):
+    """A run directory with a checkpoint, in the format of sidfast/training/checkpoint.py."""
+    from safetensors.torch import save_file
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    folder = out / "checkpoints" / "step-00000007"
+    folder.mkdir(parents=True)
+    config = build_config(tiny_config, "test")
+    (out / "config.json").write_text(json.dumps({"config": config.model_dump()}))
+    weights = {name: value + 0.01 for name, value in load_teacher(str(tiny_teacher)).unet.state_dict().items()}
+    names = sorted(weights)
+    for k in range(2):                                   # as two processes leave it
+        save_file({name: weights[name] for name in names[k::2]}, folder / f"generator.ema-0000{k}-of-00002.safetensors")
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
+             for f in folder.iterdir()}
+    (folder / "state.json").write_text(json.dumps({"step": 7, "files": files}))
+    return out, weights
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_export(run, tmp_path, capsys, dtype):
+    out, weights = run
+    target = tmp_path / "export"
+    assert cli.main(["export", "--run", str(out), "--out", str(target), "--dtype", dtype]) == 0
+    assert "after 7 updates" in capsys.readouterr().out
+    pipe, one_step = load_pipeline(target, "cpu")
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    assert one_step and all(torch.equal(value, weights[name].to(kind).float())
+                            for name, value in pipe.unet.state_dict().items())
+    assert read_distillation(target)["step"] == 7 and "after updates | 7" in (target / "README.md").read_text()
+    assert {p.suffix for p in target.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".py", ".md", ".txt"}
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+    assert cli.main(["export", "--run", str(out), "--out", str(target)]) == 0            # an export is replaced
+
+
+def test_export_of_bad_input(run, tiny_teacher, tmp_path, capsys):
+    out, _ = run
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    broken = shutil.copytree(out, tmp_path / "broken")
+    next((broken / "checkpoints" / "step-00000007").glob("*.safetensors")).write_bytes(b"x")
+    for args, words in (
+            (["--run", tmp_path, "--out", tmp_path / "e"], "no run directory"),
+            (["--run", out, "--out", tmp_path / "mine"], "holds no export"),
+            (["--run", out, "--out", tmp_path / "none" / "e"], "does not exist"),
+            (["--run", out, "--checkpoint", tmp_path, "--out", tmp_path / "e"], "state.json is missing"),
+            (["--run", broken, "--out", tmp_path / "e"], "no whole checkpoint is left")):
+        assert cli.main(["export", *map(str, args)]) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "mine"]
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

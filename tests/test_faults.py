@@ -1,0 +1,306 @@
+"""What runs do about faults: stopped and stuck processes, gradients that are not finite, loss spikes, full disks."""
+
+import errno
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import ROOT, environment, losses, run_jobs
+
+from sidfast.errors import RunError, UserError
+from sidfast.publishing import export
+from sidfast.train import Unfailing
+from sidfast.training import checkpoint, lock
+from sidfast.training.channel import Channel
+from sidfast.training.run import LineFile
+from sidfast.training.saver import Saver
+from sidfast.training.spikes import Spikes
+from sidfast.training.trainer import Progress, _count_skipped
+from sidfast.training.watch import judge
+
+
+@contextmanager
+def files_up_to(size):
+    """No file may grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+# ---- hanging processes
+
+def report(beat, count, place="step 3, log", patient=False):
+    return {"beat": beat, "count": count, "place": place, "patient": patient}
+
+
+def verdict(*rounds, timeout=10):
+    """The last verdict after rounds of (time, {rank: report})."""
+    seen = {}
+    for now, reports in rounds:
+        result = judge(seen, reports, now, timeout)
+    return result
+
+
+def test_a_process_that_says_nothing_is_at_fault():
+    ranks, what, place = verdict((0, {0: report(1, 5), 1: report(1, 4, "step 2, data")}),
+                                 (11, {0: report(12, 5), 1: report(1, 4, "step 2, data")}))
+    assert ranks == [1] and "10 s" in what and place == "step 2, data"
+
+
+def test_a_process_that_fell_silent_ahead_of_the_others_is_at_fault():
+    rounds = [(now, {0: report(now, 5), 1: report(min(now, 3), 6)}) for now in range(15)]
+    assert verdict(*rounds[:13])[0] == []
+    assert verdict(*rounds)[0] == [1]
+
+
+def test_a_process_that_the_others_wait_for_is_at_fault():
+    ranks, what, place = verdict((0, {0: report(1, 5), 1: report(1, 4, "step 2, data"), 2: report(1, 5)}),
+                                 (11, {0: report(9, 5), 1: report(9, 4, "step 2, data"), 2: report(9, 5)}))
+    assert ranks == [1] and "progress" in what and place == "step 2, data"
+
+
+def test_no_process_is_at_fault():
+    assert verdict((0, {0: report(1, 5), 1: report(1, 4)}), (11, {0: report(9, 6), 1: report(9, 4)}))[0] == []
+    assert verdict((0, {0: report(1, 5), 1: report(1, 4)}), (9, {0: report(9, 5), 1: report(9, 4)}))[0] == []
+    patient = {0: report(9, 5, "evaluation", patient=True), 1: report(9, 5)}
+    assert verdict((0, {0: report(1, 5), 1: report(1, 5)}), (99, patient), (999, {
+        rank: r | {"beat": 10} for rank, r in patient.items()}))[0] == []
+
+
+def start_two(config, out, port, *args):
+    """Two processes without a launcher."""
+    command = [sys.executable, "sidfast/train.py", "--config", str(config), "--out", str(out), *args]
+    return [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment(port) | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"})
+        for rank in range(2)]
+
+
+def wait_for_lines(out, count, processes, timeout=300):
+    deadline, path = time.monotonic() + timeout, out / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stopped_process_is_named(write_config, tmp_path, rank):
+    config = write_config(**{"train.steps": 10000, "train.hang_timeout": 30.0})
+    processes = start_two(config, tmp_path / "run", 29902 + rank)
+    try:
+        wait_for_lines(tmp_path / "run", 2, processes)
+        processes[rank].send_signal(signal.SIGSTOP)
+        _, errors = processes[1 - rank].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - rank].returncode == 1
+    assert re.search(rf"sidfast: process {rank} (has not answered for 30 s|does not answer); last seen at: step \d+, "
+                     r".*\. The run ends; the last good checkpoint is none", errors), errors[-2000:]
+
+
+# ---- gradients that are not finite
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_non_finite_gradient_skips_the_update_everywhere(tiny_teacher, tmp_path, processes):
+    out = tmp_path / "result.json"
+    run_jobs({"teacher": str(tiny_teacher), "out": str(out)}, tmp_path, processes, 29904 + processes,
+             script="tests/faulty_gradients.py")
+    result = json.loads(out.read_text())
+    assert len(result) == 8
+    for case, everyone in result.items():
+        for rows in everyone:
+            assert rows == [[0, True, True], [1, False, True], [1, True, True], [1, True, True]], case
+
+
+class NoSaver:
+    folder = "/nowhere"
+
+    def wait(self):
+        pass
+
+
+def test_too_many_skipped_updates_end_the_run():
+    progress = Progress()
+    for skipped in (1, 1, 0, 1, 1):
+        _count_skipped(progress, "generator", skipped, 3, NoSaver())
+    assert progress.skipped == 4 and progress.in_a_row == {"generator": 2, "fake_score": 0}
+    with pytest.raises(RunError, match=r"last 3 updates of the generator .* The last good checkpoint is none"):
+        _count_skipped(progress, "generator", 1, 3, NoSaver())
+
+
+# ---- loss spikes
+
+class Prompts:
+    def prompt(self, step, update, row):
+        return f"{update} {step} {row}"
+
+
+def test_spikes_name_their_samples(group):
+    spikes = Spikes(5.0, Prompts())
+    t = torch.tensor([10, 20, 30])
+    for step in range(30):
+        usual = torch.tensor([1.0, -2.0, -2.0])
+        high = torch.tensor([0.0, 90.0, 3.0]) if step == 25 else usual
+        spikes.add(step, {"fake_score": (usual, t), "generator": (high, t)})
+        if step == 14:
+            assert spikes.take() == []
+    found, = spikes.take()
+    assert (found["step"], found["network"], found["loss"], found["median"]) == (25, "generator", 31.0, 1.0)
+    assert found["samples"][0] == {"loss": 90.0, "t": 20, "prompt": "generator 25 1"}
+    assert [s["t"] for s in found["samples"]] == [20, 30, 10]
+    assert spikes.take() == []
+
+
+# ---- checkpoints and files on a full disk
+
+def save(saver, step, monkeypatch, size=1000):
+    monkeypatch.setattr(checkpoint, "snapshot", lambda *_: {"generator.ema-0.safetensors": {"a": torch.ones(size)}})
+    saver.save(step, {}, None, {})
+    return saver.wait()
+
+
+def test_checkpoint_that_finds_no_room_costs_nothing_else(group, tmp_path, monkeypatch):
+    told = []
+    saver = Saver(tmp_path, 2, Channel(), 60, told.append)
+    assert save(saver, 1, monkeypatch) is None
+    with files_up_to(2000):
+        fault = save(saver, 2, monkeypatch)
+    assert str(tmp_path) in fault and "needs 3.91 KiB" in fault and "free)" in fault
+    line, = told
+    assert line.endswith(f"Training goes on; the last good checkpoint is {tmp_path / 'step-00000001'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert save(saver, 3, monkeypatch) is None and (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+def test_pruning_spares_the_best_and_what_is_not_older(group, tmp_path, monkeypatch):
+    saver = Saver(tmp_path, 2, Channel(), 60, print)
+    for step in (1, 2):
+        save(saver, step, monkeypatch)
+    (tmp_path / "best").write_text("step-00000001\n")
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000009")          # of a future that was lost
+    for step in (3, 4):
+        assert save(saver, step, monkeypatch) is None
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{n}" for n in (1, 3, 4)]
+
+
+def test_what_killed_processes_left_is_removed(group, tmp_path):
+    for name in (".partial-step-00000005", ".old-step-00000001", "step-00000004"):
+        (tmp_path / name).mkdir()
+    Saver(tmp_path, 2, Channel(), 60, print)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_lines_wait_for_room(tmp_path):
+    file = LineFile(tmp_path / "m.jsonl", 0)
+    file.write({"step": 1})
+    with files_up_to(20), pytest.raises(OSError) as error:
+        file.write({"step": 2, "long": "x" * 100})
+    assert error.value.errno in (errno.EFBIG, errno.ENOSPC)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1}\n'
+    file.write({"step": 3})
+    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [1, 2, 3]
+    LineFile(tmp_path / "m.jsonl", 2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [1, 2]
+
+
+# ---- exports
+
+def folder_with(path, text):
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_export_takes_the_place_of_the_one_before(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(export, "_exchange", lambda *_: False)
+    for text in ("first", "second"):
+        export.replace_folder(folder_with(tmp_path / ".export.partial", text), tmp_path / "export")
+        assert [p.name for p in tmp_path.iterdir()] == ["export"]
+        assert (tmp_path / "export" / "file").read_text() == text
+
+
+def test_export_comes_back_after_a_kill_between_two_renames(tmp_path):
+    folder_with(tmp_path / ".export.old", "old")
+    folder_with(tmp_path / ".export.partial", "half")
+    export.recover_export(tmp_path / "export")
+    assert [p.name for p in tmp_path.iterdir()] == ["export"] and (tmp_path / "export" / "file").read_text() == "old"
+
+
+def test_log_on_a_full_disk_ends_nothing():
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    print("a line", file=Unfailing(full), flush=True)
+    with pytest.raises(OSError):
+        print("a line", file=full, flush=True)
+
+
+# ---- one job at a time
+
+def test_second_job_waits_then_says_who_is_there(tmp_path):
+    script = ("import sys, time; from sidfast.training.lock import claim; claim(sys.argv[1], True); "
+              "print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    told = []
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"another job is training there .process {holder.pid} "):
+            lock.claim(tmp_path, True, patience=0.3, warn=told.append)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert len(told) == 1 and "waiting" in told[0]
+    lock.claim(tmp_path, True, patience=5)               # free once its holder is gone
+    assert lock._held.pop((tmp_path / lock.NAME).resolve()).close() is None
+
+
+# ---- all of it together
+
+def run_chaos(*args):
+    done = subprocess.run([sys.executable, "tests/chaos.py", *args], cwd=ROOT, capture_output=True, text=True,
+                          timeout=3000, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_little_chaos():
+    text = run_chaos("--faults", "3", "--seed", "5", "--port", "29910", "--ranks", "2", "--kinds", "SIGTERM",
+                     "kill during checkpoint", "disk full")
+    assert re.search(r"\n3 faults in 1 runs, \d+ s: all ended like the undisturbed one", text), text
+
+
+@pytest.mark.slow
+def test_much_chaos():
+    assert "all ended like the undisturbed one" in run_chaos("--faults", "30", "--seed", "6", "--port", "29910")
+
+
+@pytest.mark.slow
+def test_two_processes_one_and_two_again(tiny_config, tmp_path):
+    """A run that goes on with another number of processes, twice, follows the curve of one that was left alone."""
+    def job(steps, out):
+        return {"config": tiny_config | {"train": tiny_config["train"] | {"steps": steps, "save_every": 4}},
+                "out": str(out)}
+
+    run_jobs([job(12, tmp_path / "whole"), job(4, tmp_path / "run")], tmp_path, 2, 29915)
+    run_jobs([job(8, tmp_path / "run")], tmp_path, 1, 29916)
+    run_jobs([job(12, tmp_path / "run")], tmp_path, 2, 29917)
+    want, got = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert [row[0] for row in got] == list(range(1, 13))
+    worst = max(abs(a - b) / abs(b) for x, y in zip(got, want, strict=True) for a, b in zip(x[1:], y[1:], strict=True))
+    print(f"largest relative difference of a loss: {worst:.1e}")
+    assert worst < 1e-4

@@ -1,0 +1,245 @@
+"""What `sidfast plan` counts, against live engines, measured memory, and PyTorch's own counters."""
+
+import copy
+import gc
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT, environment, free_port
+from deepspeed import comm
+from diffusers import UNet2DConditionModel
+from test_bad_input import fails
+from torch.utils.flop_counter import FlopCounterMode
+
+from sidfast import cli, train
+from sidfast.config import build_config, load_config
+from sidfast.method.distill import Objective
+from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.loading import load_teacher
+from sidfast.teacher.networks import build_unet
+from sidfast.training import footprint, memory
+from sidfast.training.engines import build_engine, engine_config
+from sidfast.training.plan import measured_throughput, parse_memory, parse_throughput
+from sidfast.training.plan_text import scaling_table
+from sidfast.training.planner import GIB, Option, load_shapes, recommend
+
+SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
+LATENT, TEXT = (4, 8, 8), (32, 128)
+LARGE = (4, 16, 16)
+
+
+def unets(device, dtype=torch.float32, checkpointing=False):
+    """A UNet of one level, three times."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+            block_out_channels=(32,), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+            norm_num_groups=8).to(dtype)
+    if checkpointing:
+        unet.train().enable_gradient_checkpointing()
+    return {name: copy.deepcopy(unet) for name in ("generator", "fake_score", "teacher")}
+
+
+def objective(device, *kappas):
+    return Objective(SCHEDULE.to(device), "epsilon", *(kappas or (1.5,) * 4))
+
+
+@pytest.mark.parametrize("kappas", [pytest.param((1.5,) * 4, marks=pytest.mark.slow), (1.5, 1, 1, 3.0)], ids=str)
+def test_flops(kappas):
+    """Of the whole updates, of PyTorch's counter, and of the short way, all the same."""
+    nets = unets("meta")
+    total = 0
+    for name in footprint.UPDATES:
+        found = footprint.measure_update(name, nets, objective("meta", *kappas), LARGE, TEXT, torch.float32)
+        total += found.flops
+    assert total == pytest.approx(footprint.image_flops(nets["teacher"], LARGE, TEXT, kappas), rel=1e-9)
+    x, t, text = (torch.zeros(1, *shape, device="meta") for shape in (LARGE, (), TEXT))
+    with FlopCounterMode(display=False) as counter:
+        nets["teacher"](x, t, text)
+    ledger = footprint.Ledger()
+    with ledger:
+        nets["teacher"](x, t, text)
+    assert ledger.flops == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["fake_score", pytest.param("generator", marks=pytest.mark.slow)])
+def test_memory_of_an_update(name, checkpointing):
+    """The meta device's count against what PyTorch's CPU allocator gave out in the same update at micro-batch 4."""
+    counted = footprint.measure_update(name, unets("meta", checkpointing=checkpointing), objective("meta"), LARGE, TEXT,
+                                       torch.float32)
+    nets = unets("cpu", checkpointing=checkpointing)
+    footprint._run(name, nets, objective("cpu"), LARGE, TEXT, torch.float32, 2)                     # warm up
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        footprint._run(name, nets, objective("cpu"), LARGE, TEXT, torch.float32, 4)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    assert counted.peak(4) == pytest.approx(peak, rel=0.1)
+    without = footprint.measure_update(name, unets("meta"), objective("meta"), LARGE, TEXT, torch.float32)
+    assert not checkpointing or counted.peak(64) < 0.6 * without.peak(64)
+
+
+def test_the_peak_is_known_for_every_micro_batch():
+    """From two of them: the same as measured at a third."""
+    at_two = footprint.measure_update("generator", unets("meta"), objective("meta"), LARGE, TEXT, torch.float32)
+    timeline, _ = footprint._run("generator", unets("meta"), objective("meta"), LARGE, TEXT, torch.float32, 7)
+    assert at_two.peak(7) == max(alive + own for alive, own in timeline)
+    assert at_two.peak(7, gradients=False) == max(alive for alive, _ in timeline)
+    assert max(own for _, own in timeline) == 4 * at_two.parameters
+
+
+@pytest.fixture(scope="module")
+def device():
+    """This process as a group of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(free_port()).items():
+            patch.setenv(name, value)
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            patch.delenv(name, raising=False)
+        yield train.join()
+        if torch.distributed.is_initialized():           # (a whole run in between ends it)
+            comm.destroy_process_group()
+
+
+def storages():
+    """{address: bytes} of every tensor that Python knows."""
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):                # (other tests leave fake ones)
+            for t in (thing, thing.grad if thing.is_leaf else None):
+                if t is not None and t.device.type == "cpu":
+                    found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return found
+
+
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_memory_of_an_engine(device, stage, bf16):
+    """All tensors that a DeepSpeed engine leaves in memory after a step, and with a step's gradients."""
+    config = build_config({"model": {"teacher": "x"}, "data": {"prompts": "shapes:train"},
+                           "train": {"steps": 1, "batch_size": 4, "micro_batch": 2},
+                           "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
+                                         "bf16": {"enabled": bf16}}}, "test")
+    section = engine_config(config, "generator", 1)
+    gc.collect()
+    before = storages()
+    engine = build_engine(build_unet(4), config.optimizer.generator, section, device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, text = torch.ones(2, *LATENT, dtype=dtype), torch.ones(2, *TEXT, dtype=dtype)
+    P = sum(p.numel() for p in build_unet(4).parameters())
+
+    def backward():
+        engine.backward(engine(lambda unet: unet(x, torch.tensor([5, 6]), text).sample.float().pow(2).mean()))
+
+    def kept():
+        gc.collect()
+        return sum(size for address, size in storages().items() if address not in before)
+
+    for _ in range(2):
+        backward()
+        engine.step()
+    zero = memory.Zero.of(section, 1)
+    resident = sum(memory.resident(zero, P).values())
+    assert kept() == pytest.approx(resident, rel=0.02)
+    backward()                                           # (not at the accumulation boundary: nothing is stepped)
+    gradients = zero.width * P if stage < 2 else memory.during_update(zero, P) - zero.width * zero.bucket * (stage == 2)
+    if stage == 1:
+        gradients += zero.width * zero.bucket
+    assert kept() == pytest.approx(resident + gradients, rel=0.03)
+    engine.destroy()
+
+
+def test_sharding():
+    """On many GPUs only what ZeRO shards shrinks."""
+    one, many = (memory.resident(memory.Zero(2, n, 2, False, 10, 10), 1000) for n in (1, 100))
+    assert many["weights"] == one["weights"] == 2000 and many["moments"] == one["moments"] / 100 == 80
+    offloaded = memory.Zero(2, 2, 2, True, 10, 10)
+    assert memory.resident(offloaded, 1000)["moments"] == 0 and memory.on_host(offloaded, 1000) == 8000
+
+
+@pytest.mark.parametrize("stage, sent", [(0, 4), (1, 6), (2, 4 * 4 + 2), (3, 4 * 9)])
+def test_communication(stage, sent):
+    """In units of a network's bytes, at half of them per ring of two: 4 micro-batches."""
+    zero = memory.Zero(stage, 2, 2, False, 10, 10)
+    assert memory.sent_per_step(zero, 1000, 4) == sent * 2000 / 2
+    assert memory.sent_per_step(memory.Zero(stage, 1, 2, False, 10, 10), 1000, 4) == 0
+
+
+def test_shapes_of_a_folder_are_those_of_its_weights(tiny_teacher):
+    shapes, teacher = load_shapes(str(tiny_teacher)), load_teacher(str(tiny_teacher))
+    for name in ("unet", "vae", "text_encoder"):
+        got, want = getattr(shapes, name), getattr(teacher, name)
+        assert {k: v.shape for k, v in got.named_parameters()} == {k: v.shape for k, v in want.named_parameters()}
+        assert all(p.is_meta for p in got.parameters())
+    assert shapes.text_length == teacher.tokenizer.model_max_length
+
+
+def option(stage, micro_batch, size, checkpointing=False, offload=False, label=None):
+    return Option(label or str(stage), stage, offload, micro_batch, checkpointing, size * GIB, {}, 0, 1)
+
+
+def test_recommendation():
+    options = [option(1, 4, 20), option(1, 8, 30), option(2, 16, 21), option(1, 16, 20, True),
+               option(3, 8, 5, True, True, "3, offload"), option(1, 64, 10)]
+    assert recommend(options, 40 * GIB) is options[1]
+    assert recommend(options, 23 * GIB) is options[0]    # ten per cent are left for what is not counted
+    assert recommend(options[1:], 23 * GIB) is options[3]
+    assert recommend(options, 6 * GIB) is options[4] and recommend(options, 5 * GIB) is None
+
+
+def test_the_recommended_settings_are_valid(capsys, write_config, tmp_path):
+    config = write_config()
+    args = ["--memory", "24G", "--throughput", "10 images/s", "--gpus", "2", "--bandwidth", "1"]
+    assert cli.main(["plan", "--config", str(config), *args]) == 0
+    text = capsys.readouterr().out
+    assert "20 images/s on 2 GPUs" in text and "GiB per GPU at micro-batch" in text and "GB a step" in text
+    line = next(line for line in text.splitlines() if "--set train.micro_batch" in line)
+    args = [part for part in shlex.split(line[line.index("--set"):]) if part != "--set"]
+    found = load_config(config, args)
+    assert found.train.micro_batch == 2 and found.deepspeed["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.slow
+def test_no_speed_is_invented(capsys, write_config):
+    assert cli.main(["plan", "--config", str(write_config())]) == 0
+    assert "ASSUMED" in capsys.readouterr().out
+
+
+def test_the_table_of_the_documentation():
+    """docs/scaling.md holds what the code computes."""
+    settings = [(8, 512, 8), (64, 512, 8), (512, 512, 1), (64, 4096, 8), (512, 32768, 8)]
+    table = scaling_table(859_520_964, 2, 15.38e12, 200, (25, 50, 200), settings)
+    assert table in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_throughput():
+    assert parse_memory("24G") == parse_memory("24 GiB") == parse_memory("24") == 24 * GIB
+    assert parse_throughput("12 images/s", 1e12)[0] == 12 and parse_throughput("200 TFLOP/s", 1e13)[0] == 20
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--memory", "much"], "--memory much"), (["--memory", "0G"], "--memory"), (["--gpus", "0"], "--gpus 0"),
+    (["--bandwidth", "-3"], "--bandwidth -3"), (["--bandwidth", "nan"], "--bandwidth nan"),
+    (["--throughput", "fast"], "--throughput fast"), (["--measured", "/nowhere"], "--measured /nowhere"),
+    (["--set", "model.teacher=/nowhere/x"], "--architecture"), (["--set", "model.teacher=no/such"], "hub's cache"),
+    (["--set", 'deepspeed.zero_optimization={"stage": "x"}'], "DeepSpeed does not take"),
+    (["--set", "train.images=" + "9" * 400], "train.images"),
+], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
+def test_bad_input(capsys, write_config, monkeypatch, args, words):
+    monkeypatch.setattr("sidfast.training.plan.Planner", lambda *_: pytest.fail("nothing is to be counted"))
+    assert words in fails(capsys, cli.main, "plan", "--config", write_config(), *args)
+
+
+def test_measured_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"processes": 2}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({"step": k, "images_per_s": r})
+                                                      for k, r in enumerate((1.0, 9.0, 10.0))))
+    assert measured_throughput(tmp_path)[0] == 4.5

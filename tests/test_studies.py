@@ -1,0 +1,441 @@
+"""`sidfast ablate`: study files, statistics, a study on the CPU that is killed and goes on, and what it shows."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+from scipy import stats
+
+from sidfast import cli
+from sidfast.errors import UserError
+from sidfast.studies.plots import plots
+from sidfast.studies.record import claimed
+from sidfast.studies.results import interval, metric_names
+from sidfast.studies.study import Run, load_study, read_study
+from sidfast.studies.table import label, markdown
+
+STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
+
+
+# The studies that are shipped
+
+
+def test_all_studies_are_shipped():
+    names = {"noise_schedule", "synthetic_diversity", "synthetic_quality", "guidance"}
+    assert {p.relative_to(ROOT / "configs" / "ablations").with_suffix("").as_posix() for p in STUDIES} == names | {
+        f"sd15/{name}" for name in names}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.relative_to(ROOT / "configs" / "ablations").as_posix())
+def test_shipped_study_loads(path):
+    runs, study = load_study(path), read_study(path)
+    assert len(runs) == len(study.file.variants) * len(study.file.seeds) and len(study.file.seeds) >= 3
+    assert len({name for name, _ in runs}) == len(runs)
+    first = [config for name, config in runs if name.endswith("seed-0")]
+    assert len({config.model_dump_json() for config in first}) == len(first), "two variants are the same"
+    assert study.file.variants[study.reference] == {}
+    shapes = "sd15" not in path.parts
+    for _, config in runs:
+        assert config.train.images == study.file.images and config.train.steps is None
+        assert (config.evaluation.images > 0) == shapes == config.data.prompts.startswith("shapes:")
+    assert [config.train.seed for _, config in runs[::len(first)]] == study.file.seeds
+
+
+def test_noise_schedule_has_every_density_everywhere():
+    from sidfast.method.noise import DENSITIES
+
+    runs = dict(load_study(ROOT / "configs" / "ablations" / "noise_schedule.json"))
+    seen = {(config.noise.levels("fake_score")[0], config.noise.levels("generator")[0]) for config in runs.values()}
+    others = set(DENSITIES) - {"ddpm"}
+    assert seen == {("ddpm", "ddpm")} | {(d, "ddpm") for d in others} | {("ddpm", d) for d in others} | {
+        (d, d) for d in others}
+    assert {config.noise.t_init for config in runs.values()} == {500, 625, 750, 875}
+
+
+# Study files
+
+
+@pytest.fixture
+def study_file(tmp_path, tiny_config):
+    """study_file(**changes) -> the path of a study's file; a change to None removes a key."""
+    (tmp_path / "base.json").write_text(json.dumps(tiny_config))
+
+    def write(text=None, **changes):
+        values = {"question": "?", "base": "base.json", "images": 32, "seeds": [0, 1],
+                  "variants": {"a": {}, "b": {"noise.density": "edm"}}, "evaluation": {"images": 130}} | changes
+        path = tmp_path / "study.json"
+        path.write_text(text or json.dumps({k: v for k, v in values.items() if v is not None}))
+        return path
+
+    return write
+
+
+def fails(capsys, *args):
+    """Run `sidfast ablate`, which must refuse; returns its line."""
+    assert cli.main(["ablate", *map(str, args)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sidfast: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"vriants": {}}, ["unknown key vriants", "variants"]),
+    ({"base": "none.json"}, ["none.json: no such file"]),
+    ({"base": None}, ["base is missing"]),
+    ({"seeds": []}, ["seeds"]), ({"seeds": None}, ["seeds is missing"]), ({"seeds": [1, 1]}, ["seeds", "twice"]),
+    ({"seeds": [-1]}, ["seeds", "negative"]), ({"variants": {}}, ["variants"]), ({"images": 0}, ["images"]),
+    ({"variants": {"a": {"noise.densty": "edm"}}}, ["variants.a", "unknown key noise.densty", "noise.density"]),
+    ({"variants": {"a": {"noise.density": "edn"}}}, ["variants.a", "noise.density", "'edn'"]),
+    ({"variants": {"a": {"guidance": 3}}}, ["variants.a", "guidance"]),
+    ({"variants": {"a": {"data.prompts.x": 3}}}, ["variants.a", "prompts is not a section"]),
+    ({"variants": {"a": {"noise.": 3}}}, ["variants.a", "'noise.'"]),
+    ({"variants": {"a b/c": {}}}, ["'a b/c'"]),
+    ({"reference": "c"}, ["reference", "'c'"]),
+    ({"variants": {"a": {"train.seed": 3}}}, ["variants.a", "train.seed", "seeds"]),
+    ({"settings": {"train.steps": 3}}, ["settings", "train.steps", "images"]),
+    ({"settings": {"evaluation.images": 3}}, ["settings", "evaluation"]),
+    ({"settings": {"train.save_every": 0}}, ["train.save_every"]),
+    ({"evaluation": {"imges": 3}}, ["unknown key evaluation.imges", "evaluation.images"]),
+    ({"evaluation": {"clip": "folder"}}, ["evaluation.clip", "shapes world"]),
+    ({"evaluation": {"assets": "/nowhere"}}, ["evaluation.assets", "/nowhere"]),
+    ({"settings": {"model.teacher": "/nowhere"}}, ["model.teacher", "/nowhere"]),
+    ({"variants": {"a": {"noise.t_init": 5000}}}, ["variants.a", "noise.t_init (5000)"]),
+    ({"variants": {"a": {}, "b": {"model.teacher": "other"}}}, ["the same model.teacher"]),
+    ({"variants": {"a": {"speed.fused": True}}, "settings": {"deepspeed.bf16": {"enabled": True},
+                                                             "deepspeed.fp16": {"enabled": True}}}, ["bf16 and fp16"]),
+], ids=str)
+def test_bad_study(capsys, study_file, tmp_path, changes, words):
+    line = fails(capsys, study_file(**changes), "--out", tmp_path / "out")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_variants_of_one_name(capsys, study_file, tmp_path):
+    text = study_file().read_text().replace('"b":', '"a":')
+    assert "'a' is given twice" in fails(capsys, study_file(text), "--out", tmp_path / "out")
+
+
+def test_no_file_no_json_no_jobs(capsys, study_file, tmp_path):
+    assert "no such file" in fails(capsys, tmp_path / "none.json")
+    assert "line 1: not JSON" in fails(capsys, study_file("{"))
+    assert "--jobs" in fails(capsys, study_file(), "--jobs", "0", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_of_a_file_need_an_evaluation(capsys, study_file, tmp_path):
+    (tmp_path / "p.txt").write_text("a\n")
+    settings = {"data.prompts": str(tmp_path / "p.txt")}
+    assert "evaluation.coco or evaluation.prompts" in fails(capsys, study_file(settings=settings))
+    measures = {"prompts": str(tmp_path / "p.txt"), "points": 2}
+    assert "evaluation.points" in fails(capsys, study_file(settings=settings, evaluation=measures))
+    measures = {"prompts": str(tmp_path / "p.txt"), "metrics": "fid", "reference": str(tmp_path)}
+    assert "evaluation.features is missing; fid" in fails(capsys, study_file(settings=settings, evaluation=measures))
+    measures["features"] = "resnet:file"
+    assert "evaluation.features: must be" in fails(capsys, study_file(settings=settings, evaluation=measures))
+    measures["features"] = "inception:/nowhere.pth"
+    line = fails(capsys, study_file(settings=settings, evaluation=measures), "--out", tmp_path / "out")
+    assert "evaluation.features: /nowhere.pth" in line
+
+
+def test_runs_of_a_study(study_file):
+    study = read_study(study_file(settings={"loss.alpha": 0.5}, evaluation={"images": 130, "points": 3}))
+    assert [(run.variant, run.seed) for run in study.runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert study.reference == "a" and study.runs[3].folder == Path("runs/b/seed-1")
+    config = study.runs[3].config
+    assert (config.loss.alpha, config.noise.density, config.train.seed, config.train.total_steps) == (0.5, "edm", 1, 8)
+    assert config.evaluation.every == 2
+
+
+def test_a_run_belongs_to_one_process(tmp_path, study_file):
+    run = read_study(study_file()).runs[0]
+    with claimed(tmp_path, run) as first, claimed(tmp_path, run) as second:
+        assert first and not second
+    with claimed(tmp_path, run) as again:
+        assert again
+
+
+# Statistics
+
+
+def test_interval_is_student_s():
+    values = [3.1, 2.7, 3.9, 3.3]
+    got, want = interval(values), stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert got["n"] == 4 and got["mean"] == pytest.approx(sum(values) / 4)
+    assert (got["low"], got["high"]) == pytest.approx((want.low, want.high))
+    assert interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "n": 1}
+    assert interval([1.0, 3.0])["high"] == pytest.approx(2 + 12.7062 * 1)        # t of 1 degree of freedom, by table
+
+
+@pytest.fixture
+def results(tmp_path, study_file):
+    """A study's results with invented numbers; of variant b one seed diverged, of c all failed."""
+    from sidfast.studies.record import COST, write_record
+    from sidfast.studies.results import collect, costs
+
+    study = read_study(study_file(seeds=[0, 1, 2, 3], variants={"a": {}, "b": {"noise.density": "edm"}, "c": {
+        "noise.density": "karras"}}))
+    fid = {"a": [3.0, 2.0, 4.0, 3.5], "b": [2.1, 1.2, 3.4, math.nan], "c": [0.0] * 4}
+    for run in study.runs:
+        value = fid[run.variant][run.seed]
+        status = "failed" if run.variant == "c" else "diverged" if math.isnan(value) else "done"
+        metrics = {"images": 130, "fid_small_clip": value, "clip_score": 0.3 + value / 100, "accuracy": 0.5,
+                   "accuracy_size": 0.7} if status == "done" else None
+        write_record(tmp_path / "out", study, run, status, None if metrics else "a reason", metrics,
+                     [(16, {"fid_small_clip": 9.0}), (32, metrics)] if metrics else [])
+        (tmp_path / "out" / run.folder / COST).write_text(json.dumps({
+            "training_s": 10.0 + run.seed, "wall_s": 12.0, "runs_at_once": 2, "device": "CPU", "peak_gib": None}))
+    return collect(study, tmp_path / "out"), costs(study, tmp_path / "out"), fid
+
+
+def test_difference_is_paired(results):
+    numbers, _, fid = results
+    a, b = fid["a"][:3], fid["b"][:3]
+    got, want = numbers["variants"]["b"]["difference"]["fid_small_clip"], stats.ttest_rel(b, a).confidence_interval()
+    assert got["n"] == 3 and (got["low"], got["high"]) == pytest.approx((want.low, want.high))
+    assert numbers["variants"]["a"]["difference"] == {} and numbers["variants"]["a"]["summary"]["accuracy"]["n"] == 4
+    assert numbers["variants"]["c"]["summary"] == {}
+    assert metric_names(numbers) == ["fid_small_clip", "clip_score", "accuracy"]
+
+
+def test_table_says_what_was_left_out(results):
+    numbers, costs, _ = results
+    text = markdown(numbers, costs)
+    row = next(line for line in text.splitlines() if line.startswith("| b "))
+    assert "3/4, 1 diverged" in row and "| 2.2 ± 2.7 | **-0.77 ± 0.38** |" in row
+    assert "b, seed 3: diverged (a reason)" in text and "c, seed 0: failed (a reason)" in text
+    first = next(line for line in text.splitlines() if line.startswith("| a "))
+    assert first.endswith("| 6 |")                       # 10, 11, 12, 13 seconds, two runs at once
+    assert "FID (small CLIP)" in text and "CPU-seconds" in text
+    assert [label(m) for m in ("kid_clip", "fid", "clip_score")] == ["KID (CLIP)", "FID", "CLIP score"]
+
+
+def test_plots(results):
+    from sidfast.studies.plots import encode
+
+    figures = plots(results[0])
+    assert set(figures) == {"fid-clip", "fid-small-clip-images", "clip-score-images", "accuracy-images"}
+    assert encode(figures["fid-clip"], "png")[:4] == b"\x89PNG"
+    [axes] = figures["fid-small-clip-images"].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"a": [[16, 9], [32, pytest.approx(3.125)]], "b": [[16, 9], [32, pytest.approx(6.7 / 3)]]}
+
+
+# A study for real
+
+
+@pytest.fixture(scope="module")
+def smoke(tiny_config, tmp_path_factory):
+    """The path of a study of two variants and two seeds on a tiny teacher of 64 x 64 images."""
+    from tiny import write_tiny_teacher
+
+    folder = tmp_path_factory.mktemp("study")
+    base = json.loads(json.dumps(tiny_config))
+    base["model"]["teacher"] = str(write_tiny_teacher(folder / "teacher", levels=4))
+    base["train"] |= {"save_every": 2, "log_every": 2, "sample_every": 1000}
+    (folder / "base.json").write_text(json.dumps(base))
+    path = folder / "smoke.json"
+    path.write_text(json.dumps({
+        "question": "Does it <work>?", "base": "base.json", "images": 16, "seeds": [0, 1],
+        "variants": {"base": {}, "stale": {"synthetic.source": "stale", "synthetic.stale_by": 2}},
+        "evaluation": {"images": 130, "points": 1, "samples": 2, "batch_size": 130}}))
+    return path
+
+
+def start(path, out, *args):
+    command = [sys.executable, "-m", "sidfast.cli", "ablate", str(path), "--out", str(out), *args]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(29821), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def finish(process, code=0, timeout=500):
+    _, errors = process.communicate(timeout=timeout)
+    assert process.returncode == code, errors[-3000:]
+    return errors
+
+
+@pytest.fixture(scope="module")
+def whole(smoke, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    started = time.time()
+    finish(start(smoke, out))
+    print(f"smoke study: {time.time() - started:.0f} s")
+    return out
+
+
+def test_smoke_study_is_complete(whole):
+    results = json.loads((whole / "results.json").read_text())
+    for variant in results["variants"].values():
+        assert [run["status"] for run in variant["runs"].values()] == ["done", "done"]
+        assert variant["summary"]["fid_small_clip"]["n"] == 2
+        for run in variant["runs"].values():
+            assert [point["images"] for point in run["curve"]] == [0, 8, 16]
+            assert run["curve"][-1]["accuracy"] == run["metrics"]["accuracy"]
+    assert results["variants"]["stale"]["difference"]["fid_small_clip"]["n"] == 2
+    costs = json.loads((whole / "costs.json").read_text())
+    assert all(0 < cost["training_s"] < cost["wall_s"] for runs in costs.values() for cost in runs.values())
+    assert "| stale | 2/2 |" in (whole / "table.md").read_text()
+    assert {"fid-clip.png", "fid-clip.svg", "fid-small-clip-images.png"} <= {p.name for p in whole.iterdir()}
+    assert not list(whole.glob("runs/*/*/checkpoints")) and len(list(whole.glob("runs/*/*/export"))) == 4
+
+
+def test_variants_show_the_same_start(whole):
+    """Seeds and variants begin from one network, which is measured once."""
+    starts = [json.loads(p.read_text())["curve"][0] for p in whole.glob("runs/*/*/result.json")]
+    assert len(starts) == 4 and all(s == starts[0] for s in starts)
+    assert (whole / "logs" / "worker-0.log").read_text().count("evaluate start:   0%") == 1
+
+
+@pytest.mark.slow
+def test_killed_study_ends_with_the_same_results(smoke, whole, tmp_path):
+    """Killed with a run half way, and its worker with it; then with all but one run done."""
+    out = tmp_path / "out"
+    for condition in (lambda: list(out.glob("runs/stale/seed-0/checkpoints/step-*")),
+                      lambda: len(list(out.glob("runs/*/*/result.json"))) == 3):
+        process = start(smoke, out)
+        deadline = time.time() + 400
+        while not condition():
+            assert process.poll() is None and time.time() < deadline, process.stderr.read()[-2000:]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (out / "results.json").exists()
+    finish(start(smoke, out))
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_finished_study_is_only_written_again(smoke, whole):
+    before = (whole / "results.json").read_bytes()
+    for name in ("results.json", "table.md", "report.html"):
+        (whole / name).unlink()
+    assert cli.main(["ablate", str(smoke), "--out", str(whole)]) == 0
+    assert (whole / "results.json").read_bytes() == before and (whole / "report.html").exists()
+
+
+def test_folder_of_another_study(capsys, smoke, whole, tmp_path):
+    values = json.loads(smoke.read_text())
+    for changes, key in (({"settings": {"loss.alpha": 0.5}}, "loss.alpha is 1.0 there and 0.5 here"),
+                         ({"images": 15}, "train.images is 16 there and 15 here"),
+                         ({"evaluation": values["evaluation"] | {"samples": 3}}, "train.samples is 2 there and 3")):
+        (smoke.parent / "other.json").write_text(json.dumps(values | changes))
+        line = fails(capsys, smoke.parent / "other.json", "--out", whole)
+        assert "another study" in line and key in line
+
+
+@pytest.mark.slow
+def test_diverging_variant_stops_no_other(smoke, tmp_path):
+    """Nor does one that fails for another reason, which is tried again next time."""
+    values = json.loads(smoke.read_text())
+    values |= {"seeds": [0], "variants": {
+        "burst": {"optimizer.generator.lr": 1e30, "optimizer.fake_score.lr": 1e30}, "calm": {},
+        "broken": {"deepspeed.zero_optimization.stage": 9}}}
+    path, out = smoke.parent / "diverging.json", tmp_path / "out"
+    path.write_text(json.dumps(values))
+    errors = finish(start(path, out, "--jobs", "2"), code=1)
+    assert "broken, seed 0: failed" in errors and "1 of 3" in errors
+    runs = {name: v["runs"]["0"] for name, v in json.loads((out / "results.json").read_text())["variants"].items()}
+    assert runs["burst"]["status"] == "diverged" and "diverged" in runs["burst"]["message"]
+    assert runs["calm"]["status"] == "done" and runs["calm"]["metrics"]["fid_small_clip"] > 0
+    assert runs["broken"]["status"] == "failed"
+    assert "burst, seed 0: diverged" in (out / "table.md").read_text()
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*/result.json") if "broken" not in str(p)}
+    finish(start(path, out), code=1)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+def test_report(whole):
+    from test_report import Links
+
+    page = (whole / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found and all(link.startswith("data:") for link in links.found)
+    assert "http:" not in page and "https:" not in page and "url(" not in page
+    assert "Does it &lt;work&gt;?" in page and page.count("images of base, seed") == 2
+
+
+def test_report_in_a_browser(whole):
+    from test_report import CHROMIUM
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 400, "height": 900})
+        messages, requests = [], []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((whole / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        shown = "es => es.filter(e => !e.hidden).map(e => e.dataset.seed)"
+        assert page.eval_on_selector_all("#strips tr", shown) == ["0", "0"]
+        page.check("input[value='1']")
+        assert page.eval_on_selector_all("#strips tr", shown) == ["1", "1"]
+        widths = page.eval_on_selector_all("img", "es => es.map(e => e.naturalWidth)")
+        assert all(widths) and widths[-1] == 2 * 64
+        browser.close()
+    assert messages == [] and [url for url in requests if not url.startswith(("data:", "file:"))] == []
+
+
+# The documentation's two examples, word for word
+
+
+def examples():
+    """[(class, line of configuration)] of docs/ablations.md."""
+    blocks = (ROOT / "docs" / "ablations.md").read_text().split("```")[1::2]
+    classes = [b.removeprefix("python\n") for b in blocks if b.startswith("python\n")]
+    settings = [json.loads(b.removeprefix("json\n")) for b in blocks if b.startswith("json\n") and "variants" not in b]
+    return list(zip(classes, settings, strict=True))
+
+
+@pytest.fixture
+def known_again():
+    """Takes the documentation's classes out of the registries afterwards."""
+    from sidfast.method.noise import DENSITIES
+    from sidfast.method.synthetic import SOURCES
+
+    before = dict(DENSITIES), dict(SOURCES)
+    yield
+    for registry, kept in zip((DENSITIES, SOURCES), before, strict=True):
+        registry.clear()
+        registry.update(kept)
+
+
+def test_documented_extensions_work(tiny_config, known_again):
+    import torch
+    from helpers_method import LOG_SIGMA, log_sigma_at, setting
+    from test_synthetic import batches, joined, source_of
+
+    from sidfast.config import build_config
+    from sidfast.method import noise, synthetic
+
+    (density, density_line), (source, source_line) = examples()
+    assert max(len(code.strip().splitlines()) for code in (density, source)) <= 10
+    with pytest.raises(UserError):
+        build_config(tiny_config | density_line, "before")
+    exec(density, vars(noise).copy())
+    exec(source, vars(synthetic).copy())
+    config = build_config(tiny_config | density_line | source_line, "after")
+
+    t = torch.cat([joined(batches(noise=density_line["noise"])(step, "fake_score"))["t"] for step in range(200)])
+    low, high = max(LOG_SIGMA[20], math.log(0.1)), min(LOG_SIGMA[979], math.log(10))
+    assert stats.kstest((log_sigma_at(t) - low) / (high - low), "uniform").pvalue > 1e-3
+
+    networks, batch = setting(noises=1)[:2]
+    mirrored = source_of(networks, **source_line["synthetic"])(batch)
+    plain = source_of(networks)(batch)
+    assert config.synthetic.source in synthetic.SOURCES
+    assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
+
+
+def test_interface_for_plans(study_file):
+    names, configs = zip(*load_study(study_file()), strict=True)
+    assert names == ("a/seed-0", "b/seed-0", "a/seed-1", "b/seed-1") and configs[1].noise.density == "edm"
+    assert isinstance(read_study(study_file()).runs[0], Run)

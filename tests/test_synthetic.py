@@ -1,0 +1,443 @@
+"""The synthetic data (method.md, section 7): each source, degradation and kind of diversity against its definition."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses, run_jobs
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers_method import (
+    ALPHAS_CUMPROD,
+    assert_close,
+    naive_generate,
+    naive_pass,
+    naive_x_hat,
+    objective_of,
+    random_batch,
+    setting,
+)
+from scipy import ndimage
+
+from sidfast.config import Synthetic, build_config
+from sidfast.data.diversity import fixed_z, training_prompts
+from sidfast.data.prompts import open_prompts
+from sidfast.errors import UserError
+from sidfast.method.distill import fake_score_update, generate
+from sidfast.method.synthetic import DEGRADATIONS, SOURCES, build_source, cannot_capture
+from sidfast.networks.loading import load_teacher
+from sidfast.training.batches import Batches, noise_levels
+from sidfast.training.checkpoint import read_tensors
+
+
+def source_of(networks, objective=None, copies=None, **options):
+    return build_source(Synthetic(**options), networks, objective or objective_of(), copies or {},
+                        lambda: DDIMScheduler(trained_betas=None))
+
+
+# Sources
+
+
+def test_base_source_is_the_generator_to_the_last_bit():
+    networks, batch = setting()[:2]
+    got = source_of(networks)(batch)
+    assert torch.equal(got, generate(networks.generator.module.unet, batch.z, batch.text, objective_of()))
+
+
+def test_update_on_the_base_source_is_the_paper_s_to_the_last_bit():
+    curves = []
+    for source in (None, source_of):
+        networks, batch = setting()[:2]
+        update = fake_score_update(networks, objective_of(1.5, 1.5, 1.5, 1.5), source and source(networks))
+        curves.append((update([batch]), networks.fake_score.gradients()))
+    (a, grads_a), (b, grads_b) = curves
+    assert torch.equal(a.loss, b.loss) and all(torch.equal(grads_a[name], grads_b[name]) for name in grads_a)
+
+
+@pytest.mark.parametrize("kind", ["ema", "stale"])
+def test_copies_draw_with_the_copy(kind):
+    networks, batch = setting()[:2]
+    other = setting(seed=3)[0].fake_score.module.unet
+    options = {"stale_by": 2} if kind == "stale" else {}
+    got = source_of(networks, copies={kind: other}, source=kind, **options)(batch)
+    assert torch.equal(got, generate(other, batch.z, batch.text, objective_of()))
+    assert not torch.equal(got, source_of(networks)(batch))
+
+
+def a_and_s(t):
+    return ALPHAS_CUMPROD[t] ** 0.5, (1 - ALPHAS_CUMPROD[t]) ** 0.5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps, levels", [(2, [312]), (4, [469, 312, 156])])
+@torch.no_grad()
+def test_multistep_is_noising_and_denoising_in_turn(steps, levels, prediction_type):
+    networks, batch, networks64, batch64 = setting(noises=steps - 1)
+    objective = objective_of(prediction_type=prediction_type)
+    got = source_of(networks, objective, source="multistep", steps=steps)(batch)
+    for n in range(len(batch.z)):
+        x = naive_generate(networks64[0], batch64.z[n], batch64.text[n], objective)
+        for k, level in enumerate(levels):
+            a, s = a_and_s(level)
+            x_t = a * x + s * batch64.noise[n, k]
+            x = naive_x_hat(prediction_type, x_t, naive_pass(networks64[0], x_t, level, batch64.text[n]), a, s)
+        assert_close(f"image {n}", got[n], x)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher):
+    return load_teacher(str(tiny_teacher))
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0])
+@torch.no_grad()
+def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance):
+    """Rows below the share are what diffusers' own pipeline makes of the same z; the others the generator's."""
+    prompts = ["a red circle", "a blue square", "", "two shapes", "x"]
+    pipe = StableDiffusionPipeline(
+        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet,
+        scheduler=DDIMScheduler.from_config(teacher.scheduler.config), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    text, null = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, ""))
+    batch = random_batch(5, shape=(4, 8, 8))._replace(text=text, null=null, chance=torch.tensor([.1, .5, .3, .9, .39]))
+    generator = copy.deepcopy(teacher.unet)
+    with torch.no_grad():
+        for p in generator.parameters():
+            p += 0.01
+    networks = SimpleNamespace(generator=SimpleNamespace(module=SimpleNamespace(unet=generator)), teacher=teacher.unet)
+    objective = objective_of(kappa4=2.0)
+    section = Synthetic(teacher_share=0.4, teacher_steps=4, teacher_guidance=guidance)
+    got = build_source(section, networks, objective, {},
+                       lambda: DDIMScheduler.from_config(teacher.scheduler.config))(batch)
+    want = pipe(prompts, latents=batch.z, num_inference_steps=4, guidance_scale=guidance or 2.0,
+                output_type="latent").images
+    own = generate(generator, batch.z, text, objective)
+    for n, drawn_by_teacher in enumerate((True, False, True, False, True)):
+        assert_close(f"image {n}", got[n], (want if drawn_by_teacher else own)[n], 1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0, 1.7])
+def test_blur_is_a_gaussian(strength):
+    networks, batch = setting(shape=(4, 12, 11))[:2]
+    x = source_of(networks)(batch).detach()
+    got = source_of(networks, degradation="blur", strength=strength)(batch)
+    radius = min(int(np.ceil(3 * strength)), 10)
+    want = ndimage.gaussian_filter(x.double().numpy(), (0, 0, strength, strength), mode="mirror", radius=(0, 0, radius,
+                                                                                                         radius))
+    assert_close("blurred", got, torch.from_numpy(want), 1e-5)
+
+
+def test_noise_comes_on_top_of_any_source():
+    networks, batch = setting(noises=2)[:2]
+    clean = source_of(networks, source="multistep", steps=2)
+    noisy = source_of(networks, source="multistep", steps=2, degradation="noise", strength=0.3)
+    assert (clean.noises, noisy.noises) == (1, 2)
+    assert_close("noise", noisy(batch) - clean(batch), 0.3 * batch.noise[:, 1])
+
+
+def test_every_source_and_degradation_is_tested():
+    assert set(SOURCES) == {"generator", "ema", "stale", "multistep"} and set(DEGRADATIONS) == {"blur", "noise"}
+
+
+def test_what_cuda_graphs_cannot_hold():
+    assert cannot_capture(Synthetic()) is None and cannot_capture(Synthetic(source="multistep", steps=2)) is None
+    assert "teacher_share" in cannot_capture(Synthetic(teacher_share=0.1))
+
+
+# Batches
+
+
+class Words:
+    """Stands in for the text encoder: an embedding is the prompt's length."""
+
+    null = torch.zeros(1, 1, 1)
+
+    def tokenize(self, prompts):
+        return torch.tensor([[len(p)] for p in prompts])
+
+    def __call__(self, ids):
+        return ids[..., None].float()
+
+
+def batches(prompts="shapes:train", micro=4, noises=0, rank=0, processes=1, noise=None, **synthetic):
+    config = build_config({"model": {"teacher": "x"}, "data": {"prompts": prompts}, "noise": noise or {},
+                           "train": {"steps": 1, "batch_size": 8, "micro_batch": micro, "seed": 5},
+                           "synthetic": synthetic}, "test")
+    return Batches(training_prompts(prompts, 5, config.synthetic), Words(),
+                   noise_levels(objective_of().schedule, config.noise), (4, 3, 2), config.train, 0.1, config.synthetic,
+                   noises, torch.device("cpu"), rank, processes)
+
+
+def joined(pieces):
+    return {name: torch.cat([getattr(p, name) for p in pieces]) for name in pieces[0]._fields if name != "null"}
+
+
+@pytest.mark.parametrize("k, update", enumerate(("fake_score", "generator")))
+def test_base_draws_what_it_always_drew(k, update):
+    """z, eps, t, dropped in this order from one generator: whatever sources take comes after."""
+    got = joined(batches(noises=3)(7, update))
+    seed = np.random.SeedSequence([5, 7, k]).generate_state(1, np.uint64)[0]
+    g = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+    assert torch.equal(got["z"], torch.randn(8, 4, 3, 2, generator=g))
+    assert torch.equal(got["eps"], torch.randn(8, 4, 3, 2, generator=g))
+    t = 20 + (torch.rand(8, generator=g, dtype=torch.float64) * 960).floor()
+    torch.testing.assert_close(got["t"], t, rtol=0, atol=1e-6)
+    assert torch.equal(got["dropped"], torch.rand(8, generator=g) < 0.1)
+    plain = joined(batches()(7, update))
+    assert all(torch.equal(plain[name], got[name]) for name in ("text", "z", "eps", "t", "dropped"))
+    assert got["noise"].shape == (8, 3 if update == "fake_score" else 0, 4, 3, 2) and plain["noise"].shape[1] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"z_per_prompt": 2, "unique_prompts": 3, "prompt_repeats": 2},
+                                     {"temperature": 0.6}], ids=str)
+def test_data_do_not_depend_on_micro_batches_or_processes(options):
+    want = joined(batches(noises=2, **options)(3, "fake_score"))
+    split = joined(batches(noises=2, micro=2, **options)(3, "fake_score"))
+    shares = [joined(batches(noises=2, rank=r, processes=2, **options)(3, "fake_score")) for r in (0, 1)]
+    for name, value in want.items():
+        assert torch.equal(split[name], value), name
+        assert torch.equal(torch.cat([s[name] for s in shares]), value), name
+
+
+def test_temperature_scales_z():
+    hot, cold = (joined(batches(temperature=t)(0, "generator")) for t in (1.0, 0.6))
+    torch.testing.assert_close(cold["z"], 0.6 * hot["z"])
+    assert torch.equal(cold["eps"], hot["eps"])
+
+
+def test_levels_of_each_update():
+    both = batches(noise={"density": "laplace", "generator": {"density": "ddpm", "t_min": 900}})
+    plain = batches(noise={"density": "laplace"})
+    fake, gen = (joined(both(0, u))["t"] for u in ("fake_score", "generator"))
+    assert torch.equal(fake, joined(plain(0, "fake_score"))["t"]) and (gen >= 900).all()
+    assert torch.equal(gen, gen.round()) and not torch.equal(fake, fake.round())
+
+
+# Diversity
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(200)))
+    return str(path)
+
+
+@pytest.mark.parametrize("options, count", [({"unique_prompts": 7}, 7), ({"prompt_share": 0.1}, 20)])
+def test_few_prompts_of_a_file(lines, options, count):
+    prompts = training_prompts(lines, 0, Synthetic(**options))
+    epochs = [[prompts[n] for n in range(e * count, (e + 1) * count)] for e in range(3)]
+    assert len(set(epochs[0])) == count and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1]
+    other = training_prompts(lines, 1, Synthetic(**options))
+    assert {other[n] for n in range(count)} != set(epochs[0])
+
+
+def test_all_prompts_unless_told_otherwise(lines):
+    plain = open_prompts(lines, 3)
+    prompts = training_prompts(lines, 3, Synthetic())
+    assert [prompts[n] for n in range(300)] == [plain[n] for n in range(300)]
+
+
+def test_few_prompts_of_the_shapes_world():
+    prompts = training_prompts("shapes:train", 0, Synthetic(unique_prompts=1500))
+    assert len({prompts[n] for n in range(1500)}) == 1500 == len({prompts[n] for n in range(4000)})
+
+
+def test_repeats(lines):
+    plain, prompts = open_prompts(lines, 0), training_prompts(lines, 0, Synthetic(prompt_repeats=3))
+    assert [prompts[n] for n in range(9)] == [plain[n // 3] for n in range(9)]
+
+
+def test_more_prompts_than_there_are(lines):
+    with pytest.raises(UserError, match=r"synthetic.unique_prompts \(201\).*200 prompts"):
+        training_prompts(lines, 0, Synthetic(unique_prompts=201))
+
+
+def test_z_of_a_prompt():
+    got = joined(batches(unique_prompts=2, z_per_prompt=3)(0, "fake_score"))
+    seen = {}
+    stream = batches(unique_prompts=2, z_per_prompt=3)
+    for step in range(12):
+        for update in ("fake_score", "generator"):
+            prompts = stream._text(2 * step + (update == "generator"))[0]
+            for prompt, z in zip(prompts, joined(stream(step, update))["z"], strict=True):
+                seen.setdefault(prompt, set()).add(z.numpy().tobytes())
+    assert [len(z) for z in seen.values()] == [3, 3] and not set.intersection(*seen.values())
+    pool = torch.stack([fixed_z([p], [k], 5, (4, 3, 2))[0] for p in seen for k in range(3)])
+    assert all((z == pool).flatten(1).all(1).any() for z in got["z"])
+    many = fixed_z(["a"] * 400, range(400), 0, (4, 3, 2))
+    assert abs(many.mean()) < 0.04 and abs(many.std() - 1) < 0.03
+
+
+# Whole runs
+
+
+STALE, EMA = ({"source": "stale", "stale_by": 2}, {}), ({"source": "ema"}, {"ema": {"half_life": 8}})
+SPARSE = ({"source": "stale", "stale_by": 2, "stale_every": 2}, {})
+STEPS = ({"source": "multistep", "steps": 3, "teacher_share": 0.5, "teacher_steps": 2, "degradation": "noise",
+          "strength": 0.2, "z_per_prompt": 2}, {})
+
+
+def jobs(config, folder, train, **sources):
+    """Training jobs: {name: (the `synthetic` section, other sections)} with other values of `train`."""
+    return [{"config": config | {"train": config["train"] | {"steps": 6, "save_every": 3} | train, "synthetic": section,
+                                 **more}, "out": str(folder / name)} for name, (section, more) in sources.items()]
+
+
+def sharded(source, stage):
+    return source[0], source[1] | {"deepspeed": {"zero_optimization": {"stage": stage}}}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, tmp_path_factory):
+    """Runs of six steps in one process: whole ones, and others in two pieces."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    at_once, half = {"ema": {"half_life": 0}}, {"steps": 4, "save_every": 4}
+    run_jobs([*jobs(tiny_config, folder, {}, base=({}, at_once), same=({"source": "ema"}, at_once), ema=EMA),
+              *jobs(tiny_config, folder, {"save_every": 1, "keep": 9}, stale=STALE),
+              *jobs(tiny_config, folder, half, stale_cut=STALE, ema_cut=EMA),
+              *jobs(tiny_config, folder, {}, stale_cut=STALE, ema_cut=EMA)], folder, 1, 29811)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def more_runs(tiny_config, runs):
+    half = {"steps": 4, "save_every": 4}
+    run_jobs([*jobs(tiny_config, runs, {"save_every": 1, "keep": 9}, sparse=SPARSE),
+              *jobs(tiny_config, runs, {}, steps=STEPS, steps_sharded=sharded(STEPS, 3), ema_sharded=sharded(EMA, 3),
+                    stale_sharded=sharded(STALE, 2)),
+              *jobs(tiny_config, runs, {"micro_batch": 4}, one_pass=STEPS),
+              *jobs(tiny_config, runs, half, sparse_cut=SPARSE, steps_cut=STEPS),
+              *jobs(tiny_config, runs, {}, sparse_cut=SPARSE, steps_cut=STEPS)], runs, 1, 29812)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_config, more_runs):
+    """The same on two processes; one goes on in another stage, from what one process left."""
+    [moved] = jobs(tiny_config, more_runs, {}, moved=sharded(STALE, 3))
+    moved["resume"] = str(more_runs / "stale" / "checkpoints" / "step-00000004")
+    run_jobs([*jobs(tiny_config, more_runs, {}, steps_pair=STEPS, ema_pair=sharded(EMA, 3),
+                    stale_pair=sharded(STALE, 1)), moved], more_runs, 2, 29813)
+    return more_runs
+
+
+def assert_goes_on(runs, name):
+    assert losses(runs / f"{name}_cut") == losses(runs / name) != losses(runs / "base")
+    for network in ("generator", "fake_score"):
+        a, b = (read_tensors(runs / run / "checkpoints" / "step-00000006", network, "weights")
+                for run in (name, f"{name}_cut"))
+        assert a and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def assert_same_curve(runs, name, other):
+    want, got = losses(runs / name), losses(runs / other)
+    want = want[len(want) - len(got):]
+    assert got
+    for (_, *a), (_, *b) in zip(want, got, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def assert_as_old_as(runs, name, by, every):
+    """The copies that a checkpoint keeps are the generator's weights of the steps before, and no more than needed."""
+    for step in (4, 6):
+        folder = runs / name / "checkpoints"
+        files = (folder / f"step-{step:08d}").glob("generator.stale_*")
+        kept = {int(f.name.split("_")[1].split("-")[0]) for f in files}
+        oldest = max(0, (step - 1 - by) // every * every)
+        assert kept == set(range(oldest, step, every))
+        for version in kept - {0}:
+            got = read_tensors(folder / f"step-{step:08d}", "generator", f"stale_{version:08d}")
+            want = read_tensors(folder / f"step-{version:08d}", "generator", "weights")
+            assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.slow
+def test_average_without_memory_is_the_generator(runs):
+    assert losses(runs / "same") == losses(runs / "base") and len(losses(runs / "base")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stale", "ema"])
+def test_an_interrupted_run_goes_on_exactly(runs, name):
+    assert_goes_on(runs, name)
+
+
+@pytest.mark.slow
+def test_copies_are_as_old_as_they_should_be(runs):
+    assert_as_old_as(runs, "stale", 2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sparse", "steps"])
+def test_more_interrupted_runs_go_on_exactly(more_runs, name):
+    assert_goes_on(more_runs, name)
+
+
+@pytest.mark.slow
+def test_copies_every_few_steps(more_runs):
+    assert_as_old_as(more_runs, "sparse", 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, other", [("steps", "one_pass"), ("steps", "steps_sharded"), ("ema", "ema_sharded"),
+                                         ("stale", "stale_sharded")])
+def test_same_curve_however_it_is_split(more_runs, name, other):
+    assert_same_curve(more_runs, name, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, other", [("steps", "steps_pair"), ("ema", "ema_pair"), ("stale", "stale_pair"),
+                                         ("stale", "moved")])
+def test_same_curve_on_two_processes(pairs, name, other):
+    assert_same_curve(pairs, name, other)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("section, words", [
+    ({"source": "teacher"}, ["synthetic.source", "'generator', 'ema', 'stale', 'multistep'", "'teacher'"]),
+    ({"source": "stale"}, ["synthetic.stale_by is needed"]),
+    ({"stale_by": 3}, ["synthetic.stale_by has no meaning", "'generator'"]),
+    ({"source": "stale", "stale_by": 10, "stale_every": 3}, ["stale_every (3)", "stale_by (10)"]),
+    ({"source": "ema", "steps": 2}, ["synthetic.steps has no meaning", "'ema'"]),
+    ({"teacher_steps": 5}, ["teacher_steps", "teacher_share"]),
+    ({"degradation": "blur"}, ["degradation", "strength"]),
+    ({"strength": 1.0}, ["degradation", "strength"]),
+    ({"degradation": "jpeg", "strength": 1.0}, ["synthetic.degradation", "'blur', 'noise'"]),
+    ({"unique_prompts": 5, "prompt_share": 0.1}, ["unique_prompts", "prompt_share"]),
+    ({"prompt_share": 0.1}, ["prompt_share", "shapes world", "unique_prompts"]),
+    ({"temperature": 0}, ["synthetic.temperature"]), ({"teacher_share": 1.5}, ["synthetic.teacher_share"]),
+    ({"teacher_share": 0.1, "+speed": {"cuda_graphs": True}}, ["speed.cuda_graphs", "synthetic.teacher_share"]),
+    ({"surce": "ema"}, ["unknown key synthetic.surce", "synthetic.source"]),
+], ids=str)
+def test_settings_that_make_no_sense(tiny_config, section, words):
+    with pytest.raises(UserError) as caught:
+        others = {name[1:]: section.pop(name) for name in list(section) if name[0] == "+"}
+        build_config(tiny_config | {"synthetic": section} | others, "file")
+    text = str(caught.value)
+    assert all(word in text for word in words) and "\n" not in text, text
+
+
+@pytest.mark.parametrize("noise, words", [
+    ({"fake_score": {"t_min": 980}}, ["noise.fake_score", "980", "979"]),
+    ({"generator": {"density": "edn"}}, ["noise.generator.density", "'edn'", "'edm'"]),
+    ({"density": "edm", "std": 1.0, "generator": {"density": "edm", "shift": 2.0}}, ["noise.generator.shift", "'edm'"]),
+    ({"fake_score": {"rho": 3.0}}, ["noise.fake_score.rho", "'ddpm'"]),
+], ids=str)
+def test_levels_that_make_no_sense(tiny_config, noise, words):
+    with pytest.raises(UserError) as caught:
+        build_config(tiny_config | {"noise": noise}, "file")
+    text = str(caught.value)
+    assert all(word in text for word in words) and "\n" not in text, text
+
+
+def test_levels_of_an_update_take_over_what_they_do_not_say(tiny_config):
+    noise = build_config(tiny_config | {"noise": {"density": "edm", "std": 0.7, "t_min": 50, "fake_score": {
+        "mean": 0.5}, "generator": {"density": "karras", "t_max": 900}}}, "file").noise
+    assert noise.levels("fake_score") == ("edm", 50, 979, {"std": 0.7, "mean": 0.5})
+    assert noise.levels("generator") == ("karras", 50, 900, {})
