@@ -66,9 +66,15 @@ def to(device, dtype, x, t, text, more, dy):
     return x, t.to(device), text, more, dy
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """fp32 means fp32: no TensorFloat-32 in cuDNN's convolutions, which PyTorch takes unless told."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_fused_unet(name, device):
+def test_fused_unet(name, device, exact):
     """In fp32: output and every gradient are those of diffusers' UNet in float64."""
     unet = unet_of(name)
     want = run(copy.deepcopy(unet).double(), *to("cpu", torch.float64, *inputs_of(unet)))

@@ -34,7 +34,7 @@ def test_graphed_update_equals_the_written_one(update, engine, poisoned):
         if poisoned:
             batch.text[3, :, -1] = 3e38
         networks = on_gpu(networks)
-        step = update(networks, replace(objective, schedule=objective.schedule.to("cuda")), wrap)
+        step = update(networks, replace(objective, schedule=objective.schedule.to("cuda")), wrap=wrap)
         for _ in range(2):
             sums.append(step(micro_batches(type(batch)(*(v.cuda() for v in batch)), 2)))
         gradients.append(getattr(networks, engine).gradients())

@@ -1,5 +1,7 @@
 """CUDA graphs: a step, or a loss with its gradients, replayed without Python and launch overhead."""
 
+from contextlib import contextmanager
+
 import torch
 
 
@@ -54,21 +56,27 @@ class GraphedLoss:
         self._parameters = [p for p in unet.parameters() if p.requires_grad]
         device = self._parameters[0].device
 
-        def forward():
-            loss, *others = self._compute(unet, *self._inputs)
+        def forward(aliases):
+            with _replaced(unet, self._parameters, aliases):
+                loss, *others = self._compute(unet, *self._inputs)
             return loss, others
 
-        def backward(loss):
-            return torch.autograd.grad(loss, self._parameters, self._d_loss, allow_unused=True)
+        def backward(loss, aliases):
+            return torch.autograd.grad(loss, aliases, self._d_loss, allow_unused=True)
+
+        def step():
+            aliases = _aliases(self._parameters)
+            backward(forward(aliases)[0], aliases)
 
         self._d_loss = torch.ones((), device=device)
-        _warm_up(lambda: backward(forward()[0]), device, self._warmup)
+        _warm_up(step, device, self._warmup)
+        aliases = _aliases(self._parameters)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         mode = {"capture_error_mode": "thread_local"}    # NCCL's watchdog thread queries events meanwhile
         with torch.cuda.graph(self.forward_graph, pool=self._pool, **mode):
-            loss, self._others = forward()
+            loss, self._others = forward(aliases)
         with torch.cuda.graph(self.backward_graph, pool=self._pool or self.forward_graph.pool(), **mode):
-            self._gradients = backward(loss)
+            self._gradients = backward(loss, aliases)
         self._loss = loss.detach()                       # lets go of the autograd graph, not of its result
 
     def replay_forward(self):
@@ -81,6 +89,30 @@ class GraphedLoss:
         self._d_loss.copy_(d_loss)
         self.backward_graph.replay()
         return self._gradients
+
+
+def _aliases(parameters):
+    """The same memory as other leaves of autograd.
+
+    A parameter's own gradient accumulator, which DeepSpeed's hooks keep alive, belongs to the stream it was made on;
+    the backward pass would wait for that stream, which no capture survives.
+    """
+    return [p.detach().requires_grad_() for p in parameters]
+
+
+@contextmanager
+def _replaced(module, parameters, others):
+    """A module's parameters are other tensors inside the block."""
+    instead = dict(zip(map(id, parameters), others, strict=True))
+    places = [(m._parameters, name) for m in module.modules() for name, p in m._parameters.items() if id(p) in instead]
+    held = [table[name] for table, name in places]
+    for (table, name), p in zip(places, held, strict=True):
+        table[name] = instead[id(p)]
+    try:
+        yield
+    finally:
+        for (table, name), p in zip(places, held, strict=True):
+            table[name] = p
 
 
 class _Replay(torch.autograd.Function):

@@ -210,13 +210,18 @@ def restore_moments(engine, full, step):
 
 def loss_scale_state(engine):
     """The dynamic loss scaler's counters in fp16 (an empty dictionary otherwise)."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None:
+    if not engine.fp16_enabled():
         return {}
-    return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {k: v for k, v in vars(_loss_scaler(engine)).items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def restore_loss_scale(engine, state):
     """Set the loss scaler's counters again."""
     for key, value in state.items():
-        setattr(engine.optimizer.loss_scaler, key, value)
+        setattr(_loss_scaler(engine), key, value)
+
+
+def _loss_scaler(engine):
+    optimizer = engine.optimizer                         # (the second: ZeRO stage 0)
+    return optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config

@@ -111,7 +111,7 @@ class Observer:
             if norm is not None:
                 values[f"gradient_norm/{label}"] = norm
             if engine.fp16_enabled():
-                values[f"loss_scale/{label}"] = float(engine.optimizer.loss_scaler.loss_scale)
+                values[f"loss_scale/{label}"] = float(engine.optimizer.loss_scale)
         return values | memory(self.device)
 
     def _watch_step(self, label, engine):
