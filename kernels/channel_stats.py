@@ -7,7 +7,7 @@ A chunk is n = CHUNK positions of one sample (the last may be shorter). For each
 Centred about the chunk's own mean, because E[y^2] - E[y]^2 cancels where the mean is large. Chunks, and channels, merge
 by Chan's formula: about any mean, n values have the squares  square + n (sum / n - mean)^2.
 
-Also the sum of each column of a matrix, which is the gradient of a bias.
+Also the sum of each column of a matrix, which is the gradient of a bias, and the last step of all sums over rows.
 """
 
 import math
@@ -79,6 +79,17 @@ def _column_sums_kernel(p_x, p_sums, T, C, blocks, BT: tl.constexpr, BC: tl.cons
     tl.store(p_sums + i_t * C + o_c, tl.sum(b_sum, 0), mask=m_c)
 
 
+@triton.jit
+def _sum_rows_kernel(p_parts, p_sums, P, K, BP: tl.constexpr, BK: tl.constexpr):
+    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    b_sum = tl.zeros([BP, BK], tl.float32)
+    for start in range(0, P, BP):
+        o_p = start + tl.arange(0, BP)
+        m = (o_p < P)[:, None] & (o_k < K)[None, :]
+        b_sum += tl.load(p_parts + o_p[:, None] * K + o_k[None, :], mask=m, other=0.0)
+    tl.store(p_sums + o_k, tl.sum(b_sum, 0).to(p_sums.dtype.element_ty), mask=o_k < K)
+
+
 def add_channel_stats(x, residual=None, bias=None, out=None):
     """y = x + residual + bias, and the statistics from which any GroupNorm of y starts.
 
@@ -99,8 +110,18 @@ def add_channel_stats(x, residual=None, bias=None, out=None):
     return y, stats
 
 
-def column_sums(x):
-    """The sum of each column of x [T, C] in any of fp32, bf16, fp16: fp32 [C]. ValueError if x is not contiguous."""
+def sum_rows(parts, dtype):
+    """The sum over rows of what programs left, fp32 [programs, K], in one launch and in `dtype`: [K]."""
+    P, K = parts.shape
+    sums = parts.new_empty(K, dtype=dtype)
+    BP = min(256, triton.next_power_of_2(P))
+    _sum_rows_kernel[(triton.cdiv(K, 16),)](p_parts=parts, p_sums=sums, P=P, K=K, BP=BP, BK=16,
+                                            num_warps=8 if BP > 64 else 1)
+    return sums
+
+
+def column_sums(x, dtype=torch.float32):
+    """The sum of each column of x [T, C] in any of fp32, bf16, fp16: [C]. ValueError if x is not contiguous."""
     T, C = x.shape
     require("column_sums", (x, (T, C)))
     columns = triton.cdiv(C, COLUMNS)
@@ -108,4 +129,4 @@ def column_sums(x):
     sums = x.new_empty(programs, C, dtype=torch.float32)
     _column_sums_kernel[(columns, programs)](p_x=x, p_sums=sums, T=T, C=C, blocks=blocks, BT=64, BC=COLUMNS,
                                              num_warps=4)
-    return sums.sum(0)
+    return sum_rows(sums, dtype)

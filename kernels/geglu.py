@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from sidfast.kernels.backend import require, share, triton_runs_on, widen
+from sidfast.kernels.channel_stats import sum_rows
 
 
 def geglu_reference(x):
@@ -68,8 +69,9 @@ def geglu_forward(x):
     return y
 
 
-def geglu_backward(dy, x, column_sums=False):
-    """(dx, sums) of geglu_forward: dx has x's shape and type, sums fp32 [2F] are its sums over rows, or None.
+def geglu_backward(dy, x, sums_type=None):
+    """(dx, sums) of geglu_forward: dx has x's shape and type, sums [2F] are its sums over rows, in
+    `sums_type`, or None without.
 
     ValueError if dy does not fit x, or one is not contiguous.
     """
@@ -77,10 +79,10 @@ def geglu_backward(dy, x, column_sums=False):
     require("geglu_backward", (dy, (*x.shape[:-1], F)), (x, x.shape))
     dx, columns = torch.empty_like(x), triton.cdiv(F, 128)
     programs, blocks = share(triton.cdiv(T, 16), x.device, columns)
-    sums = x.new_empty(programs, 2 * F, dtype=torch.float32) if column_sums else None
+    sums = x.new_empty(programs, 2 * F, dtype=torch.float32) if sums_type else None
     _geglu_backward_kernel[(columns * programs,)](p_dy=dy, p_x=x, p_dx=dx, p_sums=sums, T=T, F=F, blocks=blocks,
-                                                  SUMS=column_sums, BT=16, BF=128, num_warps=4)
-    return dx, sums.sum(0) if column_sums else None
+                                                  SUMS=sums is not None, BT=16, BF=128, num_warps=4)
+    return dx, sum_rows(sums, sums_type) if sums_type else None
 
 
 @torch.library.custom_op("sidfast::geglu", mutates_args=(), schema="(Tensor x) -> Tensor")

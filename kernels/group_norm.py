@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from sidfast.kernels.backend import require, triton_runs_on, widen
-from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats
+from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats, sum_rows
 
 
 def group_norm_reference(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
@@ -137,7 +137,7 @@ def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1
 
 
 @triton.jit
-def _group_norm_backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_weight, p_slope, p_affine, p_dshift, N, S,
+def _group_norm_backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_weight, p_slope, p_affine, p_dshift, S,
                                       chunks, C1, C2, CG, AFFINE: tl.constexpr, SHIFT: tl.constexpr, TWO: tl.constexpr,
                                       BK: tl.constexpr, BG: tl.constexpr):
     """slope and level of du = scale dz + slope (x - centre) + level; per sample dw, db, dv."""
@@ -159,11 +159,12 @@ def _group_norm_backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_wei
     tl.store(p_slope + i_n * C + o, b_zero + b_slope, mask=m_c)
     tl.store(p_slope + i_n * C + o + C, b_zero + b_level, mask=m_c)
     if AFFINE:
-        tl.store(p_affine + o, b_rstd * b_dzx, mask=m_c)
-        tl.store(p_affine + N * C + o, b_dz, mask=m_c)
+        tl.store(p_affine + i_n * C + o, b_rstd * b_dzx, mask=m_c)
+        tl.store(p_affine + i_n * C + o + C, b_dz, mask=m_c)
     if SHIFT:
         b_centred = tl.load(p_channel + i_n * 3 * C + 2 * C + o_c, mask=m_c, other=0.0)
-        tl.store(p_dshift + o, b_weight * b_rstd * b_dz + b_slope * b_centred + S * b_level, mask=m_c)
+        b_dshift = b_weight * b_rstd * b_dz + b_slope * b_centred + S * b_level
+        tl.store(p_dshift + o, b_dshift.to(p_dshift.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -234,7 +235,7 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
 
 
 def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residuals=None, affine=True, shift=False):
-    """(dxs, dweight [C], dbias [C], dshift [N, C]) of group_norm_forward; all but dxs in fp32.
+    """(dxs, dweight [C], dbias [C], dshift [N, C]) of group_norm_forward; all but dxs in weight's type.
 
     residuals: for each input None or a gradient of its shape, added into its dx. Without `affine` dweight and dbias,
     and without `shift` dshift, are None. ValueError for shapes that do not fit, or strides.
@@ -252,17 +253,17 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
         _group_norm_backward_sums_kernel[grid](p_x=x, p_sums=p_sums, C1=x.shape[-1], seam=seam, **fixed)
 
     slope = rstd.new_empty(N, 2, C)
-    by_sample = rstd.new_empty(2, N, C) if affine else None
-    dshift = rstd.new_empty(N, C) if shift else None
+    by_sample = rstd.new_empty(N, 2 * C) if affine else None
+    dshift = weight.new_empty(N, C) if shift else None
     _group_norm_backward_means_kernel[(N, groups)](
         p_sums1=sums[0], p_sums2=sums[-1], p_channel=channel, p_rstd=rstd, p_weight=weight, p_slope=slope,
-        p_affine=by_sample, p_dshift=dshift, N=N, AFFINE=affine, SHIFT=shift, **merge)
+        p_affine=by_sample, p_dshift=dshift, AFFINE=affine, SHIFT=shift, **merge)
 
     dxs = [torch.empty_like(x) for x in xs]
     for (x, seam, grid), residual, dx in reversed(list(zip(_each(xs, N, S), residuals, dxs, strict=True))):
         _group_norm_backward_kernel[grid](p_x=x, p_slope=slope, p_residual=residual, p_dx=dx, C1=x.shape[-1], seam=seam,
                                           ADD=residual is not None, **fixed)
-    dweight, dbias = by_sample.sum(1) if affine else (None, None)
+    dweight, dbias = sum_rows(by_sample, weight.dtype).view(2, C) if affine else (None, None)
     return dxs, dweight, dbias, dshift
 
 
@@ -298,8 +299,8 @@ def _backward(dy, x, other, weight, bias, channel, rstd, groups, silu, affine, s
 def _(dy, x, other, weight, bias, channel, rstd, groups, silu, affine, shift):
     N, C = x.shape[0], weight.shape[0]
     dother = x.new_empty(0) if other is None else torch.empty_like(other)
-    dweight, dbias = (rstd.new_empty(C) if affine else x.new_empty(0) for _ in range(2))
-    return torch.empty_like(x), dother, dweight, dbias, rstd.new_empty(N, C) if shift else x.new_empty(0)
+    dweight, dbias = (weight.new_empty(C) if affine else x.new_empty(0) for _ in range(2))
+    return torch.empty_like(x), dother, dweight, dbias, weight.new_empty(N, C) if shift else x.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):

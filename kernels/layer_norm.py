@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from sidfast.kernels.backend import require, share, triton_runs_on, widen
+from sidfast.kernels.channel_stats import sum_rows
 
 
 def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None):
@@ -114,7 +115,8 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     """(dh, dweight, dbias, dh_sum) of layer_norm_forward.
 
     residual: a gradient of h's shape that is added to dh. dh has h's shape and type; dweight, dbias and dh_sum, the sum
-    of dh over rows, are fp32 [C], or None without `affine`. ValueError for shapes that do not fit, or strides.
+    of dh over rows, are [C] in weight's type, or None without `affine`. ValueError for shapes that do not fit, or
+    strides.
     """
     C, T = h.shape[-1], h.shape[:-1].numel()
     require("layer_norm_backward", *((v, h.shape) for v in (dy, h, residual)), *((v, (T,)) for v in (mean, rstd)),
@@ -125,7 +127,7 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     _layer_norm_backward_kernel[(programs,)](
         p_dy=dy, p_h=h, p_mean=mean, p_rstd=rstd, p_weight=weight, p_residual=residual, p_dh=dh, p_sums=sums, T=T, C=C,
         blocks=blocks, ADD=residual is not None, AFFINE=affine, **tile)
-    return dh, *(sums.sum(0) if affine else (None, None, None))
+    return dh, *(sum_rows(sums.flatten(1), weight.dtype).view(3, C) if affine else (None, None, None))
 
 
 @torch.library.custom_op("sidfast::layer_norm", mutates_args=(), schema=(
@@ -152,7 +154,7 @@ def _backward(dy, h, mean, rstd, weight, dh, affine):
 
 @_backward.register_fake
 def _(dy, h, mean, rstd, weight, dh, affine):
-    dweight, dbias = (mean.new_empty(h.shape[-1]) if affine else h.new_empty(0) for _ in range(2))
+    dweight, dbias = (weight.new_empty(h.shape[-1]) if affine else h.new_empty(0) for _ in range(2))
     return torch.empty_like(h), dweight, dbias
 
 

@@ -84,8 +84,8 @@ def test_large_mean(device):
 
 
 def host(tensors, groups=6, silu=True, residuals=None, affine=True, shift=True):
-    """y and the gradients (dxs, dweight, dbias, dshift) of the host functions."""
-    xs, (weight, bias) = [tensors["x"].detach(), tensors["other"].detach()], (tensors["weight"], tensors["bias"])
+    """y and the gradients (dxs, dweight, dbias, dshift) of the host functions, the last three in fp32."""
+    xs, (weight, bias) = [tensors[k].detach() for k in ("x", "other")], (tensors[k].float() for k in ("weight", "bias"))
     stats = [add_channel_stats(x)[1] for x in xs]
     y, saved = group_norm_forward(xs, stats, weight, bias, groups, 1e-5, tensors["shift"], silu)
     (dy,) = output_gradients((y,), y.dtype)

@@ -63,11 +63,11 @@ def test_large_mean(device):
 
 
 def host(device, dtype, affine=True):
-    """The tensors, the gradients of y and h, and what layer_norm_backward makes of them."""
+    """The tensors, the gradients of y and h, and what layer_norm_backward makes of them, its sums in fp32."""
     v = tensors_of(device, dtype, (90, 66))
     h, _, mean, rstd = layer_norm_forward(v["x"], v["weight"], v["bias"], 1e-5, v["residual"])
     dy, dh = random_tensors(device, dtype, seed=1, dy=h.shape, dh=h.shape).values()
-    return v, dy, dh, layer_norm_backward(dy, h, mean, rstd, v["weight"], dh, affine)
+    return v, dy, dh, layer_norm_backward(dy, h, mean, rstd, v["weight"].float(), dh, affine)
 
 
 @pytest.mark.parametrize("device", DEVICES)

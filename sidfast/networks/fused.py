@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sidfast.networks.attention import IMPLEMENTATIONS
-from sidfast.networks.fused_ops import conv, geglu, group_norm, layer_norm, projections
+from sidfast.networks.fused_ops import conv, geglu, group_norm, layer_norm, linear, projections, resize
 
 
 class FusedResnet(ResnetBlock2D):
@@ -36,7 +36,7 @@ class FusedResnet(ResnetBlock2D):
         weight, C1 = self.conv_shortcut.weight.flatten(1), x.shape[-1]
         residual = F.linear(x, weight[:, :C1])
         if skip is not None:
-            residual = residual + F.linear(skip, weight[:, C1:])
+            residual = torch.addmm(residual.flatten(0, 2), skip.flatten(0, 2), weight[:, C1:].t()).view_as(residual)
         return conv(y, self.conv2.weight, self.conv2.bias + self.conv_shortcut.bias, residual)
 
 
@@ -68,7 +68,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         h, y = layer_norm(a, self.norm3, self.attn2.to_out[0].bias, h)
         up, down = self.ff.net[0].proj, self.ff.net[2]
         y = geglu(F.linear(y, up.weight, up.bias.detach()), up.bias)
-        return F.linear(y, down.weight, down.bias), None, h
+        return linear(y, down.weight, down.bias), None, h
 
     def _attention(self, attn, q, k, v):
         o = self.attend(*(t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v)))
@@ -85,8 +85,7 @@ class FusedDownsample(Downsample2D):
 class FusedUpsample(Upsample2D):
     def forward(self, x, height, width):
         """x [N, H, W, C] -> y at the given size, and its statistics."""
-        x = F.interpolate(x.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)
-        return conv(x.contiguous(), self.conv.weight, self.conv.bias)
+        return conv(resize(x, height, width), self.conv.weight, self.conv.bias)
 
 
 class FusedConvIn(nn.Conv2d):

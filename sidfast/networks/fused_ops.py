@@ -11,11 +11,13 @@ Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes 
 """
 
 import torch
+from torch.nn import functional as F
 
 from sidfast.kernels.channel_stats import add_channel_stats, column_sums
 from sidfast.kernels.geglu import geglu_backward, geglu_forward
 from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
 from sidfast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from sidfast.kernels.upsample import double
 
 _aten = torch.ops.aten
 
@@ -48,6 +50,18 @@ def layer_norm(x, norm, bias_of_x=None, residual=None):
 def geglu(x, bias_of_x):
     """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]; `bias_of_x` as in `layer_norm`."""
     return _Geglu.apply(x, bias_of_x)
+
+
+def linear(x, weight, bias):
+    """x [..., C], weight [K, C], bias [K] -> [..., K]; the gradient of the bias by a kernel of our own."""
+    return _Linear.apply(x, weight, bias)
+
+
+def resize(x, height, width):
+    """Nearest neighbour: x [N, H, W, C] -> [N, height, width, C]."""
+    if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
+        return double(x)
+    return F.interpolate(x.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1).contiguous()
 
 
 def projections(x, *weights):
@@ -96,8 +110,23 @@ class _Conv(torch.autograd.Function):
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         dy = dy.contiguous()
         dx, dweight = _convolve_backward(dy, x, ctx.x_shape, weight, ctx.stride, need_x, need_weight)
-        dbias = column_sums(dy.flatten(0, -2)).to(weight.dtype) if need_bias else None
+        dbias = column_sums(dy.flatten(0, -2), weight.dtype) if need_bias else None
         return dx, dweight, dbias, dy if need_residual else None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        flat = dy.contiguous().flatten(0, -2)
+        dweight = flat.t() @ x.flatten(0, -2) if need_weight else None
+        return dy @ weight if need_x else None, dweight, column_sums(flat, weight.dtype) if need_bias else None
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -106,7 +135,7 @@ class _GroupNorm(torch.autograd.Function):
         xs, all_stats = ([x], [stats]) if skip is None else ([x, skip], [stats, skip_stats])
         y, saved = group_norm_forward(xs, all_stats, weight, bias, groups, eps, shift, silu)
         ctx.save_for_backward(weight, bias, *saved, *xs)
-        ctx.groups, ctx.silu, ctx.shift_type = groups, silu, None if shift is None else shift.dtype
+        ctx.groups, ctx.silu = groups, silu
         ctx.set_materialize_grads(False)
         return y, x, skip
 
@@ -118,8 +147,6 @@ class _GroupNorm(torch.autograd.Function):
         dxs, dweight, dbias, dshift = group_norm_backward(
             dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, beside, affine, shift)
         dskip = dxs[1] if len(dxs) == 2 else None
-        dweight, dbias = (v.to(weight.dtype) if affine else None for v in (dweight, dbias))
-        dshift = dshift.to(ctx.shift_type) if shift else None
         return dxs[0], None, dskip, None, dshift, dweight, dbias, None, None, None
 
 
@@ -137,7 +164,7 @@ class _LayerNorm(torch.autograd.Function):
         _, need_residual, affine, _, need_bias, _ = ctx.needs_input_grad
         dh, *sums = layer_norm_backward(dy.contiguous(), h, mean, rstd, weight,
                                         None if dh is None else dh.contiguous(), affine or need_bias)
-        dweight, dbias, dbias_of_x = (None if v is None else v.to(weight.dtype) for v in sums)
+        dweight, dbias, dbias_of_x = sums
         return dh, dh if need_residual else None, dweight, dbias, dbias_of_x if need_bias else None, None
 
 
@@ -150,8 +177,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         [x] = ctx.saved_tensors
-        dx, sums = geglu_backward(dy.contiguous(), x, column_sums=ctx.needs_input_grad[1])
-        return dx, None if sums is None else sums.to(x.dtype)
+        return geglu_backward(dy.contiguous(), x, x.dtype if ctx.needs_input_grad[1] else None)
 
 
 class _Projections(torch.autograd.Function):

@@ -11,6 +11,7 @@ import math
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, set_z3_leaf_modules
 
 from sidfast.errors import UserError
@@ -62,7 +63,32 @@ def build_engine(unet, adam, section, device):
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
+    _look_at_gradients_at_once(engine.optimizer)
     return engine
+
+
+def _look_at_gradients_at_once(optimizer):
+    """ZeRO stages 1 and 2 launch a dozen kernels for every single parameter to learn whether its gradient is finite,
+    and its norm: longer, for a UNet, than Adam takes. Here a few launches do for all parameters together."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    total_norm = optimizer.get_grad_norm_direct
+
+    def norms_of(gradients):
+        return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+
+    def get_grad_norm_direct(gradients, params, **options):
+        """The norm of the gradients' norms, summed over processes by DeepSpeed."""
+        gradients = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+        return total_norm([norms_of(gradients)] if gradients else [], params[:1], **options)
+
+    def has_overflow_partitioned_grads_serial():
+        gradients = [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None]
+        return ~norms_of(gradients).isfinite().all()[None] if gradients else torch.zeros(
+            1, dtype=torch.bool, device=optimizer.device)
+
+    optimizer.get_grad_norm_direct = get_grad_norm_direct
+    optimizer.has_overflow_partitioned_grads_serial = has_overflow_partitioned_grads_serial
 
 
 def set_learning_rate(engine, adam, step, total):

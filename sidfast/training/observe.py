@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from sidfast.training.engines import CheckedAdam
+
 GIB = 2**30
 # Dense TFLOP/s of the tensor cores as the makers state them: (bf16 and fp16, tf32).
 PEAKS = {"H200": (989.4, 494.7), "H100 PCIe": (756.4, 378.2), "H100 NVL": (835.5, 417.7), "H100": (989.4, 494.7),
@@ -115,8 +117,9 @@ class Observer:
         return values | memory(self.device)
 
     def _watch_step(self, label, engine):
-        """The optimizer's step becomes a phase; DeepSpeed keeps the gradient's norm, but not for fp32 without ZeRO."""
+        """The optimizer's step becomes a phase; what keeps no norm of the unclipped gradient gets it here."""
         step, plain = engine.step, isinstance(engine.optimizer, torch.optim.Optimizer)
+        plain = plain and (engine.gradient_clipping() > 0 or not isinstance(engine.optimizer, CheckedAdam))
 
         def watched(*args, **kwargs):
             if not engine.is_gradient_accumulation_boundary():
