@@ -141,8 +141,10 @@ def outcome(capsys, main, args, out):
         assert lines and (len(lines) == 1 or lines[0].startswith("usage:")), captured.err
         assert "Traceback" not in captured.err
         assert set(out.parent.iterdir()) == before, "something was written"
+    elif code == 1:                                      # the one way in which a run fails by itself
+        assert "diverged" in captured.err.strip().splitlines()[-1] and "Traceback" not in captured.err, captured.err
     else:
-        assert code == 0, captured.err                   # (1: a run that diverged; no case here goes on for so long)
+        assert code == 0, captured.err
     return code
 
 
@@ -150,10 +152,11 @@ class Tally:
     """How the cases of a fuzz ended."""
 
     def __init__(self):
-        self.ran = self.refused = self.too_large = 0
+        self.ran = self.refused = self.diverged = self.too_large = 0
 
     def __str__(self):
-        return f"{self.ran} ran, {self.refused} refused, {self.too_large} valid and too large to run here"
+        return (f"{self.ran} ran, {self.refused} refused, {self.diverged} diverged, {self.too_large} valid and too "
+                "large to run here")
 
 
 @pytest.fixture
@@ -196,7 +199,8 @@ def fuzz_configs(capsys, tiny_config, options, plausible_of_ten):
                 tally.ran += 1
                 assert (out / "metrics.jsonl").read_text().strip() and (out / "report.html").is_file()
             else:
-                tally.refused += 1
+                tally.refused += code == 2
+                tally.diverged += code == 1
             assert before == os.getcwd()
 
     check()

@@ -15,7 +15,7 @@ from conftest import ROOT, environment
 from sidfast import cli
 from sidfast.teacher.random_init import ARCHITECTURES
 
-MICRO_BATCH = {"sd15": 8, "sd21": 8, "sd21-768": 4}
+MICRO_BATCH = {"sd15": 8, "sd21": 8, "sd21-768": 2}
 
 
 @pytest.mark.gpu
