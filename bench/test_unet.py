@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidfast.networks.fused import fuse, unfuse
+from sidfast.networks.packed import repack
 from sidfast.training.speed import compile_regions
 
 IMPLEMENTATIONS = ("fused", "eager", "eager channels_last", "compiled")
@@ -60,7 +61,7 @@ def prepare(unet, implementation):
         module._compiled_call_impl = None
     unet.to(memory_format=torch.contiguous_format if implementation == "eager" else torch.channels_last)
     if implementation == "fused":
-        fuse(unet, attention="cudnn")
+        repack(fuse(unet, attention="cudnn"))
     if implementation == "compiled":
         compile_regions(unet)
 
@@ -71,5 +72,5 @@ def count_flop(unet, x, t, text):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(x[:1].detach(), t[:1], text[:1], return_dict=False)
     if fused is not None:
-        fuse(unet, attention="cudnn")
+        repack(fuse(unet, attention="cudnn"))
     return counter.get_total_flops()

@@ -42,20 +42,25 @@ def column_sums_reference(x):
 
 
 @triton.jit
-def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, ADD: tl.constexpr, BIAS: tl.constexpr,
-                          BS: tl.constexpr, BC: tl.constexpr):
+def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, W, ADD: tl.constexpr, BIAS: tl.constexpr,
+                          INTERLEAVED: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
     i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     m = (o_s < S)[:, None] & m_c[None, :]
     o = (i_n * S + o_s)[:, None] * C + o_c[None, :]
-    b_y = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+    o_x = o
+    if INTERLEAVED:                                      # x is z of upsample.py
+        o_u, o_v = o_s // W, o_s % W
+        o_place = (i_n * (S // W // 2 + 1) + (o_u + 1) // 2) * (W // 2 + 1) + (o_v + 1) // 2
+        o_x = (o_place * 4 + o_u % 2 * 2 + o_v % 2)[:, None] * C + o_c[None, :]
+    b_y = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
     if ADD:
         b_y += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
     if BIAS:
         b_y += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if ADD or BIAS:
+    if ADD or BIAS or INTERLEAVED:
         b_stored = b_y.to(p_y.dtype.element_ty)
         tl.store(p_y + o, b_stored, mask=m)
         b_y = tl.where(m, b_stored.to(tl.float32), 0.0)
@@ -90,23 +95,25 @@ def _sum_rows_kernel(p_parts, p_sums, P, K, BP: tl.constexpr, BK: tl.constexpr):
     tl.store(p_sums + o_k, tl.sum(b_sum, 0).to(p_sums.dtype.element_ty), mask=o_k < K)
 
 
-def add_channel_stats(x, residual=None, bias=None, out=None):
+def add_channel_stats(x, residual=None, bias=None, out=None, interleaved=False):
     """y = x + residual + bias, and the statistics from which any GroupNorm of y starts.
 
     x, residual [N, ..., C], bias [C], in any of fp32, bf16, fp16. Returns y in x's type and stats, fp32
     [N, chunks, 2, C]: sum and centred squares of y as stored. `out` (like x; x itself is allowed) receives y. With
-    neither residual nor bias, y is x and nothing is written. ValueError for shapes that do not fit, or strides.
+    neither residual nor bias, y is x and nothing is written. `interleaved`: x stands for what `upsample.interleave`
+    makes of it, and y is a tensor of that shape. ValueError for shapes that do not fit, or strides.
     """
-    N, S, C = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
-    require("add_channel_stats", *((v, x.shape) for v in (x, residual, out)), (bias, (C,)))
+    shape = (x.shape[0], *(2 * (s - 1) for s in x.shape[1:-1]), x.shape[-1] // 4) if interleaved else x.shape
+    N, S, C = shape[0], math.prod(shape[1:-1]), shape[-1]
+    require("add_channel_stats", (x, x.shape), (residual, shape), (out, shape), (bias, (C,)))
     chunks = triton.cdiv(S, CHUNK)
     y = x
-    if residual is not None or bias is not None:
-        y = torch.empty_like(x) if out is None else out
+    if residual is not None or bias is not None or interleaved:
+        y = x.new_empty(shape) if out is None else out
     stats = x.new_empty(N, chunks, 2, C, dtype=torch.float32)
     _channel_stats_kernel[(triton.cdiv(C, COLUMNS), chunks, N)](
-        p_x=x, p_residual=residual, p_bias=bias, p_y=y, p_stats=stats, S=S, C=C, ADD=residual is not None,
-        BIAS=bias is not None, BS=CHUNK, BC=COLUMNS, num_warps=4)
+        p_x=x, p_residual=residual, p_bias=bias, p_y=y, p_stats=stats, S=S, C=C, W=shape[-2],
+        ADD=residual is not None, BIAS=bias is not None, INTERLEAVED=interleaved, BS=CHUNK, BC=COLUMNS, num_warps=4)
     return y, stats
 
 

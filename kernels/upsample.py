@@ -1,76 +1,78 @@
-"""Nearest-neighbour doubling of channels-last images, written once and read once: every pixel becomes four.
+"""Nearest-neighbour doubling and the 3x3 convolution after it, as one 2x2 convolution of the small image.
 
-Backward adds the four gradients.
+Of the nine taps on a doubled image several fall on the same pixel of the small one. Along one axis, an even output row
+2i sees the small rows (i - 1, i) with weights (w0, w1 + w2), an odd one 2i + 1 sees (i, i + 1) with (w0 + w1, w2). So a
+2x2 convolution with padding 1 and four times the channels gives, at [i, j], all four outputs (p, q) that see the pixels
+(i - 1, i) x (j - 1, j): z [N, H + 1, W + 1, (p, q, K)] has 4/9 of the multiplications, and
+
+    y[2i + p, 2j + q] = z[i + p, j + q, (p, q)]
+
 """
 
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require, triton_runs_on
+from sidfast.kernels.backend import require
+from sidfast.kernels.channel_stats import add_channel_stats
 
-_PIXELS, _CHANNELS = 16, 128                             # of a program
+_ROWS, _CHANNELS = 16, 128                               # of a program
+# [p, a, d]: tap d of the 3x3 kernel falls on pixel a of the two that parity p sees.
+_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
-def double_reference(x):
-    """x [N, H, W, C]. Returns [N, 2H, 2W, C]."""
-    return x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+def combine_taps(weight):
+    """A 3x3 kernel [K, C, 3, 3] as the 2x2 one [4K, C, 2, 2], channels last, sums in fp32."""
+    taps = torch.tensor(_TAPS, device=weight.device)
+    combined = torch.einsum("pad,qbe,kcde->pqkcab", taps, taps, weight.float()).flatten(0, 2)
+    return combined.to(weight.dtype, memory_format=torch.channels_last)
+
+
+def separate_taps(gradient):
+    """The gradient [K, C, 3, 3] of a 3x3 kernel from that of its 2x2 one: the adjoint of `combine_taps`."""
+    taps = torch.tensor(_TAPS, device=gradient.device)
+    by_parity = gradient.float().unflatten(0, (2, 2, -1))
+    return torch.einsum("pad,qbe,pqkcab->kcde", taps, taps, by_parity).to(gradient.dtype)
+
+
+def interleave_reference(z):
+    """z [N, H + 1, W + 1, 4K] -> y [N, 2H, 2W, K]."""
+    N, H, W, _ = z.shape
+    by_parity = z.unflatten(3, (2, 2, -1))
+    y = torch.stack([torch.stack([by_parity[:, p:H - 1 + p, q:W - 1 + q, p, q] for q in (0, 1)], 3)
+                     for p in (0, 1)], 2)
+    return y.reshape(N, 2 * H - 2, 2 * W - 2, -1)
 
 
 @triton.jit
-def _tile(P, W, C, BP: tl.constexpr, BC: tl.constexpr):
-    """Offsets of some pixels of the small image and of the first of their four in the large one, and the mask."""
-    o_p = tl.program_id(1).to(tl.int64) * BP + tl.arange(0, BP)
+def _separate_kernel(p_dy, p_dz, R, H, W, K, BR: tl.constexpr, BC: tl.constexpr):
+    """Rows of dz are (n, i, j, p, q); outside the image they are 0."""
+    o_r = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_first = (o_p // W) * 4 * W + (o_p % W) * 2         # two rows of 2 W pixels for each row of W
-    m = (o_p < P)[:, None] & (o_c < C)[None, :]
-    return o_p[:, None] * C + o_c[None, :], o_first[:, None] * C + o_c[None, :], m
+    o_parity, o_place = o_r % 4, o_r // 4
+    o_n = o_place // ((H + 1) * (W + 1))
+    o_u = 2 * (o_place // (W + 1) % (H + 1)) - o_parity // 2
+    o_v = 2 * (o_place % (W + 1)) - o_parity % 2
+    inside = (o_u >= 0) & (o_u < 2 * H) & (o_v >= 0) & (o_v < 2 * W)
+    m = (o_r < R)[:, None] & (o_c < K)[None, :]
+    o_y = (o_n * 2 * H + o_u) * 2 * W + o_v
+    b_dy = tl.load(p_dy + o_y[:, None] * K + o_c[None, :], mask=m & inside[:, None], other=0.0)
+    tl.store(p_dz + o_r[:, None] * K + o_c[None, :], b_dy, mask=m)
 
 
-@triton.jit
-def _double_kernel(p_x, p_y, P, W, C, BP: tl.constexpr, BC: tl.constexpr):
-    o, o_first, m = _tile(P, W, C, BP, BC)
-    b_x = tl.load(p_x + o, mask=m)
-    for row in tl.static_range(2):
-        for column in tl.static_range(2):
-            tl.store(p_y + o_first + (row * 2 * W + column) * C, b_x, mask=m)
+def interleave(z, bias=None):
+    """y [N, 2H, 2W, K] + bias [K] out of z [N, H + 1, W + 1, 4K], and y's statistics as `add_channel_stats` has them.
+
+    ValueError for shapes that do not fit, or strides.
+    """
+    return add_channel_stats(z, bias=bias, interleaved=True)
 
 
-@triton.jit
-def _double_backward_kernel(p_dy, p_dx, P, W, C, BP: tl.constexpr, BC: tl.constexpr):
-    o, o_first, m = _tile(P, W, C, BP, BC)
-    b_dx = tl.zeros([BP, BC], tl.float32)
-    for row in tl.static_range(2):
-        for column in tl.static_range(2):
-            b_dx += tl.load(p_dy + o_first + (row * 2 * W + column) * C, mask=m, other=0.0).to(tl.float32)
-    tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=m)
-
-
-def _launch(kernel, source, target, small):
-    N, H, W, C = small.shape
-    grid = triton.cdiv(C, _CHANNELS), triton.cdiv(N * H * W, _PIXELS)
-    kernel[grid](source, target, P=N * H * W, W=W, C=C, BP=_PIXELS, BC=_CHANNELS, num_warps=4)
-
-
-class _Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        N, H, W, C = x.shape
-        y = x.new_empty(N, 2 * H, 2 * W, C)
-        _launch(_double_kernel, x, y, small=x)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        dy = dy.contiguous()
-        N, H, W, C = dy.shape
-        dx = dy.new_empty(N, H // 2, W // 2, C)
-        _launch(_double_backward_kernel, dy, dx, small=dx)
-        return dx
-
-
-def double(x):
-    """x [N, H, W, C] in any of fp32, bf16, fp16 -> [N, 2H, 2W, C]. Differentiable. ValueError if not contiguous."""
-    if not triton_runs_on(x):
-        return double_reference(x)
-    require("double", (x, x.shape))
-    return _Double.apply(x)
+def separate(dy):
+    """The gradient [N, H + 1, W + 1, 4K] of z from that of y [N, 2H, 2W, K]. ValueError if dy is not contiguous."""
+    require("separate", (dy, dy.shape))
+    N, H, W, K = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
+    dz = dy.new_empty(N, H + 1, W + 1, 4 * K)
+    R = dz.numel() // K
+    _separate_kernel[(triton.cdiv(K, _CHANNELS), triton.cdiv(R, _ROWS))](
+        p_dy=dy, p_dz=dz, R=R, H=H, W=W, K=K, BR=_ROWS, BC=_CHANNELS, num_warps=4)
+    return dz

@@ -186,15 +186,19 @@ def test_checkpoint_that_finds_no_room_costs_nothing_else(group, tmp_path, monke
     assert save(saver, 3, monkeypatch) is None and (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
-def test_pruning_spares_the_best_and_what_is_not_older(group, tmp_path, monkeypatch):
+def test_pruning_spares_the_best_and_clears_away_what_was_damaged(group, tmp_path, monkeypatch):
+    """Damaged checkpoints, newer than the one gone on from, make no good one go; they go once there is a new one."""
     saver = Saver(tmp_path, 2, Channel(), 60, print)
     for step in (1, 2):
         save(saver, step, monkeypatch)
     (tmp_path / "best").write_text("step-00000001\n")
-    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000009")          # of a future that was lost
-    for step in (3, 4):
+    for damaged in (3, 9):
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / f"step-0000000{damaged}")
+    saver = Saver(tmp_path, 2, Channel(), 60, print, begun=tmp_path / "step-00000002")
+    assert len(list(tmp_path.glob("step-*"))) == 4
+    for step, left in ((4, (1, 2, 4)), (5, (1, 4, 5))):
         assert save(saver, step, monkeypatch) is None
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{n}" for n in (1, 3, 4)]
+        assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{n}" for n in left]
 
 
 def test_what_killed_processes_left_is_removed(group, tmp_path):

@@ -10,6 +10,7 @@ from helpers_latents import error
 
 from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
 from sidfast.networks.fused import cannot_fuse, fuse, unfuse
+from sidfast.networks.packed import Packed, repack
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 ARCHITECTURES = {
@@ -110,6 +111,25 @@ def test_frozen_unet_gives_the_same_input_gradient(device):
     got = run(unet.requires_grad_(False), *to(device, torch.float32, *inputs_of(unet)))
     assert list(got) == ["y", "dx"]
     assert torch.equal(got["y"], want["y"]) and torch.equal(got["dx"], want["dx"])
+
+
+def test_packed_weights():
+    """Kept or made in each pass: the same bits; after a change of the parameters `repack` brings them up to date."""
+    unet = fuse(unet_of("sd21"))
+    inputs = inputs_of(unet)
+    want = run(unet, *inputs)
+    repack(unet)
+    kept = [(m.kept, [t.data_ptr() for t in m.kept]) for m in unet.modules() if isinstance(m, Packed)]
+    assert len(kept) > 10
+    assert all(torch.equal(a, b) for a, b in zip(want.values(), run(unet, *inputs).values(), strict=True))
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.mul_(1.1)
+    want = run(fuse(unfuse(copy.deepcopy(unet))), *inputs)
+    repack(unet)
+    assert all(torch.equal(a, b) for a, b in zip(want.values(), run(unet, *inputs).values(), strict=True))
+    assert all([t.data_ptr() for t in tensors] == places for tensors, places in kept)
+    assert not any(hasattr(m, "kept") for m in unfuse(unet).modules())
 
 
 def test_checkpointing_changes_nothing():

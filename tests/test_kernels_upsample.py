@@ -1,31 +1,59 @@
-"""Nearest-neighbour doubling against PyTorch's own."""
+"""Doubling and a 3x3 convolution as one 2x2 convolution, against doubling and convolving."""
 
 import pytest
 import torch
-from helpers_kernels import DEVICES, DTYPES, assert_matches, random_tensors
+from helpers_kernels import BOUND, DEVICES, DTYPES, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sidfast.kernels.upsample import double
+from sidfast.kernels.channel_stats import add_channel_stats
+from sidfast.kernels.upsample import combine_taps, interleave, interleave_reference, separate, separate_taps
+from torch.nn import functional as F
+
+
+def test_two_by_two_is_three_by_three():
+    """In float64: output and both gradients of doubling, then a 3x3 convolution with padding 1."""
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, 3, 3, requires_grad=True)
+    want = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight.double(), padding=1)
+    combined = combine_taps(weight.detach()).double().requires_grad_()
+    z = F.conv2d(x, combined, padding=1).permute(0, 2, 3, 1)
+    got = interleave_reference(z).permute(0, 3, 1, 2)
+    assert error(got, want) < 1e-6
+    dy = torch.randn_like(want)
+    dx_want, dweight_want = torch.autograd.grad(want, (x, weight), dy)
+    dx, dcombined = torch.autograd.grad(got, (x, combined), dy)
+    assert error(dx, dx_want) < 1e-6 and error(separate_taps(dcombined), dweight_want) < 1e-6
+
+
+def check(device, dtype, N, H, W, K):
+    """`interleave` moves and adds exactly; its statistics are those of its result; `separate` is its adjoint."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(N, H + 1, W + 1, 4 * K, generator=g).to(device, dtype).requires_grad_()
+    bias = torch.randn(K, generator=g).to(device, dtype)
+    y, stats = interleave(z.detach(), bias)
+    want = interleave_reference(z)
+    assert torch.equal(interleave(z.detach())[0], want)
+    assert torch.equal(y, add_channel_stats(want.detach(), bias=bias)[0])
+    assert error(stats, add_channel_stats(y)[1]) < BOUND
+    dy = torch.randn(y.shape, generator=g).to(device, dtype)
+    assert torch.equal(separate(dy), torch.autograd.grad(want, z, dy)[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_double(dtype, device):
-    """Exactly PyTorch's pixels; gradients as near to float64 as sums of four numbers allow."""
-    tensors = random_tensors(device, dtype, x=(2, 5, 3, 132))
-    x = tensors["x"].detach()
-    want = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2), scale_factor=2, mode="nearest").permute(0, 2, 3, 1)
-    assert torch.equal(double(x), want)
-    assert_matches(double, double, tensors)
+def test_interleave_and_separate(dtype, device):
+    check(device, dtype, 2, 5, 6, 132)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=10, derandomize=True, deadline=None)
-@given(N=st.integers(1, 3), H=st.integers(1, 9), W=st.integers(1, 9), C=st.integers(1, 200))
-def test_any_shape(device, N, H, W, C):
-    assert_matches(double, None, random_tensors(device, torch.float32, x=(N, H, W, C)))
+@given(N=st.integers(1, 3), H=st.integers(1, 9), W=st.integers(1, 9), K=st.integers(1, 150))
+def test_any_shape(device, N, H, W, K):
+    check(device, torch.float32, N, H, W, K)
 
 
 def test_error():
-    with pytest.raises(ValueError, match=r"double: .* contiguous"):
-        double(torch.randn(1, 4, 2, 6).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"separate: .* contiguous"):
+        separate(torch.randn(1, 4, 2, 6).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"add_channel_stats: .* should be \(3,\)"):
+        interleave(torch.randn(1, 4, 2, 12), torch.randn(4))

@@ -17,27 +17,33 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sidfast.kernels.upsample import combine_taps
 from sidfast.networks.attention import IMPLEMENTATIONS
-from sidfast.networks.fused_ops import conv, geglu, group_norm, layer_norm, linear, projections, resize
+from sidfast.networks.fused_ops import conv, geglu, group_norm, layer_norm, linear, projections, upsample_conv
+from sidfast.networks.packed import Packed, channels_last
 
 
-class FusedResnet(ResnetBlock2D):
+class FusedResnet(Packed, ResnetBlock2D):
+    def make_packed(self):
+        return channels_last(self.conv1.weight), channels_last(self.conv2.weight)
+
     def forward(self, x, stats, temb, skip=None, skip_stats=None):
         """x [N, H, W, C1], skip [N, H, W, C2] (as further channels), temb [N, D] after SiLU -> y and its statistics.
 
         conv1's bias and the time embedding shift whole channels: the second GroupNorm takes them as numbers.
         """
+        packed1, packed2 = self.packed()
         y, x, skip = group_norm(x, stats, self.norm1, silu=True, skip=skip, skip_stats=skip_stats)
-        h, h_stats = conv(y, self.conv1.weight)
+        h, h_stats = conv(y, self.conv1.weight, packed1)
         shift = F.linear(temb, self.time_emb_proj.weight, self.time_emb_proj.bias + self.conv1.bias)
         y, *_ = group_norm(h, h_stats, self.norm2, silu=True, shift=shift)
         if self.conv_shortcut is None:
-            return conv(y, self.conv2.weight, self.conv2.bias, x)
+            return conv(y, self.conv2.weight, packed2, self.conv2.bias, x)
         weight, C1 = self.conv_shortcut.weight.flatten(1), x.shape[-1]
         residual = F.linear(x, weight[:, :C1])
         if skip is not None:
             residual = torch.addmm(residual.flatten(0, 2), skip.flatten(0, 2), weight[:, C1:].t()).view_as(residual)
-        return conv(y, self.conv2.weight, self.conv2.bias + self.conv_shortcut.bias, residual)
+        return conv(y, self.conv2.weight, packed2, self.conv2.bias + self.conv_shortcut.bias, residual)
 
 
 class FusedTransformer(Transformer2DModel):
@@ -48,23 +54,33 @@ class FusedTransformer(Transformer2DModel):
         bias, residual = self.proj_in.bias, None
         for block in self.transformer_blocks:
             h, bias, residual = block(h, bias, residual, text)
-        return conv((h + residual).view_as(x), self.proj_out.weight, self.proj_out.bias, x)
+        out = self.proj_out
+        return conv((h + residual).view_as(x), out.weight, out.weight, out.bias, x)
 
 
-class FusedTransformerBlock(BasicTransformerBlock):
+class FusedTransformerBlock(Packed, BasicTransformerBlock):
     attend = staticmethod(IMPLEMENTATIONS["math"])       # `fuse` sets the one wanted
+
+    def make_packed(self):
+        return torch.cat(self._own_weights()), torch.cat(self._text_weights())
+
+    def _own_weights(self):
+        return [m.weight for m in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)]
+
+    def _text_weights(self):
+        return [self.attn2.to_k.weight, self.attn2.to_v.weight]
 
     def forward(self, x, bias_of_x, residual, text):
         """One layer on tokens x + residual [N, S, C]. Returns what it adds, the bias in that, and the rest of the sum.
 
         `bias_of_x`: the bias that x contains and that has no gradient yet (see `layer_norm`); None for the result's.
         """
+        own, of_text = self.packed()
         h, y = layer_norm(x, self.norm1, bias_of_x, residual)
-        a = self._attention(self.attn1, *projections(y, *(m.weight for m in (
-            self.attn1.to_q, self.attn1.to_k, self.attn1.to_v))))
+        a = self._attention(self.attn1, *projections(y, own, *self._own_weights()))
         h, y = layer_norm(a, self.norm2, self.attn1.to_out[0].bias, h)
         a = self._attention(self.attn2, F.linear(y, self.attn2.to_q.weight), *projections(
-            text, self.attn2.to_k.weight, self.attn2.to_v.weight))
+            text, of_text, *self._text_weights()))
         h, y = layer_norm(a, self.norm3, self.attn2.to_out[0].bias, h)
         up, down = self.ff.net[0].proj, self.ff.net[2]
         y = geglu(F.linear(y, up.weight, up.bias.detach()), up.bias)
@@ -76,22 +92,35 @@ class FusedTransformerBlock(BasicTransformerBlock):
         return F.linear(o.flatten(2), out.weight, out.bias.detach())
 
 
-class FusedDownsample(Downsample2D):
+class FusedDownsample(Packed, Downsample2D):
+    def make_packed(self):
+        return (channels_last(self.conv.weight),)
+
     def forward(self, x):
         """x [N, H, W, C] -> y at half the size, and its statistics."""
-        return conv(x, self.conv.weight, self.conv.bias, stride=2)
+        return conv(x, self.conv.weight, *self.packed(), self.conv.bias, stride=2)
 
 
-class FusedUpsample(Upsample2D):
+class FusedUpsample(Packed, Upsample2D):
+    def make_packed(self):
+        return (combine_taps(self.conv.weight),)
+
     def forward(self, x, height, width):
         """x [N, H, W, C] -> y at the given size, and its statistics."""
-        return conv(resize(x, height, width), self.conv.weight, self.conv.bias)
+        weight, bias = self.conv.weight, self.conv.bias
+        if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
+            return upsample_conv(x, weight, *self.packed(), bias)
+        x = F.interpolate(x.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)
+        return conv(x.contiguous(), weight, channels_last(weight.detach()), bias)
 
 
-class FusedConvIn(nn.Conv2d):
+class FusedConvIn(Packed, nn.Conv2d):
+    def make_packed(self):
+        return (channels_last(self.weight),)
+
     def forward(self, x):
         """x [N, C, H, W] -> y [N, H, W, K] and its statistics."""
-        return conv(x.permute(0, 2, 3, 1).contiguous(), self.weight, self.bias)
+        return conv(x.permute(0, 2, 3, 1).contiguous(), self.weight, *self.packed(), self.bias)
 
 
 class FusedNormOut(nn.GroupNorm):
@@ -180,7 +209,8 @@ def unfuse(unet):
         FusedConvIn: nn.Conv2d, FusedNormOut: nn.GroupNorm}
     for module in unet.modules():
         module.__class__ = plain.get(type(module), type(module))
-        module.__dict__.pop("attend", None)
+        for name in ("attend", "kept"):
+            module.__dict__.pop(name, None)
     unet.__dict__.pop("checkpointing", None)
     return unet
 

@@ -17,17 +17,26 @@ from sidfast.kernels.channel_stats import add_channel_stats, column_sums
 from sidfast.kernels.geglu import geglu_backward, geglu_forward
 from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
 from sidfast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
-from sidfast.kernels.upsample import double
+from sidfast.kernels.upsample import interleave, separate, separate_taps
 
 _aten = torch.ops.aten
 
 
-def conv(x, weight, bias=None, residual=None, stride=1):
+def conv(x, weight, packed, bias=None, residual=None, stride=1):
     """conv(x) + bias + residual, and its statistics for the next GroupNorm.
 
-    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; bias [K]; residual like the result.
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; `packed`: the same channels last; bias [K];
+    residual like the result.
     """
-    return _Conv.apply(x, weight, bias, residual, stride)
+    return _Conv.apply(x, weight, packed, bias, residual, stride)
+
+
+def upsample_conv(x, weight, packed, bias):
+    """conv of x at twice the size, nearest neighbour, plus bias; and its statistics for the next GroupNorm.
+
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it; bias [K]. Returns [N, 2H, 2W, K].
+    """
+    return _UpsampleConv.apply(x, weight, packed, bias)
 
 
 def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=None):
@@ -57,23 +66,16 @@ def linear(x, weight, bias):
     return _Linear.apply(x, weight, bias)
 
 
-def resize(x, height, width):
-    """Nearest neighbour: x [N, H, W, C] -> [N, height, width, C]."""
-    if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
-        return double(x)
-    return F.interpolate(x.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1).contiguous()
-
-
-def projections(x, *weights):
-    """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]."""
-    return _Projections.apply(x, *weights)
+def projections(x, packed, *weights):
+    """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]. `packed`: the weights as one."""
+    return _Projections.apply(x, packed, *weights)
 
 
 def _pointwise(weight):
     return weight.ndim == 2 or weight.shape[2:] == (1, 1)
 
 
-def _convolve(x, weight, stride):
+def _convolve(x, weight, stride=1):
     if _pointwise(weight):
         return x @ weight.flatten(1).t()
     y = _aten.convolution(x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
@@ -96,10 +98,10 @@ def _convolve_backward(dy, x, x_shape, weight, stride, need_x, need_weight):
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, stride):
-        y = _convolve(x, weight, stride)
+    def forward(ctx, x, weight, packed, bias, residual, stride):
+        y = _convolve(x, packed, stride)
         y, stats = add_channel_stats(y, residual, bias, out=y)
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, packed)
         ctx.stride, ctx.x_shape = stride, x.shape
         ctx.mark_non_differentiable(stats)
         return y, stats
@@ -107,11 +109,30 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        need_x, need_weight, _, need_bias, need_residual, _ = ctx.needs_input_grad
         dy = dy.contiguous()
         dx, dweight = _convolve_backward(dy, x, ctx.x_shape, weight, ctx.stride, need_x, need_weight)
         dbias = column_sums(dy.flatten(0, -2), weight.dtype) if need_bias else None
-        return dx, dweight, dbias, dy if need_residual else None, None
+        return dx, dweight, None, dbias, dy if need_residual else None, None
+
+
+class _UpsampleConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, packed, bias):
+        y, stats = interleave(_convolve(x, packed), bias)
+        ctx.save_for_backward(x if weight.requires_grad else None, packed)
+        ctx.x_shape = x.shape
+        ctx.mark_non_differentiable(stats)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, packed = ctx.saved_tensors
+        need_x, need_weight, _, need_bias = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dx, dpacked = _convolve_backward(separate(dy), x, ctx.x_shape, packed, 1, need_x, need_weight)
+        dbias = column_sums(dy.flatten(0, -2), packed.dtype) if need_bias else None
+        return dx, separate_taps(dpacked) if need_weight else None, None, dbias
 
 
 class _Linear(torch.autograd.Function):
@@ -182,10 +203,10 @@ class _Geglu(torch.autograd.Function):
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *weights):
+    def forward(ctx, x, packed, *weights):
         ctx.save_for_backward(x if weights[0].requires_grad else None, *weights)
         ctx.x_shape = x.shape
-        return (x @ torch.cat(weights).t()).split([len(w) for w in weights], -1)
+        return (x @ packed.t()).split([len(w) for w in weights], -1)
 
     @staticmethod
     def backward(ctx, *dys):
@@ -197,6 +218,6 @@ class _Projections(torch.autograd.Function):
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
             dx = dx.view(ctx.x_shape)
-        if not ctx.needs_input_grad[1]:
-            return dx, *(None for _ in weights)
-        return dx, *(dy.t() @ x.flatten(0, -2) for dy in dys)
+        if not ctx.needs_input_grad[2]:
+            return dx, None, *(None for _ in weights)
+        return dx, None, *(dy.t() @ x.flatten(0, -2) for dy in dys)

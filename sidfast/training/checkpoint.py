@@ -64,10 +64,11 @@ def step_folder(folder, step, partial=False):
     return Path(folder) / f"{_PARTIAL if partial else ''}{_PREFIX}{step:08d}"
 
 
-def complete(folder, step, state, keep):
+def complete(folder, step, state, keep, lost=()):
     """Make the checkpoint that was put together a complete one, then remove those beyond the newest `keep`.
 
-    `state`: what state.json will hold. Folders that `best` names stay. Raises OSError.
+    `state`: what state.json will hold; `lost`: further folders to remove. Folders that `best` names stay. Raises
+    OSError.
     """
     partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
     write_text(partial / STATE, json.dumps(state, indent=1))
@@ -79,9 +80,8 @@ def complete(folder, step, state, keep):
     partial.rename(final)
     flush(folder)
     write_atomically(folder / "latest", final.name + "\n")
-    newest = by_age(folder)
-    lost = [f for f in newest if f.name > final.name]    # of a future that a damaged checkpoint took away
-    for old in lost + [f for f in newest if f not in lost][keep:]:
+    lost = [f for f in by_age(folder) if f in lost and f != final]
+    for old in lost + [f for f in by_age(folder) if f not in lost][keep:]:
         if old.name not in _best(folder):
             discard(old)
 

@@ -24,10 +24,12 @@ WRITE_ERRORS = (OSError, SafetensorError)                # what a full or broken
 class Saver:
     """Writes the checkpoints of a run into `folder`, one at a time, and keeps the newest `keep`."""
 
-    def __init__(self, folder, keep, channel, timeout, warn):
+    def __init__(self, folder, keep, channel, timeout, warn, begun=None):
         """A collective call. `timeout`: seconds that one process waits for the others' files; `warn(message)`: told, on
-        the first process, what could not be saved."""
+        the first process, what could not be saved; `begun`: the checkpoint that training goes on from. Newer ones were
+        damaged: they go once there is a good one again."""
         self.folder, self.keep, self.warn = Path(folder), keep, warn
+        self._lost = [f for f in checkpoint.by_age(folder) if begun is not None and f.name > Path(begun).name]
         self.rank, self.ranks = channel.rank, channel.ranks
         self._store = channel.connect(timeout)
         self._thread, self._saves, self._fault = None, 0, None
@@ -101,7 +103,8 @@ class Saver:
         if fault is None:
             files = dict(sorted(item for r in reports for item in r["files"].items()))
             try:
-                checkpoint.complete(self.folder, step, state | {"files": files}, self.keep)
+                checkpoint.complete(self.folder, step, state | {"files": files}, self.keep, self._lost)
+                self._lost = []
             except WRITE_ERRORS as error:
                 fault = describe(error)
         return fault and f"{fault} in {self.folder}, {space(self.folder, sum(r['bytes'] for r in reports))}"

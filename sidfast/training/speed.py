@@ -9,6 +9,7 @@ from sidfast.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
 from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
 from sidfast.networks.fused import cannot_fuse, fuse, unfuse
+from sidfast.networks.packed import repack
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Speed:
     compile: bool
     attention: str
     gradient_checkpointing: bool
+    packed: bool                                         # weights in the form that passes read are kept
     attention_ms: dict = field(default_factory=dict)     # of the candidates, where they were timed
     notes: tuple = ()
 
@@ -36,6 +38,11 @@ class Speed:
         if self.compile:
             compile_regions(unet)
         return unet
+
+    def repack(self, unet):
+        """To be called for a network that `prepare` has seen once its weights are there, and whenever they change."""
+        if self.packed:
+            repack(unet)
 
 
 def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, capturing=None):
@@ -64,7 +71,8 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
         attention = next(iter(timed))
         if isinstance(timed[attention], str):
             raise RuntimeError(f"no implementation of attention works here: {timed}")
-    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing, timed, tuple(notes))
+    packed = fused and not sharded                       # (of stage 3's weights, only parts are here)
+    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing, packed, timed, tuple(notes))
 
 
 @functools.cache

@@ -111,6 +111,8 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
         restore(checkpoint, engines, ema)
         for one in copies.values():
             one.restore(progress.step, lambda kind: read_tensors(checkpoint, "generator", kind))
+    for unet in (*(e.module.unet for e in engines.values()), teacher.unet, *(one.unet for one in copies.values())):
+        speed.repack(unet)
 
     # the data, and what is optimised
     g, schedule = config.guidance, teacher.schedule.to(device)
@@ -125,12 +127,12 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
 
     updates = _updates(networks, objective, source, speed.cuda_graphs, 3 in stages)
     beside = Beside(
-        stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn),
+        stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint),
         Spikes(config.train.spike, batches),
         Observer(engines, teacher.text_encoder, device, dtype, config.train.batch_size, processes, flops,
                  config.speed.tf32),
         Profiler(profile, f"{out}/profile", device, rank))
-    stopped = _loop(config, engines, ema, copies.values(), batches, updates, progress, run, preview, out, beside)
+    stopped = _loop(config, engines, ema, copies.values(), batches, updates, progress, run, preview, out, speed, beside)
     beside.profiler.close()
 
     # the end
@@ -189,7 +191,7 @@ def _all_agree(flag):
     return bool(flag)
 
 
-def _loop(config, engines, ema, copies, batches, updates, progress, run, preview, out, beside):
+def _loop(config, engines, ema, copies, batches, updates, progress, run, preview, out, speed, beside):
     """Fake score and generator take turns; between steps come logs, sample grids, evaluations and checkpoints.
 
     Returns the name of the signal that ended the run early, or None.
@@ -204,6 +206,7 @@ def _loop(config, engines, ema, copies, batches, updates, progress, run, preview
             set_learning_rate(engines[name], getattr(config.optimizer, name), progress.step, total)
         for one in copies:
             one.follow(progress.step)
+            speed.repack(one.unet)
         sums = {}
         for name, update in updates.items():
             watch.at(f"step {progress.step + 1}, data of the {name} update")
@@ -213,6 +216,7 @@ def _loop(config, engines, ema, copies, batches, updates, progress, run, preview
             before = engines[name].skipped_steps
             with phase(name):
                 sums[name] = update(batch)
+                speed.repack(engines[name].module.unet)
             _count_skipped(progress, name, engines[name].skipped_steps - before, train.max_skipped, beside.saver)
         fake, gen = sums["fake_score"], sums["generator"]
         watch.at(f"step {progress.step + 1}, average")
