@@ -127,6 +127,9 @@ class Speed(Section):
     compile: bool = Field(False, description="torch.compile by regions, in place of the fused kernels")
     attention: Literal["auto", "cudnn", "flash", "xformers", "efficient", "math"] = Field(
         "auto", description="of the fused kernels; auto: time them at start, check them, take the fastest")
+    share_generator_forward: bool = Field(False, description="train the fake score on the images of the generator's "
+                                                             "own update: one pass of the generator less; the "
+                                                             "generator's update then comes first")
     gradient_checkpointing: bool = Field(False, description="compute activations again in backward: less memory")
 
 
@@ -182,6 +185,10 @@ class Config(Section):
         uncaptured = cannot_capture(self.synthetic)
         if self.speed.cuda_graphs is True and uncaptured:
             raise ValueError(f"speed.cuda_graphs: impossible, {uncaptured}; leave it at auto")
+        other = self.synthetic.source != "generator" or self.synthetic.teacher_share
+        if self.speed.share_generator_forward and other:
+            raise ValueError("speed.share_generator_forward: the fake score's images are the generator's then; leave "
+                             "synthetic.source and synthetic.teacher_share at their defaults")
         _check_deepspeed(self.deepspeed, "deepspeed")
         for engine in ("generator", "fake_score"):
             section, name = self.deepspeed.get(engine, {}), f"deepspeed.{engine}"

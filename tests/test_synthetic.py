@@ -10,7 +10,9 @@ from conftest import losses, run_jobs
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers_method import (
     ALPHAS_CUMPROD,
+    POISON,
     assert_close,
+    micro_batches,
     naive_generate,
     naive_pass,
     naive_x_hat,
@@ -24,11 +26,12 @@ from sidfast.config import Synthetic, build_config
 from sidfast.data.diversity import fixed_z, training_prompts
 from sidfast.data.prompts import open_prompts
 from sidfast.errors import UserError
-from sidfast.method.distill import fake_score_update, generate
+from sidfast.method.distill import fake_score_update, generate, generator_update
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES, build_source, cannot_capture
 from sidfast.networks.loading import load_teacher
 from sidfast.training.batches import Batches, noise_levels
 from sidfast.training.checkpoint import read_tensors
+from sidfast.training.trainer import _with_images
 
 
 def source_of(networks, objective=None, copies=None, **options):
@@ -53,6 +56,37 @@ def test_update_on_the_base_source_is_the_paper_s_to_the_last_bit():
         curves.append((update([batch]), networks.fake_score.gradients()))
     (a, grads_a), (b, grads_b) = curves
     assert torch.equal(a.loss, b.loss) and all(torch.equal(grads_a[name], grads_b[name]) for name in grads_a)
+
+
+@pytest.mark.parametrize("poisoned", [(), ("generator",)])
+def test_shared_images_are_those_of_the_generator_s_update(poisoned):
+    """The fake score's update on them is the one that makes the same images again; what is not finite stays out."""
+    curves, objective = [], objective_of(1.5, 1.5, 1.5, 1.5)
+    for shared in (True, False):
+        networks, batch = setting(6, poisoned, accumulation=3)[:2]
+        batch.text[3, :, POISON] = 3e38
+        batches = micro_batches(batch, 2)
+        if shared:
+            images = generator_update(networks, objective)(batches).images
+            assert [x.isfinite().all().item() for x in images] == [True, not poisoned, True]
+            batches = _with_images(batches, images)
+        source = build_source(Synthetic(), networks, objective, {}, None, shared)
+        curves.append((fake_score_update(networks, objective, source)(batches), networks.fake_score))
+    (a, fake_a), (b, fake_b) = curves
+    assert a.non_finite == b.non_finite == len(poisoned)
+    assert a.loss == pytest.approx(b.loss.item(), rel=1e-5)
+    assert fake_a.passes == fake_b.passes == 3 + len(poisoned)
+    torch.testing.assert_close(fake_a.gradients(), fake_b.gradients(), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_images_come_with_their_prompts():
+    shared, usual = batches(shared=True), batches()
+    for step in range(3):
+        first, second = (joined(shared(step, update)) for update in ("generator", "fake_score"))
+        assert torch.equal(first["text"], second["text"]) and not torch.equal(first["t"], second["t"])
+        assert torch.equal(joined(usual(step, "fake_score"))["t"], second["t"])
+        assert shared.prompt(step, "generator", 1) == shared.prompt(step, "fake_score", 1)
+    assert not torch.equal(first["text"], joined(shared(3, "generator"))["text"])
 
 
 @pytest.mark.parametrize("kind", ["ema", "stale"])
@@ -161,13 +195,13 @@ class Words:
         return ids[..., None].float()
 
 
-def batches(prompts="shapes:train", micro=4, noises=0, rank=0, processes=1, noise=None, **synthetic):
+def batches(prompts="shapes:train", micro=4, noises=0, rank=0, processes=1, noise=None, shared=False, **synthetic):
     config = build_config({"model": {"teacher": "x"}, "data": {"prompts": prompts}, "noise": noise or {},
                            "train": {"steps": 1, "batch_size": 8, "micro_batch": micro, "seed": 5},
                            "synthetic": synthetic}, "test")
     return Batches(training_prompts(prompts, 5, config.synthetic), Words(),
                    noise_levels(objective_of().schedule, config.noise), (4, 3, 2), config.train, 0.1, config.synthetic,
-                   noises, torch.device("cpu"), rank, processes)
+                   noises, torch.device("cpu"), rank, processes, shared)
 
 
 def joined(pieces):
@@ -275,6 +309,7 @@ def test_z_of_a_prompt():
 # Whole runs
 
 
+SHARED = ({"degradation": "noise", "strength": 0.2}, {"speed": {"share_generator_forward": True}})
 STALE, EMA = ({"source": "stale", "stale_by": 2}, {}), ({"source": "ema"}, {"ema": {"half_life": 8}})
 SPARSE = ({"source": "stale", "stale_by": 2, "stale_every": 2}, {})
 STEPS = ({"source": "multistep", "steps": 3, "teacher_share": 0.5, "teacher_steps": 2, "degradation": "noise",
@@ -298,8 +333,9 @@ def runs(tiny_config, tmp_path_factory):
     at_once, half = {"ema": {"half_life": 0}}, {"steps": 4, "save_every": 4}
     run_jobs([*jobs(tiny_config, folder, {}, base=({}, at_once), same=({"source": "ema"}, at_once), ema=EMA),
               *jobs(tiny_config, folder, {"save_every": 1, "keep": 9}, stale=STALE),
-              *jobs(tiny_config, folder, half, stale_cut=STALE, ema_cut=EMA),
-              *jobs(tiny_config, folder, {}, stale_cut=STALE, ema_cut=EMA)], folder, 1, 29811)
+              *jobs(tiny_config, folder, {}, shared=SHARED),
+              *jobs(tiny_config, folder, half, stale_cut=STALE, ema_cut=EMA, shared_cut=SHARED),
+              *jobs(tiny_config, folder, {}, stale_cut=STALE, ema_cut=EMA, shared_cut=SHARED)], folder, 1, 29811)
     return folder
 
 
@@ -361,7 +397,7 @@ def test_average_without_memory_is_the_generator(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stale", "ema"])
+@pytest.mark.parametrize("name", ["stale", "ema", "shared"])
 def test_an_interrupted_run_goes_on_exactly(runs, name):
     assert_goes_on(runs, name)
 

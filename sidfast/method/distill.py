@@ -56,13 +56,15 @@ class Batch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of one update on this process, on the device: mean loss per sample, the number of samples left out, and the
-    samples' own losses and noise levels t, [N] each over all micro-batches."""
+    """Of one update on this process, on the device: mean loss per sample, the number of samples left out, the samples'
+    own losses and noise levels t, [N] each over all micro-batches, and the images x_g of each micro-batch, NaN for
+    samples left out."""
 
     loss: torch.Tensor
     non_finite: torch.Tensor
     losses: torch.Tensor
     t: torch.Tensor
+    images: list
 
 
 def generate(generator, z, text, objective):
@@ -93,7 +95,7 @@ def fake_score_update(networks, objective, source=None, wrap=lambda compute: com
         loss, finite = fake_score_loss(output, x_g, batch.eps, a, s, objective.prediction_type, objective.kappa1)
         finite = finite & loss.isfinite() & x_g.isfinite().flatten(1).all(1)
         loss = torch.where(keep, loss, 0)
-        return loss.mean(), finite, loss.detach()
+        return loss.mean(), finite, loss.detach(), x_g
 
     kappas = [objective.kappa1]
     return Update(networks.fake_score, wrap(compute), agree)
@@ -114,7 +116,7 @@ def generator_update(networks, objective, wrap=lambda compute: compute, agree=bo
         loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
                                       objective.alpha)
         finite, loss = finite & loss.isfinite(), torch.where(keep, loss, 0)
-        return loss.mean(), finite, loss.detach()
+        return loss.mean(), finite, loss.detach(), x_g.detach()
 
     fake_score = networks.fake_score.module.unet         # the engine itself would prepare for a backward of its own
     return Update(networks.generator, wrap(compute), agree, frozen=fake_score)
@@ -123,9 +125,9 @@ def generator_update(networks, objective, wrap=lambda compute: compute, agree=bo
 class Update:
     """One optimizer step of an engine's network, out of one global batch; made by the two functions above.
 
-    `compute(unet, *batch, keep) -> (mean loss, finite [N], losses [N])`, where samples with keep [N] (bool) False count
-    as 0. A sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0, and
-    weights are shared by all samples. Its micro-batch is then computed once more with another sample in its place.
+    `compute(unet, *batch, keep) -> (mean loss, finite [N], losses [N], x_g)`, where samples with keep [N] (bool) False
+    count as 0. A sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0,
+    and weights are shared by all samples. Its micro-batch is then computed once more with another sample in its place.
     `agree(all finite)` makes all processes do that together, where a pass is a collective call (ZeRO stage 3).
     """
 
@@ -134,22 +136,24 @@ class Update:
 
     def __call__(self, batches):
         """Returns Sums over `batches`, the micro-batches. Raises Diverged if the network has diverged."""
-        losses, left_out, single = [], [], []
+        losses, left_out, single, images = [], [], [], []
         with _frozen(self.frozen):
             for batch in batches:
-                loss, finite, each = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
+                loss, finite, each, x_g = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
                 if not self.agree(finite.all()):
                     loss, each = self._without(batch, finite)
+                    x_g = torch.where(finite[:, None, None, None], x_g, torch.nan)
                 self.engine.backward(loss)
                 self.engine.step()                       # steps at the accumulation boundary
                 losses.append(loss.detach())
                 left_out.append((~finite).sum())
                 single.append(each)
+                images.append(x_g)
         return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum(), torch.cat(single),
-                    torch.cat([batch.t for batch in batches]))
+                    torch.cat([batch.t for batch in batches]), images)
 
     def _without(self, batch, finite):
-        loss, again, each = self.engine(self.compute, *_replaced(batch, finite), finite)
+        loss, again, each, _ = self.engine(self.compute, *_replaced(batch, finite), finite)
         if not again.all():
             raise Diverged("a network's output is not finite for any input: the run has diverged. Go on from an "
                                "earlier checkpoint with lower learning rates")

@@ -50,10 +50,10 @@ class Batches:
     """The micro-batches of this process, for any step and either update."""
 
     def __init__(self, prompts, encoder, levels, latent_shape, train, dropout, synthetic, noises, device, rank=0,
-                 processes=1):
+                 processes=1, shared=False):
         """`levels`: {update: NoiseLevels}; `latent_shape`: (C, H, W); `train`, `synthetic`: the configuration's
         sections; `dropout`: share of empty prompts; `noises`: tensors of further noise that the source of the fake
-        score's images takes for each."""
+        score's images takes for each; `shared`: whether both updates of a step have the same prompts."""
         self.prompts, self.encoder, self.levels, self.latent_shape = prompts, encoder, levels, latent_shape
         self.size, self.micro, self.seed, self.dropout, self.device = (
             train.batch_size, train.micro_batch, train.seed, dropout, device)
@@ -61,13 +61,13 @@ class Batches:
         self.noises = {"fake_score": noises, "generator": 0}
         share = self.size // processes
         self.rows = range(rank * share, (rank + 1) * share)
-        self._worker, self._ahead = ThreadPoolExecutor(1), {}
+        self.shared = shared
+        self._worker, self._ahead, self._last = ThreadPoolExecutor(1), {}, (None, None, None)
 
     def __call__(self, step, update):
         """The list of this process's Batches for one update of step 0, 1, 2, ...."""
         k = UPDATES.index(update)
-        prompts, ids = self._text(len(UPDATES) * step + k)
-        text, mine = self.encoder(ids), slice(self.rows.start, self.rows.stop)
+        (prompts, text), mine = self._text(self._number(step, update)), slice(self.rows.start, self.rows.stop)
         generator = self._generator(step, k)
         z, eps = (self._normal(generator) for _ in range(2))
         t = self.levels[update].sample(self.size, generator)
@@ -86,15 +86,21 @@ class Batches:
 
     def prompt(self, step, update, row):
         """The text of this process's sample `row` in an update."""
-        number = len(UPDATES) * step + UPDATES.index(update)
-        return self.prompts[number * self.size + self.rows[row]]
+        return self.prompts[self._number(step, update) * self.size + self.rows[row]]
+
+    def _number(self, step, update):
+        """Which global batch of prompts an update has."""
+        return step if self.shared else len(UPDATES) * step + UPDATES.index(update)
 
     def _text(self, number):
-        """Prompts and token ids of update `number`; those of the next are made meanwhile, while this thread waits for
-        the GPU."""
-        waiting = self._ahead.pop(number, None)
-        self._ahead = {number + 1: self._worker.submit(self._tokenize, number + 1)}
-        return waiting.result() if waiting else self._tokenize(number)
+        """Prompts number `number` and their embeddings; the next ones' token ids are made meanwhile, while this thread
+        waits for the GPU."""
+        if self._last[0] != number:
+            waiting = self._ahead.pop(number, None)
+            self._ahead = {number + 1: self._worker.submit(self._tokenize, number + 1)}
+            prompts, ids = waiting.result() if waiting else self._tokenize(number)
+            self._last = number, prompts, self.encoder(ids)
+        return self._last[1:]
 
     def _tokenize(self, number):
         prompts = [self.prompts[number * self.size + row] for row in self.rows]

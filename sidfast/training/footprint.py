@@ -55,11 +55,12 @@ def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
     return Footprint(tuple(rows), (runs[1][1] - runs[0][1]) / step, parameters)
 
 
-def image_flops(unet, latent_shape, text_shape, kappas):
+def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
     """FLOPs of one training image, one update of each network, from one pass of a UNet on the meta device.
 
-    `kappas`: (kappa1, ..., kappa4). The same number as that of the two updates as a whole (`Footprint.flops`), in a
-    fraction of the time. Memory layout and gradient checkpointing do not matter here.
+    `kappas`: (kappa1, ..., kappa4); `shared`: both updates take the same pass of the generator. The same number as that
+    of the two updates as a whole (`Footprint.flops`), in a fraction of the time. Memory layout and gradient
+    checkpointing do not matter here.
     """
     from sidfast.method.guidance import passes
 
@@ -78,14 +79,15 @@ def image_flops(unet, latent_shape, text_shape, kappas):
             y.sum().backward()
     both = passes(kappas[:1])
     denoisers = passes(kappas[1:3]) + passes(kappas[3:])
-    return (forward.flops * (2 + both + denoisers) + trained.flops * (1 + both) + frozen.flops * denoisers)
+    return (forward.flops * (2 - shared + both + denoisers) + trained.flops * (1 + both) + frozen.flops * denoisers)
 
 
 def count_flops(config, teacher, latent_shape):
     """`image_flops` of a run: its configuration, its Teacher, (C, H, W)."""
     g = config.guidance
     text_shape = teacher.tokenizer.model_max_length, teacher.unet.config.cross_attention_dim
-    return image_flops(teacher.unet, latent_shape, text_shape, (g.kappa1, g.kappa2, g.kappa3, g.kappa4))
+    return image_flops(teacher.unet, latent_shape, text_shape, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
+                       config.speed.share_generator_forward)
 
 
 def _run(name, unets, objective, latent_shape, text_shape, dtype, n):

@@ -21,6 +21,7 @@ class Speed:
     compile: bool
     attention: str
     gradient_checkpointing: bool
+    share_generator_forward: bool
     packed: bool                                         # weights in the form that passes read are kept
     attention_ms: dict = field(default_factory=dict)     # of the candidates, where they were timed
     notes: tuple = ()
@@ -72,7 +73,8 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
         if isinstance(timed[attention], str):
             raise RuntimeError(f"no implementation of attention works here: {timed}")
     packed = fused and not sharded                       # (of stage 3's weights, only parts are here)
-    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing, packed, timed, tuple(notes))
+    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing,
+                 section.share_generator_forward, packed, timed, tuple(notes))
 
 
 @functools.cache

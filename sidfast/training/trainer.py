@@ -119,13 +119,14 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     objective = Objective(schedule, teacher.prediction_type, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
                           config.noise.t_init)
     source = build_source(config.synthetic, networks, objective, {kind: one.unet for kind, one in copies.items()},
-                          teacher.sampler)
+                          teacher.sampler, speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic),
                       TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype), noise_levels(schedule, config.noise),
-                      latent_shape, config.train, dropout, config.synthetic, source.noises, device, rank, processes)
+                      latent_shape, config.train, dropout, config.synthetic, source.noises, device, rank, processes,
+                      speed.share_generator_forward)
 
-    updates = _updates(networks, objective, source, speed.cuda_graphs, 3 in stages)
+    updates = _updates(networks, objective, source, speed, 3 in stages)
     beside = Beside(
         stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint),
         Spikes(config.train.spike, batches),
@@ -172,16 +173,22 @@ def _warn(message):
         print(f"sidfast: {message}", file=sys.stderr, flush=True)
 
 
-def _updates(networks, objective, source, graphs, sharded):
+def _updates(networks, objective, source, speed, sharded):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
     options = {}
-    if graphs:
+    if speed.cuda_graphs:
         pool = torch.cuda.graph_pool_handle()
         options["wrap"] = lambda compute: GraphedLoss(compute, pool)
     if sharded:
         options["agree"] = _all_agree
-    return {"fake_score": fake_score_update(networks, objective, source, **options),
-            "generator": generator_update(networks, objective, **options)}
+    updates = {"fake_score": fake_score_update(networks, objective, source, **options),
+               "generator": generator_update(networks, objective, **options)}
+    return dict(reversed(updates.items())) if speed.share_generator_forward else updates
+
+
+def _with_images(batches, images):
+    """Micro-batches of the fake score's update on images that are there already (method/synthetic.py, Shared)."""
+    return [b._replace(noise=torch.cat((x[:, None], b.noise[:, 1:]), 1)) for b, x in zip(batches, images, strict=True)]
 
 
 def _all_agree(flag):
@@ -212,6 +219,8 @@ def _loop(config, engines, ema, copies, batches, updates, progress, run, preview
             watch.at(f"step {progress.step + 1}, data of the {name} update")
             with phase("data"):
                 batch = batches(progress.step, name)
+                if speed.share_generator_forward and name == "fake_score":
+                    batch = _with_images(batch, sums["generator"].images)
             watch.at(f"step {progress.step + 1}, {name} update")
             before = engines[name].skipped_steps
             with phase(name):
