@@ -7,7 +7,7 @@ through as it stands, once for each engine.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -61,7 +61,8 @@ class Train(Section):
     steps: int | None = Field(None, ge=1, le=10**12, description="iterations; give this or images")
     images: int | None = Field(None, ge=1, le=10**12, description="training images in all, rounded up to whole steps")
     batch_size: int = Field(512, ge=1, le=10**7, description="images per update, over all GPUs and accumulation steps")
-    micro_batch: int = Field(4, ge=1, description="images per GPU and pass")
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        4, description="images per GPU and pass; auto: the most that fit, up to 32, as measured at start")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int = Field(500, ge=0, description="steps between checkpoints, and exports with them; 0 for none")
@@ -80,7 +81,7 @@ class Train(Section):
     def _consistent(self):
         if (self.steps is None) == (self.images is None):
             raise ValueError("give one of train.steps and train.images")
-        if self.batch_size % self.micro_batch:
+        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
             raise ValueError(f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch "
                              f"({self.micro_batch})")
         return self

@@ -79,6 +79,7 @@ def run(args):
     from sidfast.networks.loading import load_teacher
     from sidfast.training.checkpoint import check_fits, choose_checkpoint
     from sidfast.training.engines import compute_dtype, engine_config
+    from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
     from sidfast.training.measure import check_measures
     from sidfast.training.probe import probe_engines
@@ -95,6 +96,7 @@ def run(args):
     claim(out, first, warn=_tell)
     device = join()
     probe_engines(config, processes, device)
+    config = with_micro_batch(config, teacher, processes, device)
     checkpoint = choose_checkpoint(out, args.resume, _tell)
     if checkpoint:
         check_fits(checkpoint, teacher.unet)

@@ -54,7 +54,7 @@ PLAUSIBLE = {                                            # most of them run
     "noise.density": ["edm", "karras", "cosine", "linear", "sigmoid", "laplace"], "noise.t_min": [0, 1, 500, 978],
     "noise.t_max": [21, 980, 999, 1000], "noise.t_init": [1, 999, 1000], "noise.mean": [0.0, -1.2, 1e6],
     "noise.std": [1.2, 1e-6, 1e9], "noise.scale": [1, 1e6], "noise.rho": [7, 1e-3, 100], "train.steps": [1, 2],
-    "train.batch_size": [2, 6, 8, 5], "train.micro_batch": [1, 4, 3], "train.seed": [1, 2**63, 10**30],
+    "train.batch_size": [2, 6, 8, 5], "train.micro_batch": [1, 4, 3, "auto"], "train.seed": [1, 2**63, 10**30],
     "train.save_every": [0, 1], "train.samples": [0, 1], "train.keep": [1, 10**9], "train.log_every": [1, 100],
     "train.sample_every": [1, 10**12], "optimizer.generator.lr": [1e-300, 1e10, 1],
     "optimizer.fake_score.beta1": [0.9], "optimizer.generator.eps": [None, 1e-30, 1e30],

@@ -39,6 +39,11 @@ def repack(unet):
             module.repack()
 
 
+def packed_bytes(unet):
+    """Bytes of what a UNet keeps."""
+    return sum(t.nbytes for m in unet.modules() if isinstance(m, Packed) for t in m.kept or ())
+
+
 def channels_last(weight):
     """A convolution's weight as cuDNN reads it beside activations that are channels last."""
     return weight if weight.shape[2:] == (1, 1) else weight.contiguous(memory_format=torch.channels_last)

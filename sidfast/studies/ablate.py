@@ -82,6 +82,8 @@ def _check_inputs(study, path):
     teacher, checked = load_teacher(study.runs[0].config.model.teacher), set()
     for run in study.runs:
         config, where = run.config, f"{path}: variants.{run.variant}"
+        if config.train.micro_batch == "auto":
+            raise UserError(f"{where}: train.micro_batch must be a number here, so that runs can be compared")
         engine_config(config, "generator", 1)
         compute_dtype(config.deepspeed)
         check_teacher_fits(config, teacher, where)

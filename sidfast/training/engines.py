@@ -28,16 +28,27 @@ def engine_config(config, name, processes):
     Raises UserError if the global batch does not divide among micro-batches and processes.
     """
     train = config.train
-    if train.batch_size % (train.micro_batch * processes):
+    micro_batch = 1 if train.micro_batch == "auto" else train.micro_batch       # (not known yet: any will do)
+    if train.batch_size % (micro_batch * processes):
         raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch x processes "
-                        f"({train.micro_batch} x {processes} = {train.micro_batch * processes})")
+                        f"({micro_batch} x {processes} = {micro_batch * processes})")
+    return engine_section(config, name) | {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": train.batch_size // (micro_batch * processes)}
+
+
+def engine_section(config, name):
+    """The user's section for one engine, with the defaults that differ from DeepSpeed's."""
     section = copy.deepcopy({k: v for k, v in config.deepspeed.items() if k not in ENGINES})
     _merge(section, config.deepspeed.get(name, {}))
     section.setdefault("steps_per_print", 2**31)         # the trainer prints its own progress
     section.setdefault("gradient_clipping", 0.0)         # DeepSpeed clips to norm 1 unless told; the method does not
-    return section | {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.batch_size // (train.micro_batch * processes)}
+    return section
+
+
+def zero_stages(config):
+    """ZeRO's stage of each engine."""
+    return [engine_section(config, name).get("zero_optimization", {}).get("stage", 0) for name in ENGINES]
 
 
 def _merge(base, extra):

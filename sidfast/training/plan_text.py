@@ -23,7 +23,10 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
         return "\n".join([*lines, fault]), None
     best = recommend(options, limit) if limit else None
     lines += [*_memory_table(options), ""]
-    current = planner.option(*_current(config), config.train.micro_batch, config.speed.gradient_checkpointing, gpus)
+    current = None
+    if config.train.micro_batch != "auto":
+        current = planner.option(*planner.configured(), config.train.micro_batch, config.speed.gradient_checkpointing,
+                                 gpus)
     for title, option in (("as configured", current), ("recommended", best)):
         if option:
             lines += _parts(title, option)
@@ -35,14 +38,6 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
                      + (best.settings() if best else "nothing does; more GPUs, or a smaller resolution"))
     text, hours = _time(planner, gpus, rate, best or current, bandwidth)
     return "\n".join([*lines, "", *text, ""]), hours
-
-
-def _current(config):
-    """(label, stage, offload) of the generator's engine as configured."""
-    zero = {**config.deepspeed.get("zero_optimization", {}),
-            **config.deepspeed.get("generator", {}).get("zero_optimization", {})}
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return "as configured", zero.get("stage", 0), offload
 
 
 def _memory_table(options):

@@ -15,7 +15,7 @@ from sidfast.method.distill import Objective
 from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.loading import check_teacher, find_teacher
 from sidfast.training import memory
-from sidfast.training.engines import ENGINES, compute_dtype, engine_config
+from sidfast.training.engines import ENGINES, compute_dtype, engine_section
 from sidfast.training.footprint import UPDATES, measure_update
 
 GIB = 2**30
@@ -104,22 +104,33 @@ def _folder(teacher, architectures):
 class Planner:
     """Measures a configuration's updates once, then answers for any stage, micro-batch and number of GPUs."""
 
-    def __init__(self, config, shapes, note=lambda text: None):
-        self.config, self.shapes = config, shapes
+    def __init__(self, config, shapes, note=lambda text: None, prepare=None):
+        """`prepare(checkpointing)`: a network as it will run, on the device on which to measure; plain PyTorch's, on
+        the meta device, unless given."""
+        self.config, self.shapes, self.note, self._prepare = config, shapes, note, prepare or self._plain
         factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
         side = config.model.resolution // factor if config.model.resolution else shapes.unet.config.sample_size
         self.latent_shape = (shapes.unet.config.in_channels, side, side)
         self.dtype = compute_dtype(config.deepspeed)
-        self.footprints = {}
-        for checkpointing in (False, True):
-            note(f"counting the updates on the meta device, {'with' if checkpointing else 'without'} gradient "
-                 "checkpointing ...")
-            self.footprints[checkpointing] = self._measure(checkpointing)
+        self._footprints = {}
 
     @property
     def flops(self):
         """Of one training image, one update of each network, without recomputation by checkpointing."""
-        return sum(f.flops for f in self.footprints[False].values())
+        return sum(f.flops for f in self.footprints(False).values())
+
+    def footprints(self, checkpointing):
+        """{update: Footprint}, measured when first asked for."""
+        if checkpointing not in self._footprints:
+            self.note(f"counting the updates, {'with' if checkpointing else 'without'} gradient checkpointing ...")
+            self._footprints[checkpointing] = self._measure(checkpointing)
+        return self._footprints[checkpointing]
+
+    def configured(self):
+        """(label, stage, offload) of the generator's engine as configured."""
+        zero = engine_section(self.config, "generator").get("zero_optimization", {})
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        return "as configured", zero.get("stage", 0), offload
 
     def option(self, label, stage, offload, micro_batch, checkpointing, gpus):
         """The Option of one setting, or None if the global batch cannot be split so."""
@@ -127,7 +138,7 @@ class Planner:
         if batch % (micro_batch * gpus):
             return None
         sizes = self.shapes.parameters()
-        P, prints = sizes["unet"], self.footprints[checkpointing]
+        P, prints = sizes["unet"], self.footprints(checkpointing)
         zeros = {name: memory.Zero.of(self._section(name, stage, offload), gpus) for name in ENGINES}
         width = zeros["generator"].width
         parts = {}
@@ -149,7 +160,7 @@ class Planner:
 
     def options(self, gpus):
         """Every Option that the global batch allows, by stage, then micro-batch."""
-        sizes = sorted({*_MICRO_BATCHES, self.config.train.micro_batch})
+        sizes = sorted({*_MICRO_BATCHES, self.config.train.micro_batch} - {"auto"})
         found = [self.option(*stage, m, checkpointing, gpus)
                  for stage in STAGES for checkpointing in (False, True) for m in sizes]
         return [option for option in found if option]
@@ -160,20 +171,21 @@ class Planner:
         return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation)
 
     def _section(self, name, stage, offload):
-        section = engine_config(self.config, name, 1)
+        section = engine_section(self.config, name)
         zero = dict(section.get("zero_optimization", {})) | {"stage": stage}
         zero["offload_optimizer"] = {"device": "cpu"} if offload else {"device": "none"}
         return section | {"zero_optimization": zero}
 
+    def _plain(self, checkpointing):
+        unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
+        if checkpointing:
+            unet.train().enable_gradient_checkpointing()
+        return unet
+
     def _measure(self, checkpointing):
-        unets = {}
-        for role in ("generator", "fake_score", "teacher"):
-            unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
-            if checkpointing:
-                unet.train().enable_gradient_checkpointing()
-            unets[role] = unet
-        g, meta = self.config.guidance, torch.device("meta")
-        objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(meta), self.shapes.prediction_type,
+        unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
+        g, device = self.config.guidance, unets["teacher"].device
+        objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(device), self.shapes.prediction_type,
                               g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
         text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
         return {name: measure_update(name, unets, objective, self.latent_shape, text, self.dtype) for name in UPDATES}

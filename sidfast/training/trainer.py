@@ -21,7 +21,14 @@ from sidfast.training.channel import Channel
 from sidfast.training.checkpoint import read_state, read_tensors, restore
 from sidfast.training.copies import COPIES
 from sidfast.training.ema import Ema
-from sidfast.training.engines import ENGINES, build_engine, compute_dtype, engine_config, set_learning_rate
+from sidfast.training.engines import (
+    ENGINES,
+    build_engine,
+    compute_dtype,
+    engine_config,
+    set_learning_rate,
+    zero_stages,
+)
 from sidfast.training.footprint import count_flops
 from sidfast.training.observe import Observer, Profiler
 from sidfast.training.preview import Preview
@@ -78,7 +85,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     progress = _resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
     for module in (teacher.unet, teacher.vae, teacher.text_encoder):
         module.to(device)
-    stages = [section.get("zero_optimization", {}).get("stage", 0) for section in sections.values()]
+    stages = zero_stages(config)
     speed = decide_speed(config.speed, teacher, latent_shape, 2 * config.train.micro_batch, stages, dtype, device,
                          cannot_capture(config.synthetic))
     if rank == 0 and speed.notes:

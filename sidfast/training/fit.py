@@ -1,0 +1,77 @@
+"""`train.micro_batch: "auto"`: the largest micro-batch that fits, from what the updates really allocate here."""
+
+import copy
+import os
+from dataclasses import replace
+
+import torch
+
+from sidfast.errors import UserError
+from sidfast.networks.packed import packed_bytes
+from sidfast.training.engines import compute_dtype, zero_stages
+from sidfast.training.planner import GIB, MARGIN, Planner, Shapes
+from sidfast.training.speed import decide_speed
+
+_LARGEST = 32                                            # beyond that a GPU gains little
+
+
+def with_micro_batch(config, teacher, processes, device):
+    """The configuration with a number for `train.micro_batch`; all processes come to the same one.
+
+    One update of each network runs at two small sizes on `device`, as it will run in training; from the tensors that it
+    makes follows what any size needs (footprint.py), and DeepSpeed's share is known (memory.py). Raises UserError if
+    not even the smallest micro-batch fits, or the global batch does not divide among the processes.
+    """
+    train = config.train
+    if train.micro_batch != "auto":
+        return config
+    share, rest = divmod(train.batch_size, processes)
+    if rest:
+        raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of the number of processes "
+                        f"({processes})")
+    sizes = [m for m in range(1, min(share, _LARGEST) + 1) if share % m == 0]
+    limit = MARGIN * _memory(device)
+    needed = _needed(config, teacher, sizes, processes, device)
+    if needed[sizes[0]] > limit:
+        raise UserError(f"train.micro_batch: not even {sizes[0]} fits: it needs {needed[sizes[0]] / GIB:.3g} GiB of "
+                        f"{limit / GIB:.3g} ({MARGIN:.0%} of the memory); `sidfast plan` shows what would fit")
+    chosen = _agreed(max(m for m in sizes if needed[m] <= limit))
+    return config.model_copy(update={"train": train.model_copy(update={"micro_batch": chosen})})
+
+
+def _needed(config, teacher, sizes, processes, device):
+    """{micro-batch: bytes on this device}."""
+    shapes = Shapes(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
+                    teacher.prediction_type)
+    side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
+    dtype, packed = compute_dtype(config.deepspeed), []
+    speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side), 2 * sizes[-1],
+                         zero_stages(config), dtype, device)
+    speed = replace(speed, compile=False)                # which takes minutes and as much memory
+
+    def prepare(checkpointing):
+        unet = speed.prepare(copy.deepcopy(teacher.unet).to(device, dtype))
+        speed.repack(unet)
+        packed.append(packed_bytes(unet))
+        return unet
+
+    planner = Planner(config, shapes, prepare=prepare)
+    options = [planner.option(*planner.configured(), m, config.speed.gradient_checkpointing, processes) for m in sizes]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {option.micro_batch: option.bytes + sum(packed) for option in options}
+
+
+def _memory(device):
+    """Bytes of the device; without a GPU, this process's share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+
+
+def _agreed(size):
+    """The smallest of all processes' sizes."""
+    sizes = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sizes, size)
+    return min(sizes)
