@@ -94,7 +94,8 @@ def _parser():
     study.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on each GPU, or on the CPU (1)")
     study.set_defaults(run=_ablate)
     plan = commands.add_parser("plan", help="memory, work and time of a run, before it is started (docs/scaling.md)")
-    plan.add_argument("--config", required=True, metavar="FILE", help="of a training run")
+    plan.add_argument("--config", required=True, metavar="FILE",
+                      help="of a training run, or of a study (docs/ablations.md): each of its runs, and all together")
     plan.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (1)")
     plan.add_argument("--memory", metavar="24G", help="of each GPU; a setting that fits is recommended")
@@ -197,11 +198,18 @@ def _ablate(args):
 def _plan(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
     from sidfast.config import load_config
+    from sidfast.errors import UserError
+    from sidfast.studies.study import is_study, load_study
     from sidfast.training.plan import parse_memory, plan
     from sidfast.training.planner import load_shapes
 
-    config = load_config(args.config, args.set)
-    plan([(Path(args.config).stem, config)], lambda c: load_shapes(args.architecture or c.model.teacher), args.gpus,
+    if is_study(args.config):
+        if args.set:
+            raise UserError(f"--set: {args.config} is a study; its own `settings` hold for all its runs")
+        configs = load_study(args.config)
+    else:
+        configs = [(Path(args.config).stem, load_config(args.config, args.set))]
+    plan(configs, lambda c: load_shapes(args.architecture or c.model.teacher), args.gpus,
          parse_memory(args.memory) if args.memory else None, args.throughput, args.measured, args.bandwidth)
 
 

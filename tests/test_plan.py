@@ -207,6 +207,21 @@ def test_the_recommended_settings_are_valid(capsys, write_config, tmp_path):
     assert found.train.micro_batch == 2 and found.deepspeed["zero_optimization"]["stage"] == 1
 
 
+def test_a_study(capsys, write_config, tmp_path):
+    """Each of its runs, and all together; runs of one kind are counted once."""
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps({
+        "question": "?", "base": write_config().name, "images": 40, "seeds": [0, 1], "reference": "a",
+        "variants": {"a": {}, "b": {"optimizer.generator.lr": 1e-5}}, "evaluation": {"images": 100}}))
+    assert cli.main(["plan", "--config", str(study), "--throughput", "10 images/s"]) == 0
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines() if ": 1 GPU, " in line] == [
+        "a/seed-0", "b/seed-0", "a/seed-1", "b/seed-1"]
+    assert "all 4 runs one after the other: " in said.out and said.err.count("counting the updates, without") == 1
+    assert cli.main(["plan", "--config", str(study), "--set", "train.seed=3"]) == 2
+    assert "--set" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_no_speed_is_invented(capsys, write_config):
     assert cli.main(["plan", "--config", str(write_config())]) == 0

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors import SafetensorError
 from test_bad_input import fails
 
 from sidfast import cli, train
+from sidfast.errors import UserError
 from sidfast.training.checkpoint import read_tensors
 
 CLIP = ROOT / "assets" / "clip"
@@ -177,7 +177,7 @@ def test_checker(capsys, bomb, tiny_teacher, tmp_path):
 
 def test_checkpoint(bomb, tmp_path):
     bomb(tmp_path / "generator.weights-00000-of-00001.safetensors")
-    with pytest.raises(SafetensorError):
+    with pytest.raises(UserError, match="is no safetensors file"):
         read_tensors(tmp_path, "generator", "weights")
 
 

@@ -134,6 +134,11 @@ def read_study(path):
     return study
 
 
+def is_study(path):
+    """Whether a file is a study's and not a training run's. Raises UserError for one that is neither by its syntax."""
+    return "variants" in read_values(Path(path))
+
+
 def load_study(path):
     """[(name, Config), ...] of all runs of a study's file. Raises UserError."""
     return [(f"{run.variant}/seed-{run.seed}", run.config) for run in read_study(path).runs]

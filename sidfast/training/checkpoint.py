@@ -11,10 +11,11 @@
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from sidfast.errors import UserError
 from sidfast.files import flush, write_atomically, write_text
@@ -193,7 +194,7 @@ def check_fits(path, unet):
     for network in ("generator", "fake_score"):
         shapes = {}
         for file in sorted(Path(path).glob(f"{network}.weights-*.safetensors")):
-            with safe_open(file, "pt") as f:
+            with _opened(file) as f:
                 shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}        # noqa: SIM118
         if shapes != want:
             raise UserError(f"--resume {path}: is of another architecture than the teacher (the {network}'s weights "
@@ -206,12 +207,22 @@ def read_state(path):
 
 
 def read_tensors(path, network, kind):
-    """Whole tensors {name: fp32} of one kind ("weights", "exp_avg", "exp_avg_sq", "ema") of a network."""
+    """Whole tensors {name: fp32} of one kind ("weights", "exp_avg", "exp_avg_sq", "ema") of a network. Raises UserError
+    for a file that is something else."""
     tensors = {}
     for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
-        with safe_open(file, "pt") as f:
+        with _opened(file) as f:
             tensors |= {name: f.get_tensor(name) for name in f.keys()}          # noqa: SIM118 (not a dictionary)
     return tensors
+
+
+@contextmanager
+def _opened(file):
+    try:
+        with safe_open(file, "pt") as f:
+            yield f
+    except SafetensorError as error:
+        raise UserError(f"{file}: is no safetensors file ({error})") from None
 
 
 def restore(path, engines, ema):
