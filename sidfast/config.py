@@ -88,6 +88,7 @@ class Train(Section):
 
     @property
     def total_steps(self):
+        """Iterations of the whole run."""
         return self.steps if self.steps is not None else -(-self.images // self.batch_size)
 
 

@@ -24,6 +24,8 @@ from sidfast.networks.packed import Packed, channels_last
 
 
 class FusedResnet(Packed, ResnetBlock2D):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time embedding))), with a 1x1 shortcut where channels change."""
+
     def make_packed(self):
         return channels_last(self.conv1.weight), channels_last(self.conv2.weight)
 
@@ -47,6 +49,8 @@ class FusedResnet(Packed, ResnetBlock2D):
 
 
 class FusedTransformer(Transformer2DModel):
+    """The layers of attention on an image's positions, between two projections and around a residual path."""
+
     def forward(self, x, stats, text):
         """x [N, H, W, C], text [N, L, D] -> y and its statistics."""
         y, x, _ = group_norm(x, stats, self.norm)
@@ -59,6 +63,8 @@ class FusedTransformer(Transformer2DModel):
 
 
 class FusedTransformerBlock(Packed, BasicTransformerBlock):
+    """Self-attention, attention to the text, and GEGLU, each after a LayerNorm and added to its input."""
+
     attend = staticmethod(IMPLEMENTATIONS["math"])       # `fuse` sets the one wanted
 
     def make_packed(self):
@@ -93,6 +99,8 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
 
 
 class FusedDownsample(Packed, Downsample2D):
+    """A 3x3 convolution in steps of two."""
+
     def make_packed(self):
         return (channels_last(self.conv.weight),)
 
@@ -102,6 +110,8 @@ class FusedDownsample(Packed, Downsample2D):
 
 
 class FusedUpsample(Packed, Upsample2D):
+    """Nearest-neighbour upsampling and a 3x3 convolution: twice the size in one 2x2 convolution."""
+
     def make_packed(self):
         return (combine_taps(self.conv.weight),)
 
@@ -115,6 +125,8 @@ class FusedUpsample(Packed, Upsample2D):
 
 
 class FusedConvIn(Packed, nn.Conv2d):
+    """The first convolution: from here on channels are last."""
+
     def make_packed(self):
         return (channels_last(self.weight),)
 
@@ -124,12 +136,16 @@ class FusedConvIn(Packed, nn.Conv2d):
 
 
 class FusedNormOut(nn.GroupNorm):
+    """The last GroupNorm, with SiLU."""
+
     def forward(self, x, stats):
         """GroupNorm and SiLU: x [N, H, W, C] -> the same as [N, C, H, W] in memory format channels_last."""
         return group_norm(x, stats, self, silu=True)[0].permute(0, 3, 1, 2)
 
 
 class FusedUNet(UNet2DConditionModel):
+    """The whole: down, middle and up blocks, whose modules are those above."""
+
     def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True):
         """sample [N, C, H, W] -> [N, C, H, W] in memory format channels_last; arguments as diffusers has them."""
         text = encoder_hidden_states.contiguous()

@@ -17,6 +17,10 @@ class Packed:
 
     kept = None
 
+    def make_packed(self):
+        """The tensors that passes read, out of the parameters."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def packed(self):
         """What this module's passes read."""

@@ -15,4 +15,5 @@ class Trained(nn.Module):
         self.unet = unet
 
     def forward(self, compute, *tensors):
+        """compute(unet, *tensors), whatever that returns."""
         return compute(self.unet, *tensors)

@@ -32,6 +32,7 @@ class StaleCopy:
         self.shards, self._shown = {}, None              # {updates made: shards}, and which of them the UNet has
 
     def follow(self, step):
+        """As EmaCopy's."""
         if step % self.every == 0:
             self.shards[step] = [m.detach().to("cpu", copy=True) for m in masters(self.engine)]
         version = self._oldest(step)
@@ -46,6 +47,7 @@ class StaleCopy:
         return max(0, (step - self.by) // self.every * self.every)
 
     def state(self):
+        """As EmaCopy's: the weights that later steps will draw with."""
         return {_kind(version): shards for version, shards in self.shards.items()}
 
     def restore(self, step, read):

@@ -160,6 +160,7 @@ class RunDirectory:
         return known.get(name) if values is None else values
 
     def close(self):
+        """Write what TensorBoard still holds."""
         with self.attempt("TensorBoard's events"):
             self._board.close()
 
