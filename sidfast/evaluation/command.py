@@ -22,6 +22,7 @@ from sidfast.evaluation.intervals import of_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.rows import FolderRows, collect
+from sidfast.networks.fused_decoder import fuse_pipeline
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +40,7 @@ class Request(Measures):
     guidance: float | None = None
     batch_size: int = 16
     dtype: str = "fp32"
+    fused: bool = False
     seed_offset: int = 0
 
 
@@ -169,6 +171,8 @@ def _image_folder(request):
     for name in ("steps", "guidance"):
         if getattr(request, name) is not None:
             raise UserError(f"--model {folder}: a folder of images takes neither --steps nor --guidance")
+    if request.fused:
+        raise UserError(f"--model {folder}: a folder of images takes no --fused")
     if request.seeds > 1:
         raise UserError(f"--seeds {request.seeds}: {folder} is a folder of images, one set; give each set as a model "
                         "of its own, and all results to `sidfast compare`")
@@ -179,11 +183,14 @@ def _open_model(request, device):
     """(generate(prompts, seeds) -> images, what a result says of the model)."""
     pipe, one_step = load_pipeline(request.model, device, DTYPES[request.dtype])
     options = sampler_options(request.model, pipe, one_step, request.steps, request.guidance)
+    if request.fused:
+        doubled = options.get("guidance_scale", 1) > 1   # diffusers' pipelines then run both branches in one pass
+        fuse_pipeline(pipe, request.batch_size * (1 + doubled), f"--fused: {request.model}")
     place = find_pipeline(request.model)
     files = sorted(p for p in place.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
     described = {"path": request.model, "pipeline": type(pipe).__name__, "dtype": request.dtype,
-                 "steps": options.get("num_inference_steps", 1), "guidance": options.get("guidance_scale"),
-                 "sha256": hash_files(files, place)}
+                 "fused": request.fused, "steps": options.get("num_inference_steps", 1),
+                 "guidance": options.get("guidance_scale"), "sha256": hash_files(files, place)}
     if not Path(request.model).is_dir():                 # of a hub id, kept in a folder named after its commit
         described["revision"] = place.name
     distillation = read_distillation(place)

@@ -29,15 +29,19 @@ class FusedResnet(Packed, ResnetBlock2D):
     def make_packed(self):
         return channels_last(self.conv1.weight), channels_last(self.conv2.weight)
 
-    def forward(self, x, stats, temb, skip=None, skip_stats=None):
-        """x [N, H, W, C1], skip [N, H, W, C2] (as further channels), temb [N, D] after SiLU -> y and its statistics.
+    def forward(self, x, stats, temb=None, skip=None, skip_stats=None):
+        """x [N, H, W, C1], skip [N, H, W, C2] (as further channels), temb [N, D] after SiLU or None -> y and its
+        statistics.
 
         conv1's bias and the time embedding shift whole channels: the second GroupNorm takes them as numbers.
         """
         packed1, packed2 = self.packed()
         y, x, skip = group_norm(x, stats, self.norm1, silu=True, skip=skip, skip_stats=skip_stats)
         h, h_stats = conv(y, self.conv1.weight, packed1)
-        shift = F.linear(temb, self.time_emb_proj.weight, self.time_emb_proj.bias + self.conv1.bias)
+        if temb is None:
+            shift = self.conv1.bias.expand(len(x), -1).contiguous()
+        else:
+            shift = F.linear(temb, self.time_emb_proj.weight, self.time_emb_proj.bias + self.conv1.bias)
         y, *_ = group_norm(h, h_stats, self.norm2, silu=True, shift=shift)
         if self.conv_shortcut is None:
             return conv(y, self.conv2.weight, packed2, self.conv2.bias, x)
@@ -146,8 +150,14 @@ class FusedNormOut(nn.GroupNorm):
 class FusedUNet(UNet2DConditionModel):
     """The whole: down, middle and up blocks, whose modules are those above."""
 
-    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True):
-        """sample [N, C, H, W] -> [N, C, H, W] in memory format channels_last; arguments as diffusers has them."""
+    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True, **others):
+        """sample [N, C, H, W] -> [N, C, H, W] in memory format channels_last; arguments as diffusers has them.
+
+        Raises ValueError for one of diffusers' further arguments unless it is None.
+        """
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise ValueError(f"the fused UNet takes no {', '.join(given)}")
         text = encoder_hidden_states.contiguous()
         emb = self.time_embedding(self.get_time_embed(sample, timestep))
         more = self.get_aug_embed(emb, text, added_cond_kwargs)
@@ -255,3 +265,25 @@ def cannot_fuse(unet):
     if unet.conv_norm_out is None or c.get("mid_block_scale_factor", 1) != 1:
         return "no final norm, or a scaled middle"
     return None
+
+
+@torch.no_grad()
+def attention_shapes(unet, latent_shape, text_length, rows, device):
+    """Every attention of one pass over `rows` latents, as `choose_attention` takes them."""
+    seen = {}
+
+    def attend(q, k, v):
+        key = (rows, q.shape[1], k.shape[1], *q.shape[2:])
+        seen[key] = seen.get(key, 0) + 1
+        return IMPLEMENTATIONS["math"](q, k[:, :1], v[:, :1])                # any numbers of the right shape
+
+    fuse(unet)
+    for module in unet.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend
+    options = {"device": device, "dtype": unet.dtype}
+    x = torch.zeros(1, *latent_shape, **options)
+    text = torch.zeros(1, text_length, unet.config.cross_attention_dim, **options)
+    unet(x, torch.zeros(1, device=device), text)
+    unfuse(unet)
+    return [(*key, count) for key, count in seen.items()]

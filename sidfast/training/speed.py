@@ -7,8 +7,8 @@ import torch
 
 from sidfast.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
-from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
-from sidfast.networks.fused import cannot_fuse, fuse, unfuse
+from sidfast.networks.attention import choose_attention
+from sidfast.networks.fused import attention_shapes, cannot_fuse, fuse
 from sidfast.networks.packed import repack
 
 
@@ -93,27 +93,6 @@ def _wanted(key, value, reason, notes):
     if value == "auto" and reason:
         notes.append(f"no {key.replace('_', ' ')}: {reason}")
     return value is True or (value == "auto" and not reason)
-
-
-@torch.no_grad()
-def attention_shapes(unet, latent_shape, text_length, rows, device):
-    """Every attention of one pass over `rows` latents, as `choose_attention` takes them."""
-    seen = {}
-
-    def attend(q, k, v):
-        key = (rows, q.shape[1], k.shape[1], *q.shape[2:])
-        seen[key] = seen.get(key, 0) + 1
-        return IMPLEMENTATIONS["math"](q, k[:, :1], v[:, :1])                # any numbers of the right shape
-
-    fuse(unet)
-    for module in unet.modules():
-        if hasattr(module, "attend"):
-            module.attend = attend
-    x = torch.zeros(1, *latent_shape, device=device)
-    text = torch.zeros(1, text_length, unet.config.cross_attention_dim, device=device)
-    unet(x, torch.zeros(1, device=device), text)
-    unfuse(unet)
-    return [(*key, count) for key, count in seen.items()]
 
 
 def compile_regions(unet):

@@ -1,0 +1,100 @@
+"""The fused decoder, and whole pipelines on fused kernels, against diffusers' own."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import AutoencoderKL
+from helpers_kernels import DEVICES
+from helpers_latents import error
+
+from sidfast import cli
+from sidfast.errors import UserError
+from sidfast.networks import fused_decoder
+from sidfast.networks.fused_decoder import cannot_fuse_decoder, fuse_decoder, fuse_pipeline
+from sidfast.networks.packed import repack
+from sidfast.publishing.export import load_pipeline
+
+
+def vae_of(**options):
+    """A small VAE with nothing at its initial zeros and ones."""
+    torch.manual_seed(0)
+    options = {"block_out_channels": (8, 12), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1,
+               "up_block_types": ("UpDecoderBlock2D",) * 2, "down_block_types": ("DownEncoderBlock2D",) * 2} | options
+    vae = AutoencoderKL(**options)
+    with torch.no_grad():
+        for p in vae.parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+    return vae
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"mid_block_add_attention": False}], ids=["attention", "none"])
+@torch.no_grad()
+def test_fused_decoder(options, device, monkeypatch):
+    """In fp32: the pixels of diffusers' decoder in float64; kept weights give the same bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = vae_of(**options)
+    z = torch.randn(2, 4, 5, 3)
+    want = copy.deepcopy(vae).double().decode(z.double(), return_dict=False)[0]
+    names = list(vae.state_dict())
+    fuse_decoder(vae.to(device))
+    got = vae.decode(z.to(device), return_dict=False)[0]
+    assert error(got, want) < 1e-5 and list(vae.state_dict()) == names
+    repack(vae)
+    assert torch.equal(vae.decode(z.to(device), return_dict=False)[0], got)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_fused_decoder_in_bf16():
+    """At Stable Diffusion's size: no further from fp32 than diffusers' own bf16."""
+    with torch.device("cuda"):
+        vae = vae_of(block_out_channels=(128, 256, 512, 512), norm_num_groups=32, layers_per_block=2,
+                     up_block_types=("UpDecoderBlock2D",) * 4, down_block_types=("DownEncoderBlock2D",) * 4)
+        z = torch.randn(2, 4, 64, 64)
+    vae.bfloat16().float()
+    want = vae.decode(z, return_dict=False)[0]
+    plain = vae.bfloat16().decode(z.bfloat16(), return_dict=False)[0]
+    got = fuse_decoder(vae).decode(z.bfloat16(), return_dict=False)[0]
+    assert error(got.float(), want) <= 1.1 * error(plain.float(), want)
+
+
+def test_what_is_not_covered():
+    assert cannot_fuse_decoder(vae_of()) is None
+    assert "relu" not in cannot_fuse_decoder(vae_of(act_fn="mish")) and cannot_fuse_decoder(torch.nn.Linear(1, 1))
+    vae = vae_of()
+    vae.decoder.mid_block.attentions[0].rescale_output_factor = 2
+    with pytest.raises(ValueError, match="cannot run on the fused kernels: attention of another kind"):
+        fuse_decoder(vae)
+
+
+def test_a_pipeline(tiny_teacher):
+    """The images of the tiny teacher in two steps: the same but for rounding."""
+    images = []
+    for fused in (False, True):
+        pipe, _ = load_pipeline(str(tiny_teacher), torch.device("cpu"))
+        if fused:
+            fuse_pipeline(pipe, 2, "model")
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe(["a", "b"], num_inference_steps=2, output_type="np",
+                           generator=torch.Generator().manual_seed(0)).images)
+    assert np.abs(images[0] - images[1]).max() < 1e-4 and images[0].std() > 0
+
+
+def test_without_a_gpu(tiny_teacher, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(fused_decoder, "INTERPRETED", False)
+    pipe, _ = load_pipeline(str(tiny_teacher), torch.device("cpu"))
+    with pytest.raises(UserError, match="model: cannot run on the fused kernels: there is no GPU here"):
+        fuse_pipeline(pipe, 2, "model")
+    (tmp_path / "prompts.txt").write_text("a\n" * 400)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(128), sigma=np.eye(128))
+    out = tmp_path / "result.json"
+    assert cli.main(["evaluate", "--model", str(tiny_teacher), "--prompts", str(tmp_path / "prompts.txt"), "--metrics",
+                     "fid", "--features", f"clip:{ROOT / 'assets' / 'clip'}", "--reference",
+                     str(tmp_path / "reference.npz"), "--out", str(out), "--fused"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0 and "--fused" in said and "there is no GPU here" in said and not out.exists()
