@@ -8,16 +8,16 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first pattern that a kernel's name contains decides; names are cuDNN's, cuBLAS', PyTorch's and our own.
 KINDS = {
-    "attention": r"flash|fmha|sdpa|mha_|attention|softmax",
+    "attention": r"flash|fmha|sdpa|mha_|attention|softmax|compute_dot_do_o|convert_dq",
     "normalisation": r"group_?norm|layer_?norm|channel_stats|RowwiseMoments|GammaBeta|ComputeInternalGradients|"
                      r"ComputeBackwardFusedParams",
-    "layout": r"nchwToNhwc|nhwcToNchw|convertTensor|transpose",
+    "layout": r"nchwToNhwc|nhwcToNchw|convertTensor|transpose|_separate_kernel",
     "convolution": r"conv|wgrad|dgrad|fprop|winograd|implicit|cudnn.*xmma",
     "matrix products": r"gemm|nvjet|cublas|cutlass|splitK|xmma",
     "losses": r"sid_loss|fake_score|add_noise",
     "activation": r"geglu|gelu|silu|sigmoid",
     "copies": r"copy|CatArray|Memcpy|Memset|\bfill",
-    "reductions": r"reduce|column_sums",
+    "reductions": r"reduce|column_sums|sum_rows",
 }
 FLOOR = ("convolution", "matrix products", "attention")  # what tensor cores do
 

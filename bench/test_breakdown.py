@@ -26,6 +26,8 @@ def test_breakdown(machine, record, unet, implementation):  # noqa: F811
     ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, ...>", "layout"),
     ("sm90_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
     ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"), ("_geglu_backward_kernel", "activation"),
+    ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, ...)", "attention"),
+    ("_sum_rows_kernel", "reductions"), ("_separate_kernel", "layout"),
     ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
     ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>", "copies"), ("_sid_loss_kernel", "losses"),
     ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "reductions"),
