@@ -156,3 +156,9 @@ def test_arguments(results, tmp_path, capsys):
                         ([str(tmp_path / "empty")], "no result (*.json) in it")):
         assert cli.main(["compare", *args, "--out", str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["", ".", "/"])
+def test_out_needs_a_name(results, capsys, out):
+    assert cli.main(["compare", str(results[0]), "--out", out]) == 2
+    assert "must name a file or folder" in capsys.readouterr().err
