@@ -46,8 +46,8 @@ def interleave_reference(z):
 @triton.jit
 def _separate_kernel(p_dy, p_dz, R, H, W, K, BR: tl.constexpr, BC: tl.constexpr):
     """Rows of dz are (n, i, j, p, q); outside the image they are 0."""
-    o_r = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     o_parity, o_place = o_r % 4, o_r // 4
     o_n = o_place // ((H + 1) * (W + 1))
     o_u = 2 * (o_place // (W + 1) % (H + 1)) - o_parity // 2
@@ -73,6 +73,6 @@ def separate(dy):
     N, H, W, K = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
     dz = dy.new_empty(N, H + 1, W + 1, 4 * K)
     R = dz.numel() // K
-    _separate_kernel[(triton.cdiv(K, _CHANNELS), triton.cdiv(R, _ROWS))](
+    _separate_kernel[(triton.cdiv(R, _ROWS), triton.cdiv(K, _CHANNELS))](
         p_dy=dy, p_dz=dz, R=R, H=H, W=W, K=K, BR=_ROWS, BC=_CHANNELS, num_warps=4)
     return dz

@@ -1,6 +1,7 @@
 """The fused decoder, and whole pipelines on fused kernels, against diffusers' own."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,15 @@ def test_a_pipeline(tiny_teacher):
         images.append(pipe(["a", "b"], num_inference_steps=2, output_type="np",
                            generator=torch.Generator().manual_seed(0)).images)
     assert np.abs(images[0] - images[1]).max() < 1e-4 and images[0].std() > 0
+
+
+def test_pipelines_that_are_not_covered(tiny_teacher):
+    pipe, _ = load_pipeline(str(tiny_teacher), torch.device("cpu"))
+    pipe.unet.register_to_config(addition_embed_type="text_time")
+    with pytest.raises(UserError, match=r"model: .* a UNet with further conditions \(SDXL\)"):
+        fuse_pipeline(pipe, 2, "model")
+    with pytest.raises(UserError, match=r"model: .* a pipeline without unet"):
+        fuse_pipeline(SimpleNamespace(vae=pipe.vae, tokenizer=pipe.tokenizer), 2, "model")
 
 
 def test_without_a_gpu(tiny_teacher, monkeypatch, capsys, tmp_path):

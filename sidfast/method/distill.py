@@ -57,8 +57,8 @@ class Batch(NamedTuple):
 
 class Sums(NamedTuple):
     """Of one update on this process, on the device: mean loss per sample, the number of samples left out, the samples'
-    own losses and noise levels t, [N] each over all micro-batches, and the images x_g of each micro-batch, NaN for
-    samples left out."""
+    own losses and noise levels t, [N] each over all micro-batches, and the images x_g of each micro-batch, as they came
+    out."""
 
     loss: torch.Tensor
     non_finite: torch.Tensor
@@ -142,7 +142,6 @@ class Update:
                 loss, finite, each, x_g = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
                 if not self.agree(finite.all()):
                     loss, each = self._without(batch, finite)
-                    x_g = torch.where(finite[:, None, None, None], x_g, torch.nan)
                 self.engine.backward(loss)
                 self.engine.step()                       # steps at the accumulation boundary
                 losses.append(loss.detach())
@@ -164,7 +163,7 @@ def _replaced(batch, finite):
     """The batch with its first finite sample in place of those that are not (with zeros and no text if none is)."""
     if not finite.any():
         return batch._replace(text=batch.null.expand_as(batch.text), z=torch.zeros_like(batch.z),
-                              eps=torch.zeros_like(batch.eps))
+                              eps=torch.zeros_like(batch.eps), noise=torch.zeros_like(batch.noise))
     rows = torch.where(finite, torch.arange(len(finite), device=finite.device), finite.to(torch.uint8).argmax())
     return Batch(*(v if name == "null" else v[rows] for name, v in batch._asdict().items()))
 

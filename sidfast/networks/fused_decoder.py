@@ -100,16 +100,26 @@ def cannot_fuse_decoder(vae):
     return None
 
 
+def _cannot_fuse_pipeline(pipe):
+    missing = [part for part in ("unet", "vae", "tokenizer") if getattr(pipe, part, None) is None]
+    if missing:
+        return f"a pipeline without {', '.join(missing)}"
+    if pipe.unet.device.type != "cuda" and not INTERPRETED:
+        return "there is no GPU here"
+    if pipe.unet.config.addition_embed_type is not None:
+        return "a UNet with further conditions (SDXL)"
+    return cannot_fuse(pipe.unet) or cannot_fuse_decoder(pipe.vae)
+
+
 def fuse_pipeline(pipe, rows, name):
     """Make a loaded pipeline run on the fused kernels, for batches of about `rows` prompts.
 
     Raises UserError, naming the model, where there is no GPU or a network that they do not cover.
     """
-    device = pipe.unet.device
-    reason = "there is no GPU here" if device.type != "cuda" and not INTERPRETED else (
-        cannot_fuse(pipe.unet) or cannot_fuse_decoder(pipe.vae))
+    reason = _cannot_fuse_pipeline(pipe)
     if reason:
         raise UserError(f"{name}: cannot run on the fused kernels: {reason}")
+    device = pipe.unet.device
     side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     shapes = attention_shapes(pipe.unet, (channels, side, side), pipe.tokenizer.model_max_length, rows, device)
     fuse(pipe.unet, next(iter(choose_attention(tuple(shapes), pipe.unet.dtype, device))))

@@ -29,10 +29,12 @@ class Packed:
     @torch.no_grad()
     def repack(self):
         """Keep what the parameters give now."""
-        if self.kept is None:
-            self.kept = self.make_packed()
+        made = self.make_packed()
+        if self.kept is None or any((a.dtype, a.device) != (b.dtype, b.device)
+                                    for a, b in zip(self.kept, made, strict=True)):
+            self.kept = made
         else:
-            for old, new in zip(self.kept, self.make_packed(), strict=True):
+            for old, new in zip(self.kept, made, strict=True):
                 old.copy_(new)
 
 

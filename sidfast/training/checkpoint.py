@@ -81,10 +81,10 @@ def complete(folder, step, state, keep, lost=()):
     partial.rename(final)
     flush(folder)
     write_atomically(folder / "latest", final.name + "\n")
-    lost = [f for f in by_age(folder) if f in lost and f != final]
-    for old in lost + [f for f in by_age(folder) if f not in lost][keep:]:
-        if old.name not in _best(folder):
-            discard(old)
+    others = [f for f in by_age(folder) if f.name not in _best(folder)]
+    lost = [f for f in others if f in lost and f != final]
+    for old in lost + [f for f in others if f not in lost][keep:]:
+        discard(old)
 
 
 def discard(folder):

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from sidfast.errors import UserError
+from sidfast.method.synthetic import SOURCES
 from sidfast.networks.packed import packed_bytes
-from sidfast.training.engines import compute_dtype, zero_stages
-from sidfast.training.planner import GIB, MARGIN, Planner, Shapes
+from sidfast.training.engines import ENGINES, compute_dtype, zero_stages
+from sidfast.training.planner import GIB, MARGIN, Planner, Shapes, load_shapes
 from sidfast.training.speed import decide_speed
 
 _LARGEST = 32                                            # beyond that a GPU gains little
@@ -32,10 +33,10 @@ def with_micro_batch(config, teacher, processes, device):
     sizes = [m for m in range(1, min(share, _LARGEST) + 1) if share % m == 0]
     limit = MARGIN * _memory(device)
     needed = _needed(config, teacher, sizes, processes, device)
-    if needed[sizes[0]] > limit:
+    chosen = _agreed(max((m for m in sizes if needed[m] <= limit), default=0))
+    if not chosen:
         raise UserError(f"train.micro_batch: not even {sizes[0]} fits: it needs {needed[sizes[0]] / GIB:.3g} GiB of "
                         f"{limit / GIB:.3g} ({MARGIN:.0%} of the memory); `sidfast plan` shows what would fit")
-    chosen = _agreed(max(m for m in sizes if needed[m] <= limit))
     return config.model_copy(update={"train": train.model_copy(update={"micro_batch": chosen})})
 
 
@@ -45,6 +46,7 @@ def _needed(config, teacher, sizes, processes, device):
                     teacher.prediction_type)
     side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
     dtype, packed = compute_dtype(config.deepspeed), []
+    teacher.unet.to(device)                              # where training wants it too
     speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side), 2 * sizes[-1],
                          zero_stages(config), dtype, device)
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
@@ -56,10 +58,18 @@ def _needed(config, teacher, sizes, processes, device):
         return unet
 
     planner = Planner(config, shapes, prepare=prepare)
-    options = [planner.option(*planner.configured(), m, config.speed.gradient_checkpointing, processes) for m in sizes]
+    try:
+        planner.footprints(config.speed.gradient_checkpointing)
+    except torch.OutOfMemoryError:                       # whole networks do not fit: by their shapes, then
+        planner = Planner(config, load_shapes(str(teacher.folder)))
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return {option.micro_batch: option.bytes + sum(packed) for option in options}
+    network = sum(p.numel() for p in teacher.unet.parameters()) * torch.empty((), dtype=dtype).element_size()
+    copies = 1 if SOURCES[config.synthetic.source].copy else 0
+    beside = sum(packed) + copies * (network + max(packed, default=0)) + speed.cuda_graphs * 2 * network   # gradients
+    return {m: beside + max(
+        planner.option(*planner.configured(name), m, config.speed.gradient_checkpointing, processes).bytes
+        for name in ENGINES) for m in sizes}
 
 
 def _memory(device):

@@ -31,8 +31,8 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
         if option:
             lines += _parts(title, option)
     if config.speed.fused or config.speed.cuda_graphs or config.speed.compile:
-        lines.append("these are bytes of the networks as plain PyTorch runs them; fused kernels keep less, CUDA graphs "
-                     "have pools of their own")
+        lines.append("these are bytes of the networks as plain PyTorch runs them; fused kernels keep fewer activations "
+                     "and copies of weights, CUDA graphs have pools of their own")
     if limit:
         lines.append(f"fits {limit / GIB:g} GiB ({MARGIN:.0%} of it; the rest is for CUDA and fragments): "
                      + (best.settings() if best else "nothing does; more GPUs, or a smaller resolution"))

@@ -16,7 +16,7 @@ from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.loading import check_teacher, find_teacher
 from sidfast.training import memory
 from sidfast.training.engines import ENGINES, compute_dtype, engine_section
-from sidfast.training.footprint import UPDATES, measure_update
+from sidfast.training.footprint import UPDATES, image_flops, measure_update
 
 GIB = 2**30
 MARGIN = 0.9                                             # of a GPU's memory: the rest is CUDA's, and fragments
@@ -117,7 +117,10 @@ class Planner:
     @property
     def flops(self):
         """Of one training image, one update of each network, without recomputation by checkpointing."""
-        return sum(f.flops for f in self.footprints(False).values())
+        g = self.config.guidance
+        text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
+        return image_flops(self.shapes.unet, self.latent_shape, text, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
+                           self.config.speed.share_generator_forward)
 
     def footprints(self, checkpointing):
         """{update: Footprint}, measured when first asked for."""
@@ -126,9 +129,9 @@ class Planner:
             self._footprints[checkpointing] = self._measure(checkpointing)
         return self._footprints[checkpointing]
 
-    def configured(self):
-        """(label, stage, offload) of the generator's engine as configured."""
-        zero = engine_section(self.config, "generator").get("zero_optimization", {})
+    def configured(self, name="generator"):
+        """(label, stage, offload) of an engine as configured."""
+        zero = engine_section(self.config, name).get("zero_optimization", {})
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         return "as configured", zero.get("stage", 0), offload
 

@@ -27,7 +27,8 @@ from sidfast.training.saver import WRITE_ERRORS, describe
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
          "train.samples", "train.micro_batch", "train.hang_timeout", "train.max_skipped", "train.spike", "evaluation",
          "speed", "deepspeed")
-_BOUND = re.compile(r"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)")         # of those after all
+_SHARED = "speed.share_generator_forward"                # a variant of the method
+_BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
 
 
 def open_run(out, config, resume):
@@ -88,7 +89,7 @@ def describe_distillation(config, step):
     values = config.model_dump()
     seed = values["train"].pop("seed")
     rest = {key: value for key, value in _flatten(values).items()
-            if not _is_free(key) and not key.startswith("guidance.")}
+            if not _is_free(key) and not key.startswith("guidance.") and (key, value) != (_SHARED, False)}
     settings = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return {"teacher": config.model.teacher, "guidance": values["guidance"], "seed": seed, "step": step,
             "settings": settings}
