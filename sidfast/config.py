@@ -7,7 +7,8 @@ through as it stands, once for each engine.
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -275,7 +276,7 @@ def set_key(values, key, value, source):
 
 def explain(error, of=Config):
     """One line out of one of pydantic's errors about a Section."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in _place(error["loc"], of))
     if error["type"] == "extra_forbidden":
         near = _nearest(error["loc"], of)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
@@ -285,6 +286,17 @@ def explain(error, of=Config):
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: {message}, not {_short(error['input'])}"
+
+
+def _place(location, section):
+    """An error's location without what pydantic adds to it: the member of a union that it tried."""
+    field = None
+    for depth, part in enumerate(location):
+        if part not in getattr(section, "model_fields", ()):
+            return location[:depth] if field and get_origin(field.annotation) in (Union, UnionType) else location
+        field = section.model_fields[part]
+        section = field.annotation
+    return location
 
 
 def _short(value, limit=80):
