@@ -16,22 +16,31 @@ from sidfast.kernels.backend import require
 from sidfast.kernels.channel_stats import add_channel_stats
 
 _ROWS, _CHANNELS = 16, 128                               # of a program
-# [p, a, d]: tap d of the 3x3 kernel falls on pixel a of the two that parity p sees.
-_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 def combine_taps(weight):
     """A 3x3 kernel [K, C, 3, 3] as the 2x2 one [4K, C, 2, 2], channels last, sums in fp32."""
-    taps = torch.tensor(_TAPS, device=weight.device)
-    combined = torch.einsum("pad,qbe,kcde->pqkcab", taps, taps, weight.float()).flatten(0, 2)
+    by_parity = _combine(_combine(weight.float(), 2), -1)                        # [q, b, p, a, K, C]
+    combined = by_parity.permute(2, 0, 4, 5, 3, 1).flatten(0, 2)
     return combined.to(weight.dtype, memory_format=torch.channels_last)
 
 
 def separate_taps(gradient):
     """The gradient [K, C, 3, 3] of a 3x3 kernel from that of its 2x2 one: the adjoint of `combine_taps`."""
-    taps = torch.tensor(_TAPS, device=gradient.device)
-    by_parity = gradient.float().unflatten(0, (2, 2, -1))
-    return torch.einsum("pad,qbe,pqkcab->kcde", taps, taps, by_parity).to(gradient.dtype)
+    by_parity = gradient.float().unflatten(0, (2, 2, -1)).permute(1, 5, 0, 4, 2, 3)
+    rows = _separate(by_parity).movedim(0, -1)           # [p, a, K, C, 3]
+    return _separate(rows).permute(1, 2, 0, 3).to(gradient.dtype, memory_format=torch.contiguous_format)
+
+
+def _combine(weight, axis):
+    """[parity, pixel, ...]: what an output of either parity sees of its two pixels, along one axis of three taps."""
+    w0, w1, w2 = weight.unbind(axis)
+    return torch.stack((torch.stack((w0, w1 + w2)), torch.stack((w0 + w1, w2))))
+
+
+def _separate(seen):
+    """The adjoint of `_combine`: [parity, pixel, ...] -> [3, ...]."""
+    return torch.stack((seen[0, 0] + seen[1, 0], seen[0, 1] + seen[1, 0], seen[0, 1] + seen[1, 1]))
 
 
 def interleave_reference(z):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import losses, run_jobs
+from conftest import ROOT, losses, run_jobs
 from helpers_method import micro_batches, objective_of, setting
 from test_losses import small_unet
 
@@ -70,5 +70,32 @@ def test_same_curve_with_graphs(runs, stage, kind):
     want, got = (losses(runs / f"{stage}-{kind}-{graphs}") for graphs in (False, True))
     assert len(got) == 20
     bound = 1e-4 if kind == "fp32" else 2e-2             # the order of sums differs from run to run
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=bound)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """Runs of the embedded teacher, which has every kind of block: as diffusers has it, and fused with graphs."""
+    folder, jobs = tmp_path_factory.mktemp("embedded"), []
+    for stage, kind in ((0, "fp32"), (1, "bf16")):
+        for fast in (False, True):
+            config = {
+                "model": {"teacher": str(ROOT / "assets" / "teacher")}, "data": {"prompts": "shapes:train"},
+                "train": {"steps": 10, "batch_size": 16, "micro_batch": 8, "log_every": 1, "save_every": 0,
+                          "samples": 0},
+                "optimizer": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
+                "speed": {"fused": fast, "cuda_graphs": fast, "tf32": False},
+                "deepspeed": {"zero_optimization": {"stage": stage}} | ({} if kind == "fp32" else {
+                    kind: {"enabled": True}})}
+            jobs.append({"config": config, "out": str(folder / f"{kind}-{fast}")})
+    run_jobs(jobs, folder, 1, 29733, gpu=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind, bound", [("fp32", 1e-3), ("bf16", 5e-2)])
+def test_same_curve_fused_with_graphs(embedded, kind, bound):
+    want, got = (losses(embedded / f"{kind}-{fast}") for fast in (False, True))
+    assert len(got) == 10
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, rel=bound)
