@@ -10,6 +10,8 @@ import pytest
 import torch
 from harness import GATES, check_gates, find_machine, free, load_gates, repeated
 
+from sidfast.files import write_atomically
+
 _KEY = pytest.StashKey()
 
 
@@ -28,10 +30,16 @@ def machine():
 
 
 @pytest.fixture
-def record(request):
-    """record(group, implementation, numbers): for the table at the end, and for the gates."""
-    return lambda group, implementation, numbers: request.config.stash[_KEY].setdefault(group, {}).update(
-        {implementation: numbers})
+def record(request, machine):
+    """record(group, implementation, numbers): for the table at the end, and for the gates. A run that is cut short has
+    kept what it measured until then."""
+
+    def keep(group, implementation, numbers):
+        results = request.config.stash[_KEY]
+        results.setdefault(group, {})[implementation] = numbers
+        _write(request.config.getoption("--results"), machine, results)
+
+    return keep
 
 
 @pytest.fixture
@@ -79,8 +87,10 @@ def pytest_terminal_summary(terminalreporter, config):
         bound = gate.get("ratio", gate.get("share_of_copy"))
         what = f"against {gate['slow']}" if "slow" in gate else "share of the copy bandwidth"
         write(f"{'ok  ' if holds else 'FAIL'} {gate['group']}: {gate['fast']} {what}: {value:.2f}, at least {bound}")
-    if config.getoption("--results") and results:
-        m = find_machine()
-        Path(config.getoption("--results")).write_text(json.dumps(
-            {"machine": m.name, "torch": torch.__version__, "copy_gb_s": m.copy_gb_s,
-             "product_tflop_s": m.product_tflop_s, "results": results}, indent=1) + "\n")
+
+
+def _write(path, machine, results):
+    if path:
+        write_atomically(Path(path), json.dumps(
+            {"machine": machine.name, "torch": torch.__version__, "copy_gb_s": machine.copy_gb_s,
+             "product_tflop_s": machine.product_tflop_s, "results": results}, indent=1) + "\n")

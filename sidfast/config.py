@@ -122,10 +122,10 @@ class Speed(Section):
     """How the networks run."""
 
     tf32: bool = Field(True, description="TensorFloat-32 in fp32 matrix products on a GPU")
-    fused: bool | Literal["auto"] = Field(False, description="the UNet on the fused kernels; auto: on a GPU, if they "
+    fused: bool | Literal["auto"] = Field("auto", description="the UNet on the fused kernels; auto: on a GPU, if they "
                                                              "cover the teacher")
     cuda_graphs: bool | Literal["auto"] = Field(
-        False, description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
+        "auto", description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
                            "deepspeed.zero_optimization.stage is 3, which moves parameters about in memory")
     compile: bool = Field(False, description="torch.compile by regions, in place of the fused kernels")
     attention: Literal["auto", "cudnn", "flash", "xformers", "efficient", "math"] = Field(

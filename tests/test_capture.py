@@ -3,11 +3,13 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers_method import objective_of, setting
+from helpers_method import objective_of, random_batch, setting
 from sidfast.kernels.backend import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sidfast.config_data import Synthetic
 from sidfast.method.distill import fake_score_update, generator_update
+from sidfast.method.synthetic import build_source, cannot_capture
 from sidfast.networks.fused import fuse
 from sidfast.networks.packed import repack
 
@@ -55,6 +57,22 @@ def test_passes_can_be_captured(update, engine):
             gradients = torch.autograd.grad(loss, list(unet.parameters()), allow_unused=True)
         assert any(g is not None and g.abs().max() > 0 for g in gradients)
     assert watch.seen == []                              # (of the second pass: what the first keeps may be made there)
+
+
+@pytest.mark.parametrize("options", [
+    {"source": "multistep", "steps": 3}, {"degradation": "blur", "strength": 0.7},
+    {"source": "multistep", "steps": 2, "degradation": "noise", "strength": 0.3}], ids=str)
+def test_sources_can_be_captured(options):
+    section, objective = Synthetic(**options), objective_of()
+    assert cannot_capture(section) is None
+    networks, *_ = setting(make=small)
+    source = build_source(section, networks, objective, {}, None)
+    batch = random_batch(1, shape=(4, 4, 4), text_width=12, noises=source.noises)
+    for _ in ("warm-up", "capture"):
+        with torch.no_grad(), Watch() as watch:
+            images = source(batch)
+        assert images.isfinite().all()
+    assert watch.seen == []
 
 
 def test_the_watch_sees_what_it_should():

@@ -7,10 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers_kernels import DEVICES
 from helpers_latents import error
+from torch import nn
 
 from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
 from sidfast.networks.fused import cannot_fuse, fuse, unfuse
-from sidfast.networks.packed import Packed, repack
+from sidfast.networks.packed import Packed, frozen_layout, packed_bytes, repack
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 ARCHITECTURES = {
@@ -130,6 +131,22 @@ def test_packed_weights():
     assert all(torch.equal(a, b) for a, b in zip(want.values(), run(unet, *inputs).values(), strict=True))
     assert all([t.data_ptr() for t in tensors] == places for tensors, places in kept)
     assert not any(hasattr(m, "kept") for m in unfuse(unet).modules())
+
+
+def test_frozen_layout_saves_the_copies():
+    """Of convolutions without an upsampling before them; output and input gradient stay the same."""
+    unet = fuse(unet_of("small").requires_grad_(False))
+    want = run(unet, *inputs_of(unet))
+    repack(unet)
+    of_convolutions = sum(m.weight.nbytes for m in unet.modules() if isinstance(m, nn.Conv2d)
+                          and m.kernel_size == (3, 3) and m is not unet.conv_out)
+    copies = packed_bytes(unet)
+    laid_out = fuse(frozen_layout(unfuse(unet)))
+    repack(laid_out)
+    assert packed_bytes(laid_out) == copies - of_convolutions
+    got = run(laid_out, *inputs_of(laid_out))
+    for name in ("y", "dx"):
+        assert error(got[name], want[name]) < 1e-6
 
 
 def test_checkpointing_changes_nothing():

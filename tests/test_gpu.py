@@ -56,7 +56,7 @@ def runs(tiny_config, tmp_path_factory):
     for stage, kind in CASES:
         for graphs in (False, True):
             config = copy.deepcopy(tiny_config)
-            config["speed"] = {"cuda_graphs": graphs, "tf32": False}
+            config["speed"] = {"fused": False, "cuda_graphs": graphs, "tf32": False}
             config["deepspeed"] = {"zero_optimization": {"stage": stage}}
             if kind != "fp32":
                 config["deepspeed"][kind] = {"enabled": True}

@@ -42,9 +42,9 @@ def test_asked_for_and_impossible(teacher, section, message):
 def test_graphs_and_zero_3_exclude_each_other(teacher):
     gpu = torch.device("cuda")
     with pytest.raises(UserError, match="cuda_graphs: impossible, ZeRO stage 3 moves parameters"):
-        decide(teacher, (0, 3), gpu, cuda_graphs=True)
-    assert decide(teacher, (2, 2), gpu, cuda_graphs="auto").cuda_graphs
-    decided = decide(teacher, (0, 3), gpu, cuda_graphs="auto")
+        decide(teacher, (0, 3), gpu, fused=False, cuda_graphs=True)
+    assert decide(teacher, (2, 2), gpu, fused=False).cuda_graphs
+    decided = decide(teacher, (0, 3), gpu, fused=False)
     assert not decided.cuda_graphs and "ZeRO stage 3" in decided.notes[0]
 
 
@@ -52,7 +52,8 @@ def test_auto_falls_back_and_says_why(teacher):
     decided = decide(teacher, fused="auto", cuda_graphs="auto")
     assert not decided.fused and not decided.cuda_graphs
     assert decided.notes == ("no fused: there is no GPU here", "no cuda graphs: there is no GPU here")
-    assert not decide(teacher).notes
+    assert decide(teacher) == decided
+    assert not decide(teacher, fused=False, cuda_graphs=False).notes
 
 
 def test_attention_is_timed_on_the_shapes_of_the_run(teacher, monkeypatch):

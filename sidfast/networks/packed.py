@@ -2,7 +2,8 @@
 
 A parameter lies in memory as DeepSpeed keeps it, plain and contiguous. Passes want convolutions' weights channels last,
 attention's projections as one matrix, a 3x3 kernel after an upsampling as a 2x2 one. Making these takes bandwidth and
-launches in every pass, though weights change once a step.
+launches in every pass, though weights change once a step. Networks that DeepSpeed does not keep have their convolutions
+channels last to begin with (`frozen_layout`), and no second copy of those.
 """
 
 import torch
@@ -35,7 +36,8 @@ class Packed:
             self.kept = made
         else:
             for old, new in zip(self.kept, made, strict=True):
-                old.copy_(new)
+                if old is not new:                       # (a parameter that lies as passes want it)
+                    old.copy_(new)
 
 
 def repack(unet):
@@ -45,9 +47,16 @@ def repack(unet):
             module.repack()
 
 
+def frozen_layout(unet):
+    """Lay a UNet's convolutions out as its passes read them, in place; for a network outside DeepSpeed's engines."""
+    return unet.to(memory_format=torch.channels_last)
+
+
 def packed_bytes(unet):
-    """Bytes of what a UNet keeps."""
-    return sum(t.nbytes for m in unet.modules() if isinstance(m, Packed) for t in m.kept or ())
+    """Bytes of what a UNet keeps besides its parameters."""
+    own = {p.data_ptr() for p in unet.parameters()}
+    return sum(t.nbytes for m in unet.modules() if isinstance(m, Packed) for t in m.kept or ()
+               if t.data_ptr() not in own)
 
 
 def channels_last(weight):

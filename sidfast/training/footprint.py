@@ -6,7 +6,6 @@ update runs at two micro-batches: the events are the same ones, so at event i th
 known for every m.
 """
 
-import copy
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +63,8 @@ def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
     """
     from sidfast.method.guidance import passes
 
-    unet = copy.deepcopy(unet).to("meta").requires_grad_(False)
+    with torch.device("meta"):
+        unet = type(unet).from_config(unet.config).requires_grad_(False)
     x = torch.zeros(1, *latent_shape, device="meta", requires_grad=True)
     inputs = torch.zeros(1, device="meta"), torch.zeros(1, *text_shape, device="meta")
     forward, frozen, trained = Ledger(), Ledger(), Ledger()

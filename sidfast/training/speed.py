@@ -9,7 +9,7 @@ from sidfast.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
 from sidfast.networks.attention import choose_attention
 from sidfast.networks.fused import attention_shapes, cannot_fuse, fuse
-from sidfast.networks.packed import repack
+from sidfast.networks.packed import frozen_layout, repack
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Speed:
             compile_regions(unet)
         return unet
 
+    def prepare_frozen(self, unet):
+        """The same for a UNet that no engine trains."""
+        return self.prepare(frozen_layout(unet) if self.packed else unet)
+
     def repack(self, unet):
         """To be called for a network that `prepare` has seen once its weights are there, and whenever they change."""
         if self.packed:
@@ -53,7 +57,8 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
     Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here.
     """
     notes, gpu, sharded = [], device.type == "cuda", 3 in stages
-    reason = "there is no GPU here" if not (gpu or INTERPRETED) else cannot_fuse(teacher.unet)
+    kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
+    reason = cannot_fuse(teacher.unet) if kernels_run else "there is no GPU here"
     if section.compile and section.fused is True:
         raise UserError("speed.compile is for networks without the fused kernels; set speed.fused to false, or auto")
     fused = _wanted("fused", section.fused, reason, notes) and not section.compile

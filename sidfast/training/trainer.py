@@ -88,7 +88,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     stages = zero_stages(config)
     speed = decide_speed(config.speed, teacher, latent_shape, 2 * config.train.micro_batch, stages, dtype, device,
                          cannot_capture(config.synthetic))
-    if rank == 0 and speed.notes:
+    if rank == 0 and speed.notes and device.type == "cuda":                      # (on a CPU they go without saying)
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
     run = RunDirectory(out, config, progress.step, speed=speed.describe()) if rank == 0 else None
     preview = Preview(config, teacher, run, {} if memo is None else memo) if rank == 0 else None
@@ -110,9 +110,9 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
     copies, kind = {}, SOURCES[config.synthetic.source].copy
     if kind:
-        unet = speed.prepare(copy.deepcopy(teacher.unet))
+        unet = speed.prepare_frozen(copy.deepcopy(teacher.unet))
         copies[kind] = COPIES[kind](unet, engines["generator"], ema, config.synthetic)
-    speed.prepare(teacher.unet)
+    speed.prepare_frozen(teacher.unet)
     networks = Networks(**engines, teacher=teacher.unet)
     if checkpoint:
         restore(checkpoint, engines, ema)
@@ -349,5 +349,5 @@ def _set_up_device(config, device):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.speed.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.speed.tf32
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 3
 
