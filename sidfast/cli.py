@@ -73,6 +73,7 @@ def _parser():
     judge.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
     judge.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
     judge.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the model (fp32)")
+    judge.add_argument("--tf32", action="store_true", help="fp32 products in TensorFloat-32, those of features too")
     judge.add_argument("--fused", action="store_true", help="run the model on the fused kernels; needs a GPU")
     judge.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once (16)")
     judge.add_argument("--resize", type=int, metavar="SIDE", help="bring the images to SIDE x SIDE pixels first")

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                 # before Triton is imported: kernels run in its interpreter
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,9 @@ import json
 import subprocess
 import sys
 
+import plots
 import pytest
 from conftest import ROOT, environment
-
-sys.path.insert(0, str(ROOT / "bench"))
-import plots
 from harness import check_gates, load_gates
 
 GATE = {"where": "cpu", "group": "sum", "fast": "fused", "slow": ["eager", "compiled"], "ratio": 1.5}

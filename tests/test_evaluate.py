@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, environment
 from PIL import Image
+from random_judges import write_inception
 from scipy import linalg
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -25,6 +26,7 @@ from sidfast.evaluation.images import ImageFolder, sized
 from sidfast.evaluation.judge import Judge, load_shapes_judge
 from sidfast.evaluation.metrics import diversity
 from sidfast.evaluation.reference import Reference, drawn_reference
+from sidfast.evaluation.results import read_groups
 from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
 
 ASSETS = ROOT / "assets"
@@ -231,22 +233,31 @@ def test_true_world_is_near_and_a_shifted_one_far():
     assert measured(200, 0.2) > 3 * few
 
 
+def test_tf32_is_asked_for_and_written_down(stored, tmp_path, monkeypatch):
+    """fp32 is fp32 unless told; afterwards the process is as it was before, and the results count as different."""
+    states, before = [], (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    measure = Judge.rows
+
+    def rows(*args):
+        states.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return measure(*args)
+
+    monkeypatch.setattr(Judge, "rows", rows)
+    values = options(stored, images=130, batch_size=130, cache=tmp_path / "cache")
+    for name, more in (("fp32", []), ("tf32", ["--tf32"])):
+        assert cli.main(arguments(values, tmp_path / f"{name}.json") + more) == 0
+    assert states == [("highest", False), ("high", True)]
+    caches = [json.loads(f.read_text())["products"] for f in (tmp_path / "cache" / "reference").glob("*/key.json")]
+    assert sorted(caches) == ["high", "highest"]
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert [json.loads((tmp_path / f"{name}.json").read_text())["tf32"] for name in ("fp32", "tf32")] == [False, True]
+    assert len(read_groups([str(tmp_path / "fp32.json"), str(tmp_path / "tf32.json")])) == 2
+
+
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
     """A file of random weights of the true architecture, as torch-fidelity's own file has them."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        network = FeatureExtractorInceptionV3("random", ["2048"])
-    for name, buffer in network.named_buffers():         # activations of a trained network's size
-        if name.endswith("running_var"):
-            buffer.fill_(0.2)
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    return write_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.networks.fused_decoder import fuse_pipeline
+from sidfast.networks.precision import tf32
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +42,7 @@ class Request(Measures):
     batch_size: int = 16
     dtype: str = "fp32"
     fused: bool = False
+    tf32: bool = False
     seed_offset: int = 0
 
 
@@ -64,7 +66,7 @@ def evaluate_model(request, device):
 
     A collective call where several processes were launched; the first one writes.
     """
-    with joined() as group:
+    with tf32(request.tf32), joined() as group:
         job = group.together(lambda: _Job(request, device))
         started = time.time()
         reference = job.protocol.measure_reference(group)
@@ -111,7 +113,7 @@ class _Job:
         self.key = {"model": self.model, "prompts": self.protocol.prompts_sha256(),
                     "images": len(self.protocol.prompts), "batch_size": request.batch_size,
                     "resize": [request.resize, request.filter], "metrics": sorted(self.protocol.metrics),
-                    "networks": self.protocol.networks_sha256()}
+                    "networks": self.protocol.networks_sha256(), "tf32": request.tf32}
 
     def first_seed(self, repeat):
         """Of a repeat's first image; the next ones count up."""
@@ -129,7 +131,7 @@ class _Job:
         each = [self.protocol.compute(rows, reference) for rows in sets]
         return {"model": self.model, **self.protocol.describe(reference),
                 "seeds": None if self.folder else self._seeds(0, len(sets) - 1), **self._numbers(each),
-                "batch_size": self.request.batch_size, "processes": processes,
+                "batch_size": self.request.batch_size, "tf32": self.request.tf32, "processes": processes,
                 "versions": {name: version(name) for name in _PACKAGES}}
 
     def _numbers(self, each):

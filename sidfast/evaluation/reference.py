@@ -88,7 +88,7 @@ def measure_reference(reference, folder, judge, cache, group):
 
 def _with_rows(reference, make, batch_size, judge, cache, group):
     key = {"reference": reference.sha256, "features": judge.features.describe() | {"weights": None},
-           "batch": batch_size}
+           "batch": batch_size, "products": torch.get_float32_matmul_precision()}
     if cache is None:
         rows = MemoryRows()
     else:

@@ -118,7 +118,7 @@ def _identity(result):
     same = distilled or [model.get("sha256"), None if model.get("sha256") else model.get("path")]
     hashes = [result.get(key, {}).get("sha256") for key in ("prompts", "reference", "features", "clip")]
     return json.dumps([same, *(model.get(key) for key in ("steps", "guidance", "dtype")), result["images"], hashes,
-                       result.get("resampling"), sorted(result["metrics"]),
+                       result.get("tf32", False), result.get("resampling"), sorted(result["metrics"]),
                        (result.get("seeds") or {}).get("per_prompt")], sort_keys=True)
 
 

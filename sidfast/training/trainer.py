@@ -15,6 +15,7 @@ from sidfast.method.distill import Networks, Objective, fake_score_update, gener
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
 from sidfast.networks.graphs import GraphedLoss
+from sidfast.networks.precision import allow_tf32
 from sidfast.publishing.export import recover_export
 from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.channel import Channel
@@ -347,7 +348,6 @@ def _latent_shape(teacher, config):
 
 def _set_up_device(config, device):
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.speed.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.speed.tf32
+        allow_tf32(config.speed.tf32)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 3
 

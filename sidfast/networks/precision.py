@@ -1,0 +1,23 @@
+"""TensorFloat-32: fp32 products on a GPU's tensor cores, with 10 bits of the factors' mantissas."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+def allow_tf32(allowed):
+    """Let fp32 matrix products and convolutions run in TensorFloat-32, or not; for the whole process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32(allowed):
+    """`allow_tf32` inside the block."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
