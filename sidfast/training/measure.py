@@ -15,6 +15,7 @@ from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.metrics import lower_is_better
 from sidfast.evaluation.protocol import HELD_OUT, Measures, Protocol
 from sidfast.evaluation.rows import MemoryRows, collect
+from sidfast.networks.precision import tf32
 from sidfast.publishing.export import read_distillation, recover_export, write_export
 from sidfast.training.run import describe_distillation
 
@@ -43,6 +44,7 @@ class Measuring:
         self.protocol, self.best_by = self._once("protocol", lambda: _open(config, torch.device("cpu")))
         recover_export(run.out / "best")
 
+    @tf32(False)                                         # as `sidfast evaluate` does it
     def measure(self, name, pipe, step, again=False, **options):
         """Measure a pipeline, called with `options`, and keep the result under `name` in evaluation.json.
 
