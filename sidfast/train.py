@@ -99,7 +99,7 @@ def run(args):
     config = with_micro_batch(config, teacher, processes, device)
     checkpoint = choose_checkpoint(out, args.resume, _tell)
     if checkpoint:
-        check_fits(checkpoint, teacher.unet)
+        check_fits(checkpoint, teacher.unet, config.optimizer)
     _tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
     result = train(config, out, checkpoint, teacher, device, profile=args.profile)
     comm.destroy_process_group()

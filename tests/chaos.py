@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, BATCH, PATIENCE = 24, 4, 300                      # of a run; seconds that anything may take
 KINDS = ("kill a process", "kill during checkpoint", "kill during export", "SIGTERM", "SIGUSR1", "disk full",
          "disk full at the end", "damaged checkpoint", "launcher")
+KEPT = {"generator": ("weights", "exp_avg_sq", "ema"), "fake_score": ("weights", "exp_avg", "exp_avg_sq")}
 
 
 class Failed(Exception):
@@ -310,8 +311,8 @@ def losses(out):
 
 def compare_states(got, want):
     """Final weights, moments and average, bit for bit."""
-    for network in ("generator", "fake_score"):
-        for kind in ("weights", "exp_avg", "exp_avg_sq") + (("ema",) if network == "generator" else ()):
+    for network, kinds in KEPT.items():
+        for kind in kinds:
             a, b = (read_tensors(run / "checkpoints" / f"step-{STEPS:08d}", network, kind) for run in (got, want))
             if not a or a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
                 raise Failed(f"{network} {kind} differs from the run that was left alone")
@@ -325,12 +326,12 @@ def _alive(pid):
 
 
 def write_config(folder):
-    """A tiny teacher and a configuration that logs every step and saves every third."""
+    """A tiny teacher and a configuration that logs every step and saves every third; one network has momentum."""
     write_tiny_teacher(folder / "teacher")
     values = {"model": {"teacher": str(folder / "teacher")}, "data": {"prompts": "shapes:train"},
               "train": {"steps": STEPS, "batch_size": BATCH, "log_every": 1, "save_every": 3,
                         "samples": 0, "keep": 3, "hang_timeout": 120},
-              "optimizer": {"generator": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}}}
+              "optimizer": {"generator": {"lr": 1e-3}, "fake_score": {"lr": 1e-3, "beta1": 0.5}}}
     path = folder / "config.json"
     path.write_text(json.dumps(values))
     return path

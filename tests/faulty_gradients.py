@@ -1,9 +1,11 @@
-"""Every ZeRO stage in fp32 and bf16, hit by a gradient that is not finite on one process: `deepspeed
-tests/faulty_gradients.py JOB.json`, where {"teacher": folder, "out": file} says what for and where to.
+"""Every ZeRO stage in fp32 and bf16, with and without momentum, hit by a gradient that is not finite on one process:
+`deepspeed tests/faulty_gradients.py JOB.json`, where {"teacher": folder, "out": file} says what for and where to.
 
-Writes {"STAGE DTYPE": [one [updates left out, weights changed, weights finite] after each update, of each process]}.
+Writes {"STAGE DTYPE BETA1": [one [updates left out, weights changed, weights finite] after each update, of each
+process]}.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -25,14 +27,14 @@ def weights(engine):
     return torch.cat([v.flatten() for v in gather(engine, masters(engine)).values()])
 
 
-def updates(teacher, stage, dtype, device):
+def updates(teacher, stage, dtype, beta1, device):
     """Two micro-batches an update; in the second update the last process's second loss is infinite."""
     values = {"model": {"teacher": teacher}, "data": {"prompts": "shapes:train"},
               "train": {"steps": 1, "batch_size": 2 * comm.get_world_size(), "micro_batch": 1},
               "deepspeed": {"zero_optimization": {"stage": stage}} | ({dtype: {"enabled": True}} if dtype else {})}
     config = build_config(values, "test")
     section = engine_config(config, "generator", comm.get_world_size())
-    engine = build_engine(load_teacher(teacher).unet, Adam(lr=1e-3), section, device)
+    engine = build_engine(load_teacher(teacher).unet, Adam(lr=1e-3, beta1=beta1), section, device)
     x, text = (torch.randn(shape, dtype=compute_dtype(config.deepspeed)) for shape in ((1, 4, 8, 8), (1, 77, 16)))
     rows = []
     for update in range(4):
@@ -49,11 +51,11 @@ def updates(teacher, stage, dtype, device):
 
 device, job, result = join(), json.loads(Path(sys.argv[-1]).read_text()), {}
 for dtype in ("", "bf16"):
-    for stage in range(4):
+    for stage, beta1 in itertools.product(range(4), (0.0, 0.5)):
         torch.manual_seed(comm.get_rank())
         everyone = [None] * comm.get_world_size()
-        torch.distributed.all_gather_object(everyone, updates(job["teacher"], stage, dtype, device))
-        result[f"{stage} {dtype or 'fp32'}"] = everyone
+        torch.distributed.all_gather_object(everyone, updates(job["teacher"], stage, dtype, beta1, device))
+        result[f"{stage} {dtype or 'fp32'} {beta1}"] = everyone
 if comm.get_rank() == 0:
     Path(job["out"]).write_text(json.dumps(result))
 comm.barrier()

@@ -14,7 +14,7 @@ from test_bad_input import fails
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidfast import cli, train
-from sidfast.config import build_config, load_config
+from sidfast.config import Adam, build_config, load_config
 from sidfast.method.distill import Objective
 from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.loading import load_teacher
@@ -122,10 +122,12 @@ def storages():
 
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_memory_of_an_engine(device, stage, bf16):
+@pytest.mark.parametrize("beta1", [0.0, 0.5])
+def test_memory_of_an_engine(device, stage, bf16, beta1):
     """All tensors that a DeepSpeed engine leaves in memory after a step, and with a step's gradients."""
     config = build_config({"model": {"teacher": "x"}, "data": {"prompts": "shapes:train"},
                            "train": {"steps": 1, "batch_size": 4, "micro_batch": 2},
+                           "optimizer": {"generator": {"beta1": beta1}},
                            "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
                                          "bf16": {"enabled": bf16}}}, "test")
     section = engine_config(config, "generator", 1)
@@ -146,8 +148,9 @@ def test_memory_of_an_engine(device, stage, bf16):
     for _ in range(2):
         backward()
         engine.step()
-    zero = memory.Zero.of(section, 1)
+    zero = memory.Zero.of(section, 1, config.optimizer.generator)
     resident = sum(memory.resident(zero, P).values())
+    assert memory.resident(zero, P)["moments"] == (8 if beta1 else 4) * P
     assert kept() == pytest.approx(resident, rel=0.02)
     backward()                                           # (not at the accumulation boundary: nothing is stepped)
     gradients = zero.width * P if stage < 2 else memory.during_update(zero, P) - zero.width * zero.bucket * (stage == 2)
@@ -163,6 +166,15 @@ def test_sharding():
     assert many["weights"] == one["weights"] == 2000 and many["moments"] == one["moments"] / 100 == 80
     offloaded = memory.Zero(2, 2, 2, True, 10, 10)
     assert memory.resident(offloaded, 1000)["moments"] == 0 and memory.on_host(offloaded, 1000) == 8000
+
+
+@pytest.mark.parametrize("beta1, stage, offload, on_gpu, on_host", [
+    (0, 1, "none", 4, 0), (0.5, 1, "none", 8, 0), (0, 0, "none", 4, 0), (0, 2, "cpu", 0, 16), (0.5, 3, "nvme", 0, 16)])
+def test_moments(beta1, stage, offload, on_gpu, on_host):
+    """One without momentum; both where DeepSpeed's Adam for the CPU keeps them. Bytes a parameter."""
+    section = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}}}
+    zero = memory.Zero.of(section, 1, Adam(beta1=beta1))
+    assert memory.resident(zero, 1000)["moments"] == 1000 * on_gpu and memory.on_host(zero, 1000) == 1000 * on_host
 
 
 @pytest.mark.parametrize("stage, sent", [(0, 4), (1, 6), (2, 4 * 4 + 2), (3, 4 * 9)])

@@ -121,7 +121,7 @@ def test_damaged_checkpoints_are_never_taken(whole, group, tmp_path, damage):
     {"missing file": lambda: next(newest.glob("*.safetensors")).unlink(),
      "no state": lambda: (newest / "state.json").unlink(),
      "broken state": lambda: (newest / "state.json").write_text("{"),
-     "flipped bit": lambda: flip_a_bit(next(newest.glob("fake_score.exp_avg-*")))}[damage]()
+     "flipped bit": lambda: flip_a_bit(next(newest.glob("fake_score.exp_avg_sq-*")))}[damage]()
     told = []
     assert choose_checkpoint(tmp_path, "auto", told.append).name == "step-00000020"
     assert len(told) == 1 and "step-00000024" in told[0]

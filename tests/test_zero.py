@@ -68,6 +68,12 @@ def test_same_curve_in_every_stage(runs, stage):
 
 
 @pytest.fixture(scope="module")
+def first_weights(tiny_teacher):
+    """Of both networks: the teacher's."""
+    return load_teacher(tiny_teacher).unet.state_dict()
+
+
+@pytest.fixture(scope="module")
 def first_gradients(tiny_config, runs):
     """{network: {name: gradient}} of the first step, in float64 and sample by sample."""
     config = build_config(tiny_config, "test")
@@ -88,9 +94,11 @@ def first_gradients(tiny_config, runs):
 
 @pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
 @pytest.mark.parametrize("network", ("fake_score", "generator"))
-def test_adam_sees_the_gradient_itself(runs, first_gradients, network, stage):
-    """Neither clipped nor scaled: with beta1 = 0, Adam's first moment is the gradient."""
-    got = read_tensors(runs / f"one-step-{stage}" / "checkpoints" / "step-00000001", network, "exp_avg")
+def test_adam_sees_the_gradient_itself(runs, first_weights, first_gradients, network, stage):
+    """Neither clipped nor scaled: after one step the second moment is (1 - beta2) g^2, and weights went against g."""
+    checkpoint = runs / f"one-step-{stage}" / "checkpoints" / "step-00000001"
+    second, after = (read_tensors(checkpoint, network, kind) for kind in ("exp_avg_sq", "weights"))
+    got = {name: (v / (1 - 0.999)).sqrt() * (first_weights[name] - after[name]).sign() for name, v in second.items()}
     want = first_gradients[network]
     assert got.keys() == want.keys()
     assert_close(network, *(torch.cat([v[name].flatten() for name in want]) for v in (got, want)), bound=1e-4)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from sidfast.errors import UserError
 from sidfast.files import flush, write_atomically, write_text
 from sidfast.training.engines import (
+    ENGINES,
     MOMENTS,
     gather,
     loss_scale_state,
@@ -45,7 +46,7 @@ def snapshot(engines, ema, further=None):
     files = {}
     for name, engine in engines.items():
         mine = _share(engine, rank, ranks)
-        kinds = {"weights": masters(engine), **{key: moments(engine, key) for key in MOMENTS}}
+        kinds = {"weights": masters(engine), **moments(engine)}
         if name == "generator":
             kinds["ema"] = ema.shards
         kinds |= (further or {}).get(name, {})
@@ -188,17 +189,27 @@ def checksum(file):
     return digest.hexdigest()
 
 
-def check_fits(path, unet):
-    """Raise UserError unless a checkpoint is of networks like `unet`, by names and shapes."""
+def check_fits(path, unet, optimizers):
+    """Raise UserError unless a checkpoint is of networks like `unet`, by names and shapes, and has the moments that
+    `optimizers` (of a configuration) go on from."""
     want = {name: list(p.shape) for name, p in unet.named_parameters()}
-    for network in ("generator", "fake_score"):
-        shapes = {}
-        for file in sorted(Path(path).glob(f"{network}.weights-*.safetensors")):
-            with _opened(file) as f:
-                shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}        # noqa: SIM118
-        if shapes != want:
+    for network in ENGINES:
+        if _shapes(path, network, "weights") != want:
             raise UserError(f"--resume {path}: is of another architecture than the teacher (the {network}'s weights "
                             "differ in name or shape)")
+        beta1 = getattr(optimizers, network).beta1
+        if beta1 > 0 and not _shapes(path, network, "exp_avg"):
+            raise UserError(f"--resume {path}: is of a run with optimizer.{network}.beta1 = 0, which keeps no first "
+                            f"moment for one with {beta1:g} to go on from")
+
+
+def _shapes(path, network, kind):
+    """{name: shape} of what `read_tensors` reads."""
+    shapes = {}
+    for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
+        with _opened(file) as f:
+            shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}            # noqa: SIM118
+    return shapes
 
 
 def read_state(path):
@@ -235,7 +246,7 @@ def restore(path, engines, ema):
     for name, engine in engines.items():
         scatter(engine, read_tensors(path, name, "weights"), masters(engine))
         saved = state["engines"][name]
-        restore_moments(engine, {key: read_tensors(path, name, key) for key in MOMENTS}, saved["optimizer_step"])
+        restore_moments(engine, {kind: read_tensors(path, name, kind) for kind in MOMENTS}, saved["optimizer_step"])
         restore_loss_scale(engine, saved["loss_scale"])
     ema.restore(read_tensors(path, "generator", "ema"))
 

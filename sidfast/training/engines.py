@@ -7,19 +7,21 @@ of processes.
 """
 
 import copy
-import math
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, set_z3_leaf_modules
 
 from sidfast.errors import UserError
 from sidfast.networks.fused import BLOCKS
 from sidfast.networks.trained import Trained
+from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 
 ENGINES = ("generator", "fake_score")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
 
 
 def engine_config(config, name, processes):
@@ -109,33 +111,27 @@ def set_learning_rate(engine, adam, step, total):
         group["lr"] = adam.lr * factor
 
 
+def offloads(section):
+    """Whether a `deepspeed` section keeps the optimizer's state in host memory, or on a disk."""
+    offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def moments_kept(adam, section):
+    """The kinds of Adam's moments that an engine will keep; DeepSpeed's Adam for the CPU always keeps both."""
+    return MOMENTS if adam.beta1 > 0 or offloads(section) else MOMENTS[1:]
+
+
 def _adam(module, adam, eps, section, device):
-    options = {"lr": adam.lr, "betas": (adam.beta1, adam.beta2), "eps": eps}
-    if section.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+    parameters, both = module.parameters(), {"lr": adam.lr, "betas": (adam.beta1, adam.beta2), "eps": eps}
+    if offloads(section):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(module.parameters(), adamw_mode=False, **options)
+        return DeepSpeedCPUAdam(parameters, adamw_mode=False, **both)
     plain = section.get("zero_optimization", {}).get("stage", 0) == 0 and compute_dtype(section) == torch.float32
-    kind = CheckedAdam if plain else torch.optim.Adam    # DeepSpeed's own optimizers check by themselves
-    return kind(module.parameters(), fused=device.type == "cuda", **options)
-
-
-class CheckedAdam(torch.optim.Adam):
-    """Adam that leaves out an update whose gradient is not finite, and tells DeepSpeed so (`overflow`).
-
-    For the one case where DeepSpeed hands gradients straight to the optimizer: ZeRO stage 0 in fp32. Gradients are
-    reduced already, so every process decides alike.
-    """
-
-    overflow = False
-    _global_grad_norm = None                             # for the engine's get_global_grad_norm
-
-    def step(self, closure=None):
-        """One step, or none."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._global_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        return None if self.overflow else super().step(closure)
+    if adam.beta1 == 0:                                  # DeepSpeed's own optimizers check gradients by themselves
+        return (CheckedSecondMomentAdam if plain else SecondMomentAdam)(parameters, adam.lr, adam.beta2, eps)
+    return (CheckedAdam if plain else torch.optim.Adam)(parameters, fused=device.type == "cuda", **both)
 
 
 def masters(engine):
@@ -219,11 +215,15 @@ def _swap(left, right):
             b.data.copy_(held)
 
 
-def moments(engine, key):
-    """Adam's moment `key` for each of `masters(engine)`; zeros before the first step."""
-    state = engine.basic_optimizer.state
-    return [state[m][key] if key in state.get(m, {}) else torch.zeros_like(m, requires_grad=False)
-            for m in masters(engine)]
+def moments(engine):
+    """{kind: Adam's moments for each of `masters(engine)`}, of the kinds that it keeps; zeros before the first step."""
+    own, state = masters(engine), engine.basic_optimizer.state
+    return {kind: [state[m][kind] if kind in state.get(m, {}) else torch.zeros_like(m, requires_grad=False)
+                   for m in own] for kind in _kinds(engine)}
+
+
+def _kinds(engine):
+    return MOMENTS[1:] if isinstance(engine.basic_optimizer, SecondMomentAdam) else MOMENTS
 
 
 def optimizer_step(engine):
@@ -233,16 +233,20 @@ def optimizer_step(engine):
 
 
 def restore_moments(engine, full, step):
-    """Set Adam's state from whole moments {key: {name: tensor}} after `step` steps."""
+    """Set Adam's state from whole moments {kind: {name: tensor}}, {} for a kind that was not kept, after `step` steps.
+
+    A first moment that was not kept is the gradient: an Adam with beta1 = 0 that keeps one may begin with zeros.
+    """
     own, optimizer = masters(engine), engine.basic_optimizer
-    values = {key: [torch.zeros_like(m, requires_grad=False) for m in own] for key in full}
-    for key, tensors in values.items():
-        scatter(engine, full[key], tensors)
+    values = {kind: [torch.zeros_like(m, requires_grad=False) for m in own] for kind in _kinds(engine)}
+    for kind, tensors in values.items():
+        if full[kind] or kind != "exp_avg" or optimizer.param_groups[0]["betas"][0] > 0:
+            scatter(engine, full[kind], tensors)
     on_device = isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused")
     for i, master in enumerate(own):
         counter = step if not isinstance(optimizer, torch.optim.Adam) else torch.tensor(
             float(step), device=master.device if on_device else "cpu")
-        optimizer.state[master] = {"step": counter, **{key: values[key][i] for key in full}}
+        optimizer.state[master] = {"step": counter, **{kind: tensors[i] for kind, tensors in values.items()}}
 
 
 def loss_scale_state(engine):

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from sidfast.training.engines import compute_dtype
+from sidfast.training.engines import compute_dtype, moments_kept, offloads
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a `deepspeed` section sizes depend on."""
+    """What of a `deepspeed` section, and of Adam, sizes depend on."""
 
     stage: int
     gpus: int
@@ -22,18 +22,18 @@ class Zero:
     offload: bool
     bucket: int                                          # elements
     live: int                                            # stage 3: elements of whole parameters kept at once
+    moments: int = 2                                     # of Adam's two, those that are kept
 
     @classmethod
-    def of(cls, section, gpus):
-        """From an engine's section (`engine_config`)."""
+    def of(cls, section, gpus, adam):
+        """From an engine's section (`engine_config`) and the configuration's Adam."""
         zero = section.get("zero_optimization", {})
         width = torch.empty((), dtype=compute_dtype(section)).element_size()
-        offload = zero.get("offload_optimizer") or {}
         stage = int(zero.get("stage", 0))
         overlap = zero.get("overlap_comm") and stage < 3
-        return cls(stage, gpus, width, stage > 0 and offload.get("device", "none") != "none",
+        return cls(stage, gpus, width, stage > 0 and offloads(section),
                    int(zero.get("reduce_bucket_size", 5e8)) * (2 if overlap else 1),
-                   int(zero.get("stage3_max_live_parameters", 1e9)))
+                   int(zero.get("stage3_max_live_parameters", 1e9)), len(moments_kept(adam, section)))
 
     def share(self, since):
         """The part of a tensor that one GPU keeps if stages from `since` on shard it."""
@@ -46,14 +46,14 @@ def resident(zero, P):
     on_gpu = not zero.offload
     return {"weights": zero.width * P * zero.share(3),
             "masters": 4 * P * zero.share(1) * mixed * on_gpu,
-            "moments": 8 * P * zero.share(1) * on_gpu,
+            "moments": 4 * zero.moments * P * zero.share(1) * on_gpu,
             "gradients": zero.width * P / zero.gpus * (zero.stage == 3) * on_gpu,
             "bucket": zero.width * zero.bucket * (zero.stage == 3)}
 
 
 def on_host(zero, P):
     """Bytes in host memory per process: masters, moments, and fp32 gradients of an offloaded optimizer."""
-    return (4 + 8 + 4) * P / zero.gpus * zero.offload
+    return (4 + 4 * zero.moments + 4) * P / zero.gpus * zero.offload
 
 
 def during_update(zero, P):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sidfast.training.engines import CheckedAdam
+from sidfast.training.adam import Checked
 
 GIB = 2**30
 # Dense TFLOP/s of the tensor cores as the makers state them: (bf16 and fp16, tf32).
@@ -119,7 +119,7 @@ class Observer:
     def _watch_step(self, label, engine):
         """The optimizer's step becomes a phase; what keeps no norm of the unclipped gradient gets it here."""
         step, plain = engine.step, isinstance(engine.optimizer, torch.optim.Optimizer)
-        plain = plain and (engine.gradient_clipping() > 0 or not isinstance(engine.optimizer, CheckedAdam))
+        plain = plain and (engine.gradient_clipping() > 0 or not isinstance(engine.optimizer, Checked))
 
         def watched(*args, **kwargs):
             if not engine.is_gradient_accumulation_boundary():

@@ -15,7 +15,7 @@ from sidfast.method.distill import Objective
 from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.loading import check_teacher, find_teacher
 from sidfast.training import memory
-from sidfast.training.engines import ENGINES, compute_dtype, engine_section
+from sidfast.training.engines import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.training.footprint import UPDATES, image_flops, measure_update
 
 GIB = 2**30
@@ -131,9 +131,8 @@ class Planner:
 
     def configured(self, name="generator"):
         """(label, stage, offload) of an engine as configured."""
-        zero = engine_section(self.config, name).get("zero_optimization", {})
-        offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        return "as configured", zero.get("stage", 0), offload
+        section = engine_section(self.config, name)
+        return "as configured", section.get("zero_optimization", {}).get("stage", 0), offloads(section)
 
     def option(self, label, stage, offload, micro_batch, checkpointing, gpus):
         """The Option of one setting, or None if the global batch cannot be split so."""
@@ -142,7 +141,7 @@ class Planner:
             return None
         sizes = self.shapes.parameters()
         P, prints = sizes["unet"], self.footprints(checkpointing)
-        zeros = {name: memory.Zero.of(self._section(name, stage, offload), gpus) for name in ENGINES}
+        zeros = {name: self._zero(name, stage, offload, gpus) for name in ENGINES}
         width = zeros["generator"].width
         parts = {}
         for zero in zeros.values():
@@ -170,14 +169,14 @@ class Planner:
 
     def sent(self, option, gpus):
         """Bytes that a GPU sends in one step."""
-        zero = memory.Zero.of(self._section("generator", option.stage, option.offload), gpus)
+        zero = self._zero("generator", option.stage, option.offload, gpus)
         return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation)
 
-    def _section(self, name, stage, offload):
+    def _zero(self, name, stage, offload, gpus):
         section = engine_section(self.config, name)
         zero = dict(section.get("zero_optimization", {})) | {"stage": stage}
         zero["offload_optimizer"] = {"device": "cpu"} if offload else {"device": "none"}
-        return section | {"zero_optimization": zero}
+        return memory.Zero.of(section | {"zero_optimization": zero}, gpus, getattr(self.config.optimizer, name))
 
     def _plain(self, checkpointing):
         unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
