@@ -218,8 +218,8 @@ def read_state(path):
 
 
 def read_tensors(path, network, kind):
-    """Whole tensors {name: fp32} of one kind ("weights", "exp_avg", "exp_avg_sq", "ema") of a network. Raises UserError
-    for a file that is something else."""
+    """Whole tensors {name: fp32} of one kind ("weights", "exp_avg", "exp_avg_sq", "ema") of a network, {} of a
+    kind that the checkpoint lacks. Raises UserError for a file that is something else."""
     tensors = {}
     for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
         with _opened(file) as f:
