@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, free_port
 
 from sidfast import cli
 from sidfast.teacher.random_init import ARCHITECTURES
@@ -28,7 +28,8 @@ def test_two_iterations_and_the_export(architecture, tmp_path):
                 "train.steps": 2, "train.batch_size": 16, "train.micro_batch": MICRO_BATCH[architecture],
                 "train.log_every": 1, "train.samples": 2}
     path = f"{Path(sys.executable).parent}:{environment(0)['PATH']}"
-    command = [shutil.which("deepspeed", path=path), "--log_level", "error", "sidfast/train.py", "--config",
+    command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--master_port",
+               str(free_port()), "sidfast/train.py", "--config",
                f"configs/{architecture}.json", "--out", str(run), *(
                    word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
     done = subprocess.run(command, cwd=ROOT, env=environment(29741, gpu=True) | {"PATH": path}, capture_output=True,
