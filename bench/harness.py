@@ -33,8 +33,6 @@ def find_machine():
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
-    if gpu:
-        torch.backends.cudnn.benchmark = True
     x = torch.empty(2**29 if gpu else 2**24, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     copy = 2 * x.numel() / seconds(lambda: y.copy_(x), device) / 1e9

@@ -57,6 +57,7 @@ def test_unet(timed, machine, unet, role, implementation):
 def prepare(unet, implementation):
     """Undo what an earlier benchmark did to the UNet, and do what this one is about."""
     unfuse(unet)
+    torch.backends.cudnn.benchmark = implementation != "fused"                   # as training has it
     for module in unet.modules():
         module._compiled_call_impl = None
     unet.to(memory_format=torch.contiguous_format if implementation == "eager" else torch.channels_last)

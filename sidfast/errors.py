@@ -20,6 +20,14 @@ class Diverged(RunError):
     """Training has come to networks whose outputs or gradients are not finite."""
 
 
+class NothingFinite(Diverged):
+    """A network whose output is not finite for any input."""
+
+    def __init__(self):
+        super().__init__("a network's output is not finite for any input: the run has diverged. Go on from an earlier "
+                         "checkpoint with lower learning rates")
+
+
 class NonFiniteImage(UserError):
     """A model makes images with non-finite pixels."""
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sidfast.errors import Diverged
+from sidfast.errors import NothingFinite
 from sidfast.kernels.guidance import denoise
 from sidfast.kernels.noising import add_noise
 from sidfast.method.denoise import denoise_coefficients, predict
@@ -80,7 +80,12 @@ def denoise_at(network, x_t, level, text, objective):
     return denoise(predict(network, x_t, t, text), x_t, A, B, 1)
 
 
-def fake_score_update(networks, objective, source=None, wrap=lambda compute: compute, agree=bool):
+def _as_written(compute, leave_out):
+    """The usual `wrap`: passes run as they are written."""
+    return compute
+
+
+def fake_score_update(networks, objective, source=None, wrap=_as_written, agree=bool):
     """The fake score's Update: eq. 5 on the images of `source(batch)`, the generator's own unless given."""
     source = source or (lambda batch: generate(networks.generator.module.unet, batch.z, batch.text, objective))
 
@@ -98,10 +103,10 @@ def fake_score_update(networks, objective, source=None, wrap=lambda compute: com
         return loss.mean(), finite, loss.detach(), x_g
 
     kappas = [objective.kappa1]
-    return Update(networks.fake_score, wrap(compute), agree)
+    return Update(networks.fake_score, wrap(compute, leave_out), agree)
 
 
-def generator_update(networks, objective, wrap=lambda compute: compute, agree=bool):
+def generator_update(networks, objective, wrap=_as_written, agree=bool):
     """The generator's Update: eq. 8. Gradients pass through both denoisers, which stand still."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
 
@@ -119,7 +124,7 @@ def generator_update(networks, objective, wrap=lambda compute: compute, agree=bo
         return loss.mean(), finite, loss.detach(), x_g.detach()
 
     fake_score = networks.fake_score.module.unet         # the engine itself would prepare for a backward of its own
-    return Update(networks.generator, wrap(compute), agree, frozen=fake_score)
+    return Update(networks.generator, wrap(compute, leave_out), agree, frozen=fake_score)
 
 
 class Update:
@@ -127,8 +132,9 @@ class Update:
 
     `compute(unet, *batch, keep) -> (mean loss, finite [N], losses [N], x_g)`, where samples with keep [N] (bool) False
     count as 0. A sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0,
-    and weights are shared by all samples. Its micro-batch is then computed once more with another sample in its place.
-    `agree(all finite)` makes all processes do that together, where a pass is a collective call (ZeRO stage 3).
+    and weights are shared by all samples. Its micro-batch is then computed once more with another sample in its place
+    (`leave_out`). A `compute` whose `leaves_out` is True sees to it itself, in its backward pass (networks/graphs.py).
+    `agree(all finite)` makes all processes do it together, where a pass is a collective call (ZeRO stage 3).
     """
 
     def __init__(self, engine, compute, agree=bool, frozen=None):
@@ -139,33 +145,37 @@ class Update:
         losses, left_out, single, images = [], [], [], []
         with _frozen(self.frozen):
             for batch in batches:
-                loss, finite, each, x_g = self.engine(self.compute, *batch, torch.ones_like(batch.dropped))
-                if not self.agree(finite.all()):
-                    loss, each = self._without(batch, finite)
+                tensors = *batch, torch.ones_like(batch.dropped)
+                loss, finite, each, x_g = self.engine(self.compute, *tensors)
+                if getattr(self.compute, "leaves_out", False):
+                    each = torch.where(finite, each, 0)
+                elif not self.agree(finite.all()):
+                    loss, each = self._without(tensors, finite)
                 self.engine.backward(loss)
                 self.engine.step()                       # steps at the accumulation boundary
-                losses.append(loss.detach())
+                losses.append(each.mean())
                 left_out.append((~finite).sum())
                 single.append(each)
                 images.append(x_g)
         return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum(), torch.cat(single),
                     torch.cat([batch.t for batch in batches]), images)
 
-    def _without(self, batch, finite):
-        loss, again, each, _ = self.engine(self.compute, *_replaced(batch, finite), finite)
+    def _without(self, tensors, finite):
+        loss, again, each, _ = self.engine(self.compute, *leave_out(tensors, finite))
         if not again.all():
-            raise Diverged("a network's output is not finite for any input: the run has diverged. Go on from an "
-                               "earlier checkpoint with lower learning rates")
+            raise NothingFinite
         return loss, each
 
 
-def _replaced(batch, finite):
-    """The batch with its first finite sample in place of those that are not (with zeros and no text if none is)."""
+def leave_out(tensors, finite):
+    """An Update's tensors (*batch, keep) with the first finite sample in the place of those that are not (with zeros
+    and no text if none is), and keep False for these."""
+    batch = Batch(*tensors[:-1])
     if not finite.any():
-        return batch._replace(text=batch.null.expand_as(batch.text), z=torch.zeros_like(batch.z),
-                              eps=torch.zeros_like(batch.eps), noise=torch.zeros_like(batch.noise))
+        zeros = {name: torch.zeros_like(getattr(batch, name)) for name in ("z", "eps", "noise")}
+        return *batch._replace(text=batch.null.expand_as(batch.text), **zeros), finite
     rows = torch.where(finite, torch.arange(len(finite), device=finite.device), finite.to(torch.uint8).argmax())
-    return Batch(*(v if name == "null" else v[rows] for name, v in batch._asdict().items()))
+    return *(v if name == "null" else v[rows] for name, v in batch._asdict().items()), finite
 
 
 @contextmanager

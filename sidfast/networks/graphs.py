@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from sidfast.errors import NothingFinite
+
 
 class GraphedStep:
     """A whole training step (no arguments, tensors out), replayed as one CUDA graph where there is a GPU.
@@ -30,65 +32,112 @@ class GraphedStep:
 
 
 class GraphedLoss:
-    """`compute(unet, *tensors) -> (loss, *others)` as two CUDA graphs, one forward and one backward.
+    """`compute(unet, *tensors) -> (loss, finite, *others)` as two CUDA graphs, one forward and one backward.
 
-    loss: a scalar, differentiable in the UNet's parameters and in nothing else; others: tensors without gradient. The
-    gradients reach the parameters through autograd, so accumulation and DeepSpeed's hooks work as ever. The first call
-    captures; later calls must bring tensors of the same shapes, and parameters must stay where they are in memory
-    (ZeRO stages 0 to 2; stage 3 moves them). Graphs that share a `pool` share memory: a loss's backward pass must
-    follow before another of them runs.
+    loss: a scalar, differentiable in the UNet's parameters and in nothing else; finite: [N] (bool), which samples are;
+    others: tensors without gradient. The gradients reach the parameters through autograd, so accumulation and
+    DeepSpeed's hooks work as ever. The first call captures; later calls must bring tensors of the same shapes, and
+    parameters must stay where they are in memory (ZeRO stages 0 to 2; stage 3 moves them). Graphs that share a `pool`
+    share memory: a loss's backward pass must follow before another of them runs.
+
+    The backward pass starts before the host knows whether every sample is finite, so that the GPU does not wait for the
+    host. If one is not, both passes run again on `leave_out(tensors, finite)`, and only then do gradients go anywhere.
+    Raises NothingFinite if that does not help. (What the forward pass returned stays as it was.)
     """
 
-    def __init__(self, compute, pool=None, warmup=2):
-        self._compute, self._pool, self._warmup, self._inputs = compute, pool, warmup, None
+    leaves_out = True
+
+    def __init__(self, compute, leave_out, pool=None, capture=None):
+        self._compute, self._leave_out, self._pool, self._inputs = compute, leave_out, pool, None
+        self._capture_passes = capture or capture_passes
 
     def __call__(self, unet, *tensors):
         if self._inputs is None:
             self._capture(unet, tensors)
+        self._load(tensors)
+        return _Replay.apply(self, *self._parameters)
+
+    def _load(self, tensors):
         for static, value in zip(self._inputs, tensors, strict=True):
             if static.shape != value.shape:
                 raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
             static.copy_(value)
-        return _Replay.apply(self, *self._parameters)
 
     def _capture(self, unet, tensors):
         self._inputs = [v.clone() for v in tensors]
         self._parameters = [p for p in unet.parameters() if p.requires_grad]
         device = self._parameters[0].device
+        self._d_loss = torch.ones((), device=device)
+        self._all_finite = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._known = torch.cuda.Event() if device.type == "cuda" else None
+        between = []                                     # the loss and what it is differentiated in
 
-        def forward(aliases):
+        def forward():
+            aliases = _aliases(self._parameters)
             with _replaced(unet, self._parameters, aliases):
-                loss, *others = self._compute(unet, *self._inputs)
-            return loss, others
+                loss, finite, *others = self._compute(unet, *self._inputs)
+            between[:] = loss, aliases
+            return loss, finite.all(), finite, *others
 
-        def backward(loss, aliases):
+        def backward():
+            loss, aliases = between
+            between.clear()
             return torch.autograd.grad(loss, aliases, self._d_loss, allow_unused=True)
 
-        def step():
-            aliases = _aliases(self._parameters)
-            backward(forward(aliases)[0], aliases)
-
-        self._d_loss = torch.ones((), device=device)
-        _warm_up(step, device, self._warmup)
-        aliases = _aliases(self._parameters)
-        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        mode = {"capture_error_mode": "thread_local"}    # NCCL's watchdog thread queries events meanwhile
-        with torch.cuda.graph(self.forward_graph, pool=self._pool, **mode):
-            loss, self._others = forward(aliases)
-        with torch.cuda.graph(self.backward_graph, pool=self._pool or self.forward_graph.pool(), **mode):
-            self._gradients = backward(loss, aliases)
-        self._loss = loss.detach()                       # lets go of the autograd graph, not of its result
+        self._forward, self._backward, outputs, self._gradients = self._capture_passes(
+            forward, backward, device, self._pool)
+        self._loss, self._flag, *self._others = (v.detach() for v in outputs)     # (lets go of autograd's graph)
 
     def replay_forward(self):
-        """Loss and others of the inputs, as tensors that later replays leave alone."""
-        self.forward_graph.replay()
-        return tuple(v.detach().clone() for v in (self._loss, *self._others))
+        """Loss, finite and others of the inputs, as tensors that later replays leave alone."""
+        self._forward()
+        self._note()
+        return tuple(v.clone() for v in (self._loss, *self._others))
 
     def replay_backward(self, d_loss):
         """The parameters' gradients (None where the loss does not depend on one), until the next replay."""
         self._d_loss.copy_(d_loss)
-        self.backward_graph.replay()
+        self._backward()
+        if not self._finite():
+            self._load(self._leave_out(self._inputs, self._others[0].clone()))
+            self._forward()
+            self._note()
+            self._backward()
+            if not self._finite():
+                raise NothingFinite
         return self._gradients
+
+    def _note(self):
+        """Have the forward pass's flag brought to the host, without waiting."""
+        self._all_finite.copy_(self._flag, non_blocking=True)
+        if self._known:
+            self._known.record()
+
+    def _finite(self):
+        """Whether every sample of the last forward pass was finite; waits for that pass alone."""
+        if self._known:
+            self._known.synchronize()
+        return bool(self._all_finite)
+
+
+def capture_passes(forward, backward, device, pool=None, warmup=2):
+    """Two functions, to be called in turn, as CUDA graphs: (replay forward, replay backward, what either returns).
+
+    What they return are the tensors that every replay overwrites. `warmup`: calls for real before.
+    """
+    def both():
+        forward()
+        backward()
+
+    _warm_up(both, device, warmup)
+    torch.cuda.empty_cache()                             # the graphs' pool needs anew what the warm-up has taken
+    graphs, results = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), []
+    pool = pool or torch.cuda.graph_pool_handle()
+    for graph, function in zip(graphs, (forward, backward), strict=True):
+        # (thread_local: NCCL's watchdog thread queries events meanwhile)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results.append(function())
+    return graphs[0].replay, graphs[1].replay, *results
 
 
 def _aliases(parameters):

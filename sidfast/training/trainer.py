@@ -89,6 +89,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     stages = zero_stages(config)
     speed = decide_speed(config.speed, teacher, latent_shape, 2 * config.train.micro_batch, stages, dtype, device,
                          cannot_capture(config.synthetic))
+    torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
     if rank == 0 and speed.notes and device.type == "cuda":                      # (on a CPU they go without saying)
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
     run = RunDirectory(out, config, progress.step, speed=speed.describe()) if rank == 0 else None
@@ -186,7 +187,7 @@ def _updates(networks, objective, source, speed, sharded):
     options = {}
     if speed.cuda_graphs:
         pool = torch.cuda.graph_pool_handle()
-        options["wrap"] = lambda compute: GraphedLoss(compute, pool)
+        options["wrap"] = lambda compute, leave_out: GraphedLoss(compute, leave_out, pool)
     if sharded:
         options["agree"] = _all_agree
     updates = {"fake_score": fake_score_update(networks, objective, source, **options),
@@ -349,5 +350,3 @@ def _latent_shape(teacher, config):
 def _set_up_device(config, device):
     if device.type == "cuda":
         allow_tf32(config.speed.tf32)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 3
-
