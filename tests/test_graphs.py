@@ -16,7 +16,8 @@ OBJECTIVE = objective_of(1.5, 2, 0.5, 1.5, alpha=0.5)
 def replayed(log):
     """A stand-in for `capture_passes`: "replays" write what a pass gives now into the tensors of the first one."""
 
-    def capture(forward, backward, device, pool):
+    def capture(forward, backward, pool):
+        log.append("capture")
         results = [[None if v is None else v.detach().clone() for v in function()] for function in (forward, backward)]
 
         def replay(name, function, static):
@@ -61,7 +62,7 @@ def test_graphed_update_is_the_written_one(engine, poisoned):
         torch.testing.assert_close(gradients, want_gradients, rtol=1e-5, atol=1e-7)
     assert want.non_finite == (3 if poisoned else 0)
     again = 2 * 2 if poisoned else 0                     # two micro-batches of each update
-    assert log == ["forward", "backward"] * (6 + again)
+    assert log == ["capture", *["forward", "backward"] * (6 + again)]
 
 
 def test_the_backward_pass_does_not_wait_for_the_host(monkeypatch):
@@ -73,7 +74,7 @@ def test_the_backward_pass_does_not_wait_for_the_host(monkeypatch):
 
     monkeypatch.setattr(GraphedLoss, "_finite", asked)
     run("generator", log)
-    assert log == ["forward", "backward", "asked"] * 6
+    assert log == ["capture", *["forward", "backward", "asked"] * 6]
 
 
 def test_a_network_that_is_finite_for_nothing():
@@ -93,3 +94,22 @@ def test_other_shapes_are_refused():
     step([batch])
     with pytest.raises(ValueError, match=r"captured for a tensor of shape \(4,.*got \(2,"):
         step(micro_batches(batch, 2))
+
+
+def test_all_are_warmed_up_before_the_first_capture():
+    """One update after the other, as a trainer does; what they come to is the same."""
+    results = []
+    for early in (False, True):
+        log, seen = [], []
+        networks, batch, *_ = setting(n=2)
+        updates = [make(networks, OBJECTIVE, wrap=lambda compute, leave_out, log=log: GraphedLoss(
+            compute, leave_out, capture=replayed(log))) for make in UPDATES.values()]
+        networks.teacher.register_forward_pre_hook(lambda *_, log=log, seen=seen: seen.append(list(log)))
+        if early:
+            for update in updates:
+                update.warm_up(batch)
+        assert bool(seen) is early and log == []
+        sums = [update([batch]) for update in updates]
+        assert log == ["capture", "forward", "backward"] * 2
+        results.append([*(s.loss for s in sums), *networks.generator.gradients().values()])
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -160,6 +160,11 @@ class Update:
         return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum(), torch.cat(single),
                     torch.cat([batch.t for batch in batches]), images)
 
+    def warm_up(self, batch):
+        """Let a graphed `compute` get ready for its capture, on a batch of the size that will come."""
+        with _frozen(self.frozen):
+            self.compute.warm_up(self.engine.module.unet, *batch, torch.ones_like(batch.dropped))
+
     def _without(self, tensors, finite):
         loss, again, each, _ = self.engine(self.compute, *leave_out(tensors, finite))
         if not again.all():

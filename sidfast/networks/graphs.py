@@ -48,22 +48,21 @@ class GraphedLoss:
     leaves_out = True
 
     def __init__(self, compute, leave_out, pool=None, capture=None):
-        self._compute, self._leave_out, self._pool, self._inputs = compute, leave_out, pool, None
+        self._compute, self._leave_out, self._pool = compute, leave_out, pool
         self._capture_passes = capture or capture_passes
+        self._inputs = self._forward = None
 
     def __call__(self, unet, *tensors):
         if self._inputs is None:
-            self._capture(unet, tensors)
+            self.warm_up(unet, *tensors)
+        if self._forward is None:
+            self._capture()
         self._load(tensors)
         return _Replay.apply(self, *self._parameters)
 
-    def _load(self, tensors):
-        for static, value in zip(self._inputs, tensors, strict=True):
-            if static.shape != value.shape:
-                raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
-            static.copy_(value)
-
-    def _capture(self, unet, tensors):
+    def warm_up(self, unet, *tensors):
+        """Run both passes for real, as is needed before capture. Losses that share a pool are best all warmed up before
+        the first is captured: what this takes of memory is then given back before the pool grows."""
         self._inputs = [v.clone() for v in tensors]
         self._parameters = [p for p in unet.parameters() if p.requires_grad]
         device = self._parameters[0].device
@@ -84,9 +83,22 @@ class GraphedLoss:
             between.clear()
             return torch.autograd.grad(loss, aliases, self._d_loss, allow_unused=True)
 
-        self._forward, self._backward, outputs, self._gradients = self._capture_passes(
-            forward, backward, device, self._pool)
+        def both():
+            forward()
+            backward()
+
+        _warm_up(both, device, 2)
+        self._passes = forward, backward
+
+    def _capture(self):
+        self._forward, self._backward, outputs, self._gradients = self._capture_passes(*self._passes, self._pool)
         self._loss, self._flag, *self._others = (v.detach() for v in outputs)     # (lets go of autograd's graph)
+
+    def _load(self, tensors):
+        for static, value in zip(self._inputs, tensors, strict=True):
+            if static.shape != value.shape:
+                raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
+            static.copy_(value)
 
     def replay_forward(self):
         """Loss, finite and others of the inputs, as tensors that later replays leave alone."""
@@ -120,19 +132,12 @@ class GraphedLoss:
         return bool(self._all_finite)
 
 
-def capture_passes(forward, backward, device, pool=None, warmup=2):
+def capture_passes(forward, backward, pool=None):
     """Two functions, to be called in turn, as CUDA graphs: (replay forward, replay backward, what either returns).
 
-    What they return are the tensors that every replay overwrites. `warmup`: calls for real before.
+    What they return are the tensors that every replay overwrites.
     """
-    def both():
-        forward()
-        backward()
-
-    _warm_up(both, device, warmup)
-    torch.cuda.empty_cache()                             # the graphs' pool needs anew what the warm-up has taken
-    graphs, results = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), []
-    pool = pool or torch.cuda.graph_pool_handle()
+    graphs, results, pool = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), [], pool or torch.cuda.graph_pool_handle()
     for graph, function in zip(graphs, (forward, backward), strict=True):
         # (thread_local: NCCL's watchdog thread queries events meanwhile)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -179,6 +184,10 @@ class _Replay(torch.autograd.Function):
 
 def _warm_up(step, device, times):
     """Run a step on a side stream, as capture will (libraries initialise per stream)."""
+    if device.type != "cuda":
+        for _ in range(times):
+            step()
+        return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

@@ -136,6 +136,9 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
                       speed.share_generator_forward)
 
     updates = _updates(networks, objective, source, speed, 3 in stages)
+    if speed.cuda_graphs:
+        for name, update in updates.items():             # (all of them before the first capture takes memory for good)
+            update.warm_up(batches(progress.step, name)[0])
     beside = Beside(
         stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint),
         Spikes(config.train.spike, batches),
