@@ -80,13 +80,9 @@ def denoise_at(network, x_t, level, text, objective):
     return denoise(predict(network, x_t, t, text), x_t, A, B, 1)
 
 
-def _as_written(compute, leave_out):
-    """The usual `wrap`: passes run as they are written."""
-    return compute
-
-
-def fake_score_update(networks, objective, source=None, wrap=_as_written, agree=bool):
-    """The fake score's Update: eq. 5 on the images of `source(batch)`, the generator's own unless given."""
+def fake_score_update(networks, objective, source=None, **options):
+    """The fake score's Update: eq. 5 on the images of `source(batch)`, the generator's own unless given; `options` of
+    Update."""
     source = source or (lambda batch: generate(networks.generator.module.unet, batch.z, batch.text, objective))
 
     def compute(fake_score, *tensors):
@@ -103,11 +99,11 @@ def fake_score_update(networks, objective, source=None, wrap=_as_written, agree=
         return loss.mean(), finite, loss.detach(), x_g
 
     kappas = [objective.kappa1]
-    return Update(networks.fake_score, wrap(compute, leave_out), agree)
+    return Update(networks.fake_score, compute, **options)
 
 
-def generator_update(networks, objective, wrap=_as_written, agree=bool):
-    """The generator's Update: eq. 8. Gradients pass through both denoisers, which stand still."""
+def generator_update(networks, objective, **options):
+    """The generator's Update: eq. 8. Gradients pass through both denoisers, which stand still. `options` of Update."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
 
     def compute(generator, *tensors):
@@ -124,7 +120,7 @@ def generator_update(networks, objective, wrap=_as_written, agree=bool):
         return loss.mean(), finite, loss.detach(), x_g.detach()
 
     fake_score = networks.fake_score.module.unet         # the engine itself would prepare for a backward of its own
-    return Update(networks.generator, wrap(compute, leave_out), agree, frozen=fake_score)
+    return Update(networks.generator, compute, frozen=fake_score, **options)
 
 
 class Update:
@@ -133,43 +129,59 @@ class Update:
     `compute(unet, *batch, keep) -> (mean loss, finite [N], losses [N], x_g)`, where samples with keep [N] (bool) False
     count as 0. A sample that turns out non-finite takes its gradients with it: 0 times an infinite activation is not 0,
     and weights are shared by all samples. Its micro-batch is then computed once more with another sample in its place
-    (`leave_out`). A `compute` whose `leaves_out` is True sees to it itself, in its backward pass (networks/graphs.py).
-    `agree(all finite)` makes all processes do it together, where a pass is a collective call (ZeRO stage 3).
+    (`leave_out`). `agree(all finite)` makes all processes do it together, where a pass is a collective call (ZeRO stage
+    3).
+
+    `graph(compute, leave_out)`: a GraphedLoss (networks/graphs.py), to run it as CUDA graphs. That sums gradients over
+    micro-batches itself, so the engine must be set up not to accumulate; `scale(engine)` is the factor that the engine
+    puts on the loss (fp16). `frozen`: a network whose parameters take no gradients meanwhile.
     """
 
-    def __init__(self, engine, compute, agree=bool, frozen=None):
-        self.engine, self.compute, self.agree, self.frozen = engine, compute, agree, frozen
+    def __init__(self, engine, compute, agree=bool, graph=None, scale=lambda engine: 1.0, frozen=None):
+        self.engine, self.compute, self.agree, self.scale, self.frozen = engine, compute, agree, scale, frozen
+        self.graphed = graph and graph(compute, leave_out)
 
     def __call__(self, batches):
         """Returns Sums over `batches`, the micro-batches. Raises Diverged if the network has diverged."""
-        losses, left_out, single, images = [], [], [], []
+        run = self._run_graphed if self.graphed else self._run
         with _frozen(self.frozen):
-            for batch in batches:
-                tensors = *batch, torch.ones_like(batch.dropped)
-                loss, finite, each, x_g = self.engine(self.compute, *tensors)
-                if getattr(self.compute, "leaves_out", False):
-                    each = torch.where(finite, each, 0)
-                elif not self.agree(finite.all()):
-                    loss, each = self._without(tensors, finite)
-                self.engine.backward(loss)
-                self.engine.step()                       # steps at the accumulation boundary
-                losses.append(each.mean())
-                left_out.append((~finite).sum())
-                single.append(each)
-                images.append(x_g)
-        return Sums(torch.stack(losses).mean(), torch.stack(left_out).sum(), torch.cat(single),
-                    torch.cat([batch.t for batch in batches]), images)
+            finite, each, images = zip(*run([_tensors(batch) for batch in batches]), strict=True)
+        return Sums(torch.stack([losses.mean() for losses in each]).mean(), (~torch.cat(finite)).sum(), torch.cat(each),
+                    torch.cat([batch.t for batch in batches]), list(images))
+
+    def _run(self, micro_batches):
+        """(finite, losses, x_g) of each micro-batch, and a step of the engine."""
+        for tensors in micro_batches:
+            loss, finite, each, x_g = self.engine(self.compute, *tensors)
+            if not self.agree(finite.all()):
+                loss, each = self._without(tensors, finite)
+            self.engine.backward(loss)
+            self.engine.step()                           # steps at the accumulation boundary
+            yield finite, each, x_g
+
+    def _run_graphed(self, micro_batches):
+        weight = self.scale(self.engine) / len(micro_batches)
+        for k, tensors in enumerate(micro_batches):
+            finite, each, x_g = self.graphed(self.engine.module.unet, weight, k == 0, *tensors)
+            yield finite, torch.where(finite, each, 0), x_g
+        self.engine.backward(self.engine(self.graphed.hand_over))
+        self.engine.step()
 
     def warm_up(self, batch):
-        """Let a graphed `compute` get ready for its capture, on a batch of the size that will come."""
+        """Let a graphed update get ready for its capture, on a batch of the size that will come."""
         with _frozen(self.frozen):
-            self.compute.warm_up(self.engine.module.unet, *batch, torch.ones_like(batch.dropped))
+            self.graphed.warm_up(self.engine.module.unet, *_tensors(batch))
 
     def _without(self, tensors, finite):
         loss, again, each, _ = self.engine(self.compute, *leave_out(tensors, finite))
         if not again.all():
             raise NothingFinite
         return loss, each
+
+
+def _tensors(batch):
+    """What `compute` takes: all samples are kept."""
+    return *batch, torch.ones_like(batch.dropped)
 
 
 def leave_out(tensors, finite):

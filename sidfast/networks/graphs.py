@@ -31,34 +31,64 @@ class GraphedStep:
         return self._outputs
 
 
+class GradientSums:
+    """Sums of gradients over micro-batches, in fp32. One update at a time has them: networks alike share them."""
+
+    def __init__(self):
+        self._kept = {}
+
+    def like(self, parameters):
+        """A tensor for each parameter."""
+        key = tuple((p.shape, p.dtype, p.device) for p in parameters)
+        if key not in self._kept:
+            self._kept[key] = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                               for p in parameters]
+        return self._kept[key]
+
+
 class GraphedLoss:
-    """`compute(unet, *tensors) -> (loss, finite, *others)` as two CUDA graphs, one forward and one backward.
+    """`compute(unet, *tensors) -> (loss, finite, *others)`, its backward pass, and the sum of its gradients over
+    micro-batches, as CUDA graphs.
 
     loss: a scalar, differentiable in the UNet's parameters and in nothing else; finite: [N] (bool), which samples are;
-    others: tensors without gradient. The gradients reach the parameters through autograd, so accumulation and
-    DeepSpeed's hooks work as ever. The first call captures; later calls must bring tensors of the same shapes, and
-    parameters must stay where they are in memory (ZeRO stages 0 to 2; stage 3 moves them). Graphs that share a `pool`
-    share memory: a loss's backward pass must follow before another of them runs.
+    others: tensors without gradient. Call it for every micro-batch, then `hand_over` for a loss with all gradients: an
+    engine's hooks see one backward pass, so it reduces gradients once. The first call captures; later ones must bring
+    tensors of the same shapes, and parameters must stay where they are in memory (ZeRO stages 0 to 2; stage 3 moves
+    them). Those that share a `pool` and `sums` share memory, and take turns from the first micro-batch to `hand_over`.
 
     The backward pass starts before the host knows whether every sample is finite, so that the GPU does not wait for the
-    host. If one is not, both passes run again on `leave_out(tensors, finite)`, and only then do gradients go anywhere.
-    Raises NothingFinite if that does not help. (What the forward pass returned stays as it was.)
+    host. If one is not, both passes run again on `leave_out(tensors, finite)` before gradients are added to the sums.
     """
 
-    leaves_out = True
-
-    def __init__(self, compute, leave_out, pool=None, capture=None):
-        self._compute, self._leave_out, self._pool = compute, leave_out, pool
-        self._capture_passes = capture or capture_passes
+    def __init__(self, compute, leave_out, pool=None, sums=None, capture=None):
+        self._compute, self._leave_out, self._sums = compute, leave_out, sums or GradientSums()
+        self._capture_one, self._pool = capture or capture_graph, pool
         self._inputs = self._forward = None
 
-    def __call__(self, unet, *tensors):
+    def __call__(self, unet, weight, first, *tensors):
+        """(finite, *others) of a micro-batch, as tensors of their own; its loss counts `weight` times (a float), and
+        `first` begins new sums. Raises NothingFinite if leaving samples out does not help."""
         if self._inputs is None:
             self.warm_up(unet, *tensors)
         if self._forward is None:
             self._capture()
-        self._load(tensors)
-        return _Replay.apply(self, *self._parameters)
+        self._weight.fill_(weight)
+        outcome = self._run(tensors)
+        if not self._all_finite():
+            self._run(self._leave_out(self._inputs, outcome[0]))
+            if not self._all_finite():
+                raise NothingFinite
+        (self._begin if first else self._add)()
+        return outcome
+
+    def hand_over(self, unet):
+        """A scalar whose gradients in the parameters are the sums (None where no loss depends on one)."""
+        return _HandOver.apply(self, *self._parameters)
+
+    def gradients(self):
+        """The sums, in the parameters' type."""
+        sums = iter(self._summed)
+        return [None if g is None else next(sums).to(g.dtype) for g in self._gradients]
 
     def warm_up(self, unet, *tensors):
         """Run both passes for real, as is needed before capture. Losses that share a pool are best all warmed up before
@@ -66,9 +96,11 @@ class GraphedLoss:
         self._inputs = [v.clone() for v in tensors]
         self._parameters = [p for p in unet.parameters() if p.requires_grad]
         device = self._parameters[0].device
-        self._d_loss = torch.ones((), device=device)
-        self._all_finite = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
-        self._known = torch.cuda.Event() if device.type == "cuda" else None
+        gpu = device.type == "cuda"
+        self._weight = torch.ones((), device=device)
+        self._flag_on_host = torch.ones((), dtype=torch.bool, pin_memory=gpu)
+        self._known = torch.cuda.Event() if gpu else None
+        self._pool = self._pool or (torch.cuda.graph_pool_handle() if gpu else None)
         between = []                                     # the loss and what it is differentiated in
 
         def forward():
@@ -76,12 +108,12 @@ class GraphedLoss:
             with _replaced(unet, self._parameters, aliases):
                 loss, finite, *others = self._compute(unet, *self._inputs)
             between[:] = loss, aliases
-            return loss, finite.all(), finite, *others
+            return finite.all(), finite, *others
 
         def backward():
             loss, aliases = between
             between.clear()
-            return torch.autograd.grad(loss, aliases, self._d_loss, allow_unused=True)
+            return torch.autograd.grad(loss, aliases, self._weight, allow_unused=True)
 
         def both():
             forward()
@@ -91,58 +123,60 @@ class GraphedLoss:
         self._passes = forward, backward
 
     def _capture(self):
-        self._forward, self._backward, outputs, self._gradients = self._capture_passes(*self._passes, self._pool)
-        self._loss, self._flag, *self._others = (v.detach() for v in outputs)     # (lets go of autograd's graph)
+        forward, backward = self._passes
+        self._forward, (self._flag, *self._others) = self._capture_one(forward, self._pool)
+        self._backward, self._gradients = self._capture_one(backward, self._pool)
+        pairs = [(p, g) for p, g in zip(self._parameters, self._gradients, strict=True) if g is not None]
+        self._summed, new = self._sums.like([p for p, _ in pairs]), [g for _, g in pairs]
 
-    def _load(self, tensors):
+        def begin():
+            torch._foreach_copy_(self._summed, new)
+
+        def add():
+            torch._foreach_add_(self._summed, new)
+
+        self._begin, _ = self._capture_one(begin, self._pool)
+        self._add, _ = self._capture_one(add, self._pool)
+
+    def _run(self, tensors):
+        """Both passes on `tensors`; copies of what the forward pass returned."""
         for static, value in zip(self._inputs, tensors, strict=True):
             if static.shape != value.shape:
                 raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
             static.copy_(value)
-
-    def replay_forward(self):
-        """Loss, finite and others of the inputs, as tensors that later replays leave alone."""
         self._forward()
-        self._note()
-        return tuple(v.clone() for v in (self._loss, *self._others))
-
-    def replay_backward(self, d_loss):
-        """The parameters' gradients (None where the loss does not depend on one), until the next replay."""
-        self._d_loss.copy_(d_loss)
-        self._backward()
-        if not self._finite():
-            self._load(self._leave_out(self._inputs, self._others[0].clone()))
-            self._forward()
-            self._note()
-            self._backward()
-            if not self._finite():
-                raise NothingFinite
-        return self._gradients
-
-    def _note(self):
-        """Have the forward pass's flag brought to the host, without waiting."""
-        self._all_finite.copy_(self._flag, non_blocking=True)
+        self._flag_on_host.copy_(self._flag, non_blocking=True)
         if self._known:
             self._known.record()
+        outcome = tuple(v.clone() for v in self._others)
+        self._backward()
+        return outcome
 
-    def _finite(self):
+    def _all_finite(self):
         """Whether every sample of the last forward pass was finite; waits for that pass alone."""
         if self._known:
             self._known.synchronize()
-        return bool(self._all_finite)
+        return bool(self._flag_on_host)
 
 
-def capture_passes(forward, backward, pool=None):
-    """Two functions, to be called in turn, as CUDA graphs: (replay forward, replay backward, what either returns).
+def capture_graph(function, pool):
+    """A function as a CUDA graph: (replay, what it returned), tensors that every replay overwrites."""
+    graph = torch.cuda.CUDAGraph()
+    # (thread_local: NCCL's watchdog thread queries events meanwhile)
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = function()
+    return graph.replay, result
 
-    What they return are the tensors that every replay overwrites.
-    """
-    graphs, results, pool = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), [], pool or torch.cuda.graph_pool_handle()
-    for graph, function in zip(graphs, (forward, backward), strict=True):
-        # (thread_local: NCCL's watchdog thread queries events meanwhile)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            results.append(function())
-    return graphs[0].replay, graphs[1].replay, *results
+
+class _HandOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphed, *parameters):
+        ctx.graphed = graphed
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, *ctx.graphed.gradients()
 
 
 def _aliases(parameters):
@@ -167,19 +201,6 @@ def _replaced(module, parameters, others):
     finally:
         for (table, name), p in zip(places, held, strict=True):
             table[name] = p
-
-
-class _Replay(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, graphed, *parameters):
-        ctx.graphed = graphed
-        loss, *others = graphed.replay_forward()
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
-
-    @staticmethod
-    def backward(ctx, d_loss, *_):
-        return None, *ctx.graphed.replay_backward(d_loss)
 
 
 def _warm_up(step, device, times):

@@ -24,19 +24,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
 
 
-def engine_config(config, name, processes):
+def engine_config(config, name, processes, graphed=False):
     """DeepSpeed's configuration of one engine: the user's section, with batch sizes filled in.
 
-    Raises UserError if the global batch does not divide among micro-batches and processes.
+    `graphed`: its updates are CUDA graphs, which sum gradients over micro-batches themselves and hand over the sum of a
+    global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
     """
     train = config.train
     micro_batch = 1 if train.micro_batch == "auto" else train.micro_batch       # (not known yet: any will do)
     if train.batch_size % (micro_batch * processes):
         raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch x processes "
                         f"({micro_batch} x {processes} = {micro_batch * processes})")
+    share = train.batch_size // processes
+    at_once = share if graphed else micro_batch
     return engine_section(config, name) | {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": train.batch_size // (micro_batch * processes)}
+        "train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
 
 
 def engine_section(config, name):
@@ -247,6 +249,11 @@ def restore_moments(engine, full, step):
         counter = step if not isinstance(optimizer, torch.optim.Adam) else torch.tensor(
             float(step), device=master.device if on_device else "cpu")
         optimizer.state[master] = {"step": counter, **{kind: tensors[i] for kind, tensors in values.items()}}
+
+
+def loss_scale(engine):
+    """The factor that DeepSpeed puts on the loss: in fp16, 1 otherwise."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
 def loss_scale_state(engine):

@@ -64,9 +64,11 @@ def _needed(config, teacher, sizes, processes, device):
         planner = Planner(config, load_shapes(str(teacher.folder)))
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    network = sum(p.numel() for p in teacher.unet.parameters()) * torch.empty((), dtype=dtype).element_size()
+    P = sum(p.numel() for p in teacher.unet.parameters())
+    network = P * torch.empty((), dtype=dtype).element_size()
     copies = 1 if SOURCES[config.synthetic.source].copy else 0
-    beside = sum(packed) + copies * (network + max(packed, default=0)) + speed.cuda_graphs * 2 * network   # gradients
+    gradients = speed.cuda_graphs * (2 * network + 4 * P)                        # of either update, and their sums
+    beside = sum(packed) + copies * (network + max(packed, default=0)) + gradients
     return {m: beside + max(
         planner.option(*planner.configured(name), m, config.speed.gradient_checkpointing, processes).bytes
         for name in ENGINES) for m in sizes}

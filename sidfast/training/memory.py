@@ -80,9 +80,9 @@ def sent_per_step(zero, P, accumulation):
     """Bytes that a GPU sends for one step of each of the two engines (and receives as many).
 
     Ring collectives send (N - 1) / N of what they move, an all-reduce twice that. Stage 0 and 1 reduce gradients once a
-    step, stages 2 and 3 after every micro-batch. DeepSpeed reduces by all-reduce in stages 1 and 2, and by
-    reduce-scatter in stage 3, which also gathers weights for every pass of a network: of the trained one forward and
-    backward, of the generator for the fake score's update, and of the fake score, twice, for the generator's.
+    step, stages 2 and 3 after each of `accumulation` micro-batches. DeepSpeed reduces by all-reduce in stages 1 and 2,
+    and by reduce-scatter in stage 3, which also gathers weights for every pass of a network: of the trained one forward
+    and backward, of the generator for the fake score's update, and of the fake score, twice, for the generator's.
     """
     ring, size = (zero.gpus - 1) / zero.gpus, zero.width * P
     if zero.stage == 0:

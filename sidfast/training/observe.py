@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sidfast.training.adam import Checked
+from sidfast.training.engines import loss_scale
 
 GIB = 2**30
 # Dense TFLOP/s of the tensor cores as the makers state them: (bf16 and fp16, tf32).
@@ -113,7 +114,7 @@ class Observer:
             if norm is not None:
                 values[f"gradient_norm/{label}"] = norm
             if engine.fp16_enabled():
-                values[f"loss_scale/{label}"] = float(engine.optimizer.loss_scale)
+                values[f"loss_scale/{label}"] = loss_scale(engine)
         return values | memory(self.device)
 
     def _watch_step(self, label, engine):

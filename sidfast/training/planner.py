@@ -168,9 +168,10 @@ class Planner:
         return [option for option in found if option]
 
     def sent(self, option, gpus):
-        """Bytes that a GPU sends in one step."""
+        """Bytes that a GPU sends in one step. CUDA graphs (not at stage 3) sum gradients before the engine has them."""
         zero = self._zero("generator", option.stage, option.offload, gpus)
-        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation)
+        graphed = self.config.speed.cuda_graphs is not False and option.stage < 3
+        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], 1 if graphed else option.accumulation)
 
     def _zero(self, name, stage, offload, gpus):
         section = engine_section(self.config, name)

@@ -14,7 +14,7 @@ from sidfast.errors import Diverged, RunError
 from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
-from sidfast.networks.graphs import GraphedLoss
+from sidfast.networks.graphs import GradientSums, GraphedLoss
 from sidfast.networks.precision import allow_tf32
 from sidfast.publishing.export import recover_export
 from sidfast.training.batches import Batches, TextEncoder, noise_levels
@@ -27,6 +27,7 @@ from sidfast.training.engines import (
     build_engine,
     compute_dtype,
     engine_config,
+    loss_scale,
     set_learning_rate,
     zero_stages,
 )
@@ -76,7 +77,6 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     (Diverged), or its end could not be saved.
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
-    sections = {name: engine_config(config, name, processes) for name in ENGINES}
     dtype, latent_shape = compute_dtype(config.deepspeed), _latent_shape(teacher, config)
     _set_up_device(config, device)
     stop, channel, folder = Stop(), Channel(), f"{out}/checkpoints"
@@ -102,7 +102,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
 
     # the networks
     flops = count_flops(config, teacher, latent_shape) if rank == 0 else None
-    engines = {}
+    engines, sections = {}, {name: engine_config(config, name, processes, speed.cuda_graphs) for name in ENGINES}
     for name in ENGINES:
         unet = copy.deepcopy(teacher.unet)
         if checkpoint:
@@ -189,8 +189,8 @@ def _updates(networks, objective, source, speed, sharded):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
     options = {}
     if speed.cuda_graphs:
-        pool = torch.cuda.graph_pool_handle()
-        options["wrap"] = lambda compute, leave_out: GraphedLoss(compute, leave_out, pool)
+        pool, sums = torch.cuda.graph_pool_handle(), GradientSums()
+        options = {"graph": lambda compute, leave_out: GraphedLoss(compute, leave_out, pool, sums), "scale": loss_scale}
     if sharded:
         options["agree"] = _all_agree
     updates = {"fake_score": fake_score_update(networks, objective, source, **options),
