@@ -4,18 +4,12 @@ On a GPU: SD 1.5's architecture with random weights at 512 px, global batch 128,
 as plain PyTorch runs it in fp16 and fp32. On a CPU: the embedded teacher. Nothing is saved; start-up is not counted.
 """
 
-import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
+from training import ROOT, median_speed, run_training
 
 from sidfast.teacher.random_init import write_random_teacher
 
-ROOT = Path(__file__).parents[1]
 TFLOP_PER_IMAGE = 18 * 0.803                             # 18 forward passes of SD 1.5 at kappas that are not 1
 PLAIN = {"speed": {"fused": False, "cuda_graphs": False}}
 FAST = {"speed": {"fused": True, "cuda_graphs": True}}
@@ -42,17 +36,8 @@ def test_step(name, teacher, machine, record, tmp_path):
     if not machine.gpu and name != "plain fp32":
         pytest.skip("needs a GPU")
     size = 128 if machine.gpu else 4
-    config = json.loads((ROOT / "configs" / "sd15.json").read_text()) | {
-        "model": {"teacher": str(teacher)}, "data": {"prompts": "shapes:train"},
-        "train": {"steps": 4, "batch_size": size, "micro_batch": min(micro_batch, size), "log_every": 1,
-                  "save_every": 0, "samples": 0}} | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [shutil.which("deepspeed"), "--log_level", "error", "sidfast/train.py", "--config",
-               str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
-    speed = sorted(row["images_per_s"] for row in rows)[len(rows) // 2]
+    rows = run_training(tmp_path, teacher, changes, size, min(micro_batch, size), steps=4)
+    speed = median_speed(rows)
     numbers = {"ms": 1e3 / speed, "images_per_s": speed}
     if machine.gpu:
         tflop_s = speed * TFLOP_PER_IMAGE

@@ -1,0 +1,32 @@
+"""The real trainer on SD 1.5's architecture with random weights, for benchmarks: `deepspeed sidfast/train.py`."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, config="sd15"):
+    """The lines of metrics.jsonl of a run that saves nothing, the first step's left out: it warms up.
+
+    `changes`: sections of the configuration; `size`: global batch; `gpus`: how many, all unless given.
+    """
+    values = json.loads((ROOT / "configs" / f"{config}.json").read_text()) | {
+        "model": {"teacher": str(teacher)}, "data": {"prompts": "shapes:train"},
+        "train": {"steps": steps, "batch_size": size, "micro_batch": micro_batch, "log_every": 1, "save_every": 0,
+                  "samples": 0}} | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    command = [shutil.which("deepspeed"), "--log_level", "error", *(["--num_gpus", str(gpus)] if gpus else []),
+               "sidfast/train.py", "--config", str(folder / "config.json"), "--out", str(folder / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+def median_speed(rows):
+    """Images/s."""
+    return sorted(row["images_per_s"] for row in rows)[len(rows) // 2]
