@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,9 +21,11 @@ def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, 
                   "samples": 0}} | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
-    command = [shutil.which("deepspeed"), "--log_level", "error", *(["--num_gpus", str(gpus)] if gpus else []),
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [shutil.which("deepspeed", path=path), "--log_level", "error", *(["--num_gpus", str(gpus)] if gpus else []),
                "sidfast/train.py", "--config", str(folder / "config.json"), "--out", str(folder / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0", "PATH": path},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
 

@@ -97,10 +97,10 @@ def scaling_table(P, width, flops, tflops, bandwidths, settings):
     lines = ["| GPUs | images a step | ZeRO | sent, GB | computing, s | " +
              " | ".join(f"at {b} GB/s, s" for b in bandwidths) + " |", "|" + "---|" * (5 + len(bandwidths))]
     for gpus, batch, micro_batch in settings:
-        for stage in range(4):
+        for stage, title in enumerate(("0", "1, 2", "2, no graphs", "3")):       # (with graphs, 2 sends what 1 does)
             zero = Zero(stage, gpus, width, False, int(5e8), int(1e9))
             sent = sent_per_step(zero, P, batch // (micro_batch * gpus)) / 1e9
             computing = batch / gpus * flops / (tflops * 1e12)
-            cells = [gpus, batch, stage, f"{sent:.1f}", f"{computing:.2f}", *(f"{sent / b:.2f}" for b in bandwidths)]
+            cells = [gpus, batch, title, f"{sent:.1f}", f"{computing:.2f}", *(f"{sent / b:.2f}" for b in bandwidths)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
