@@ -22,8 +22,9 @@ def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [shutil.which("deepspeed", path=path), "--log_level", "error", *(["--num_gpus", str(gpus)] if gpus else []),
-               "sidfast/train.py", "--config", str(folder / "config.json"), "--out", str(folder / "run")]
+    launcher = [shutil.which("deepspeed", path=path), "--log_level", "error"]
+    command = [*launcher, *(["--num_gpus", str(gpus)] if gpus else []), "sidfast/train.py", "--config",
+               str(folder / "config.json"), "--out", str(folder / "run")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0", "PATH": path},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
