@@ -106,7 +106,8 @@ def test_add_channel_stats(timed, machine, implementation):
 def measure(timed, machine, name, direction, implementation, f, inputs, beside=(), writes=1):
     """Time f forward, or forward and backward. Least bytes: every input read once a pass, every result written once."""
     inputs = [v.requires_grad_() for v in inputs]
-    y = f(*inputs)
+    with torch.no_grad():                                # (a graph kept alive would belong to another stream)
+        y = f(*inputs)
     forward_bytes = size(*inputs, *beside) + writes * size(y)
     group, times = f"{name} {list(inputs[0].shape)}, {direction}", 20 if machine.gpu else 1
     if direction == "forward":

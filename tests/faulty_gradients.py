@@ -17,6 +17,8 @@ quieten()
 import torch  # noqa: E402
 from deepspeed import comm  # noqa: E402
 
+from helpers_engine import step  # noqa: E402
+
 from sidfast.config import Adam, build_config  # noqa: E402
 from sidfast.networks.loading import load_teacher  # noqa: E402
 from sidfast.train import join  # noqa: E402
@@ -39,11 +41,9 @@ def updates(teacher, stage, dtype, beta1, device):
     rows = []
     for update in range(4):
         before = weights(engine)
-        for micro in range(2):
-            loss = engine(lambda unet, x, text: unet(x, 5, text).sample.float().square().mean(), x, text)
-            faulty = update == 1 and micro == 1 and comm.get_rank() == comm.get_world_size() - 1
-            engine.backward(loss * (torch.inf if faulty else 1))
-            engine.step()
+        faulty = update == 1 and comm.get_rank() == comm.get_world_size() - 1
+        step(engine, lambda unet, x, text: unet(x, 5, text).sample.float().square().mean(), [(x, text)] * 2,
+             [1.0, torch.inf if faulty else 1.0])
         after = weights(engine)
         rows.append([engine.skipped_steps, not torch.equal(before, after), bool(after.isfinite().all())])
     return rows

@@ -177,8 +177,8 @@ class TinyUNet(nn.Module):
 class Engine:
     """What the updates need of a DeepSpeed engine. Like DeepSpeed it divides the loss by the accumulation steps."""
 
-    def __init__(self, unet, accumulation=1):
-        self.module, self.accumulation = Trained(unet), accumulation
+    def __init__(self, unet, accumulation=1, flat=False):
+        self.module, self.accumulation = Trained(unet, flat), accumulation
         self.passes = self.backwards = self.steps = 0
 
     def __call__(self, compute, *tensors):
@@ -194,7 +194,9 @@ class Engine:
 
     def gradients(self):
         """{name: gradient}; raises if a parameter has none."""
-        return {name: p.grad.clone() for name, p in self.module.unet.named_parameters()}
+        flat = self.module.flat
+        return {name: g.clone() for name, g in (flat.named([c.grad for c in flat.chunks]) if flat else [
+            (name, p.grad) for name, p in self.module.unet.named_parameters()])}
 
 
 class Setting(NamedTuple):
@@ -227,12 +229,12 @@ def in_float64(batch):
     return Batch(*(v.double() if v.is_floating_point() else v for v in batch))
 
 
-def setting(n=5, poisoned=(), make=TinyUNet, accumulation=1, **batch_options):
+def setting(n=5, poisoned=(), make=TinyUNet, accumulation=1, flat=False, **batch_options):
     """Three different networks (those named in `poisoned` are), and a batch."""
     modules = {name: make(seed, name in poisoned) for seed, name in enumerate(Networks._fields)}
     modules["teacher"].requires_grad_(False)
     copies = tuple(copy.deepcopy(m).double() for m in modules.values())
-    engines = {name: Engine(modules[name], accumulation) for name in ("generator", "fake_score")}
+    engines = {name: Engine(modules[name], accumulation, flat) for name in ("generator", "fake_score")}
     batch = random_batch(n, **batch_options)
     return Setting(Networks(**engines, teacher=modules["teacher"]), batch, copies, in_float64(batch))
 

@@ -10,7 +10,7 @@ from helpers_method import micro_batches, objective_of, setting
 from test_losses import small_unet
 
 from sidfast.method.distill import fake_score_update, generator_update
-from sidfast.networks.graphs import GraphedLoss
+from sidfast.networks.graphs import Graphs
 
 pytestmark = pytest.mark.gpu
 CASES = [(stage, kind) for stage in (0, 1, 2) for kind in ("fp32", "bf16", "fp16")]
@@ -25,12 +25,13 @@ def test_graphed_update_equals_the_written_one(update, engine, poisoned):
     options = {"n": 6} | ({"poisoned": (engine,)} if poisoned else {
         "make": small_unet, "shape": (4, 4, 4), "text_width": 8})
     sums, gradients = [], []
-    for graph in (None, GraphedLoss):
-        networks, batch, *_ = setting(accumulation=1 if graph else 3, **options)
+    for flat in (False, True):
+        networks, batch, *_ = setting(accumulation=1 if flat else 3, flat=flat, **options)
         if poisoned:
             batch.text[3, :, -1] = 3e38
         networks = on_gpu(networks)
-        step = update(networks, replace(objective, schedule=objective.schedule.to("cuda")), graph=graph)
+        step = update(networks, replace(objective, schedule=objective.schedule.to("cuda")),
+                      capture=Graphs().capture if flat else None)
         for _ in range(2):
             sums.append(step(micro_batches(type(batch)(*(v.cuda() for v in batch)), 2)))
         gradients.append(getattr(networks, engine).gradients())
@@ -42,6 +43,8 @@ def test_graphed_update_equals_the_written_one(update, engine, poisoned):
 def on_gpu(networks):
     for engine in (networks.generator, networks.fake_score):
         engine.module.cuda()
+        if engine.module.flat:
+            engine.module.flat.bind()
     return networks._replace(teacher=networks.teacher.cuda())
 
 

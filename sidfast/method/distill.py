@@ -17,6 +17,7 @@ from sidfast.method.denoise import denoise_coefficients, predict
 from sidfast.method.guidance import drop_prompts, passes, predict_guided
 from sidfast.method.losses import fake_score_loss, generator_loss
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.summed import SummedLoss
 
 
 class Networks(NamedTuple):
@@ -132,18 +133,18 @@ class Update:
     (`leave_out`). `agree(all finite)` makes all processes do it together, where a pass is a collective call (ZeRO stage
     3).
 
-    `graph(compute, leave_out)`: a GraphedLoss (networks/graphs.py), to run it as CUDA graphs. That sums gradients over
-    micro-batches itself, so the engine must be set up not to accumulate; `scale(engine)` is the factor that the engine
-    puts on the loss (fp16). `frozen`: a network whose parameters take no gradients meanwhile.
+    An engine whose Trained is flat does not accumulate: a SummedLoss (networks/summed.py) does, with `sums` and
+    `capture` as there, and `scale(engine)` the factor that the engine puts on the loss (fp16). `frozen`: a network whose
+    parameters take no gradients meanwhile.
     """
 
-    def __init__(self, engine, compute, agree=bool, graph=None, scale=lambda engine: 1.0, frozen=None):
-        self.engine, self.compute, self.agree, self.scale, self.frozen = engine, compute, agree, scale, frozen
-        self.graphed = graph and graph(compute, leave_out)
+    def __init__(self, engine, compute, agree=None, sums=None, capture=None, scale=lambda engine: 1.0, frozen=None):
+        self.engine, self.compute, self.agree, self.scale, self.frozen = engine, compute, agree or bool, scale, frozen
+        self.summed = engine.module.flat and SummedLoss(engine.module, compute, leave_out, sums, capture, agree)
 
     def __call__(self, batches):
         """Returns Sums over `batches`, the micro-batches. Raises Diverged if the network has diverged."""
-        run = self._run_graphed if self.graphed else self._run
+        run = self._run_summed if self.summed else self._run
         with _frozen(self.frozen):
             finite, each, images = zip(*run([_tensors(batch) for batch in batches]), strict=True)
         return Sums(torch.stack([losses.mean() for losses in each]).mean(), (~torch.cat(finite)).sum(), torch.cat(each),
@@ -159,18 +160,18 @@ class Update:
             self.engine.step()                           # steps at the accumulation boundary
             yield finite, each, x_g
 
-    def _run_graphed(self, micro_batches):
+    def _run_summed(self, micro_batches):
         weight = self.scale(self.engine) / len(micro_batches)
         for k, tensors in enumerate(micro_batches):
-            finite, each, x_g = self.graphed(self.engine.module.unet, weight, k == 0, *tensors)
+            finite, each, x_g = self.summed(weight, k == 0, *tensors)
             yield finite, torch.where(finite, each, 0), x_g
-        self.engine.backward(self.engine(self.graphed.hand_over))
+        self.engine.backward(self.engine(self.summed.hand_over))
         self.engine.step()
 
     def warm_up(self, batch):
-        """Let a graphed update get ready for its capture, on a batch of the size that will come."""
+        """Let an update get ready for the capture of its passes, on a batch of the size that will come."""
         with _frozen(self.frozen):
-            self.graphed.warm_up(self.engine.module.unet, *_tensors(batch))
+            self.summed.warm_up(*_tensors(batch))
 
     def _without(self, tensors, finite):
         loss, again, each, _ = self.engine(self.compute, *leave_out(tensors, finite))

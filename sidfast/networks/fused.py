@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sidfast.kernels.upsample import combine_taps
 from sidfast.networks.attention import IMPLEMENTATIONS
 from sidfast.networks.fused_ops import conv, geglu, group_norm, layer_norm, linear, projections, upsample_conv
-from sidfast.networks.packed import Packed, channels_last
+from sidfast.networks.packed import Packed, channels_last, joined
 
 
 class FusedResnet(Packed, ResnetBlock2D):
@@ -72,7 +72,7 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
     attend = staticmethod(IMPLEMENTATIONS["math"])       # `fuse` sets the one wanted
 
     def make_packed(self):
-        return torch.cat(self._own_weights()), torch.cat(self._text_weights())
+        return joined(self._own_weights()), joined(self._text_weights())
 
     def _own_weights(self):
         return [m.weight for m in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)]

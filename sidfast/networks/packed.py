@@ -1,9 +1,8 @@
 """Weights in the form that passes read, made once for many passes.
 
-A parameter lies in memory as DeepSpeed keeps it, plain and contiguous. Passes want convolutions' weights channels last,
-attention's projections as one matrix, a 3x3 kernel after an upsampling as a 2x2 one. Making these takes bandwidth and
-launches in every pass, though weights change once a step. Networks that DeepSpeed does not keep have their convolutions
-channels last to begin with (`frozen_layout`), and no second copy of those.
+Passes want convolutions' weights channels last, attention's projections as one matrix, a 3x3 kernel after an upsampling
+as a 2x2 one. Making these takes bandwidth and launches in every pass, though weights change once a step. What lies in
+memory as passes want it (`pass_layout`, and neighbours in a Flat) is read where it is.
 """
 
 import torch
@@ -36,7 +35,7 @@ class Packed:
             self.kept = made
         else:
             for old, new in zip(self.kept, made, strict=True):
-                if old is not new:                       # (a parameter that lies as passes want it)
+                if old.data_ptr() != new.data_ptr():     # (a parameter that lies as passes want it)
                     old.copy_(new)
 
 
@@ -47,8 +46,8 @@ def repack(unet):
             module.repack()
 
 
-def frozen_layout(unet):
-    """Lay a UNet's convolutions out as its passes read them, in place; for a network outside DeepSpeed's engines."""
+def pass_layout(unet):
+    """Lay a UNet's convolutions out as its passes read them, in place."""
     return unet.to(memory_format=torch.channels_last)
 
 
@@ -62,3 +61,13 @@ def packed_bytes(unet):
 def channels_last(weight):
     """A convolution's weight as cuDNN reads it beside activations that are channels last."""
     return weight if weight.shape[2:] == (1, 1) else weight.contiguous(memory_format=torch.channels_last)
+
+
+def joined(weights):
+    """Matrices [K, C] as one [sum of K, C]: a view where they are neighbours in memory, otherwise a copy."""
+    ends = [w.data_ptr() + w.nbytes for w in weights]
+    together = all(w.is_contiguous() for w in weights) and ends[:-1] == [w.data_ptr() for w in weights[1:]]
+    same = len({w.untyped_storage().data_ptr() for w in weights}) == 1
+    if not (together and same):
+        return torch.cat(weights)
+    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())

@@ -10,7 +10,6 @@ import copy
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, set_z3_leaf_modules
 
@@ -24,10 +23,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
 
 
-def engine_config(config, name, processes, graphed=False):
+def engine_config(config, name, processes):
     """DeepSpeed's configuration of one engine: the user's section, with batch sizes filled in.
 
-    `graphed`: its updates are CUDA graphs, which sum gradients over micro-batches themselves and hand over the sum of a
+    Below ZeRO stage 3 an update sums gradients over micro-batches itself (SummedLoss), and hands over the sum of a
     global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
     """
     train = config.train
@@ -36,9 +35,9 @@ def engine_config(config, name, processes, graphed=False):
         raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch x processes "
                         f"({micro_batch} x {processes} = {micro_batch * processes})")
     share = train.batch_size // processes
-    at_once = share if graphed else micro_batch
-    return engine_section(config, name) | {
-        "train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
+    section = engine_section(config, name)
+    at_once = share if is_flat(section) else micro_batch
+    return section | {"train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
 
 
 def engine_section(config, name):
@@ -50,9 +49,20 @@ def engine_section(config, name):
     return section
 
 
+def zero_stage(section):
+    """ZeRO's stage in a `deepspeed` section."""
+    zero = section.get("zero_optimization")
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
+
+
 def zero_stages(config):
     """ZeRO's stage of each engine."""
-    return [engine_section(config, name).get("zero_optimization", {}).get("stage", 0) for name in ENGINES]
+    return [zero_stage(engine_section(config, name)) for name in ENGINES]
+
+
+def is_flat(section):
+    """Whether an engine sees its network's parameters as a Flat: stage 3 parts and gathers them one by one."""
+    return zero_stage(section) != 3
 
 
 def _merge(base, extra):
@@ -73,37 +83,15 @@ def compute_dtype(section):
 
 def build_engine(unet, adam, section, device):
     """A DeepSpeed engine with Adam around a UNet in fp32. `section`: from `engine_config`."""
-    module = Trained(unet).requires_grad_(True).train()
-    set_z3_leaf_modules(module, BLOCKS, raise_if_not_found=False)
+    module = Trained(unet.requires_grad_(True).train(), is_flat(section))
+    if not module.flat:
+        set_z3_leaf_modules(module, BLOCKS, raise_if_not_found=False)
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
-    _look_at_gradients_at_once(engine.optimizer)
+    if module.flat:
+        module.flat.bind()                               # DeepSpeed has moved and cast the chunks
     return engine
-
-
-def _look_at_gradients_at_once(optimizer):
-    """ZeRO stages 1 and 2 launch a dozen kernels for every single parameter to learn whether its gradient is finite,
-    and its norm: longer, for a UNet, than Adam takes. Here a few launches do for all parameters together."""
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return
-    total_norm = optimizer.get_grad_norm_direct
-
-    def norms_of(gradients):
-        return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
-
-    def get_grad_norm_direct(gradients, params, **options):
-        """The norm of the gradients' norms, summed over processes by DeepSpeed."""
-        gradients = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-        return total_norm([norms_of(gradients)] if gradients else [], params[:1], **options)
-
-    def has_overflow_partitioned_grads_serial():
-        gradients = [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None]
-        return ~norms_of(gradients).isfinite().all()[None] if gradients else torch.zeros(
-            1, dtype=torch.bool, device=optimizer.device)
-
-    optimizer.get_grad_norm_direct = get_grad_norm_direct
-    optimizer.has_overflow_partitioned_grads_serial = has_overflow_partitioned_grads_serial
 
 
 def set_learning_rate(engine, adam, step, total):
@@ -171,8 +159,13 @@ def _each(engine, tensors):
     own = masters(engine)
     _swap(own, tensors)
     try:
-        for i, (name, parameter) in enumerate(engine.module.unet.named_parameters()):
-            yield name, _whole(engine, i, parameter, own).detach()
+        flat = engine.module.flat
+        if not flat:
+            for name, parameter in engine.module.unet.named_parameters():
+                yield name, safe_get_full_fp32_param(parameter).detach()
+            return
+        for i, chunk in enumerate(flat.chunks):
+            yield from flat.parts(i, safe_get_full_fp32_param(chunk) if hasattr(chunk, "_hp_mapping") else own[i])
     finally:
         _swap(own, tensors)
         if torch.cuda.is_initialized():
@@ -185,11 +178,19 @@ def scatter(engine, full, tensors):
     own = masters(engine)
     _swap(own, tensors)
     try:
-        for i, (name, parameter) in enumerate(engine.module.unet.named_parameters()):
-            if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-                safe_set_full_fp32_param(parameter, full[name].to(own[0].device))
-            else:
-                own[i].copy_(full[name])
+        flat, device = engine.module.flat, own[0].device
+        if not flat:
+            for name, parameter in engine.module.unet.named_parameters():
+                safe_set_full_fp32_param(parameter, full[name].to(device))
+            return
+        for i, chunk in enumerate(flat.chunks):
+            whole = torch.zeros_like(chunk, dtype=torch.float32, device=device, requires_grad=False)
+            for name, part in flat.parts(i, whole):
+                part.copy_(full[name])
+            if hasattr(chunk, "_hp_mapping"):
+                safe_set_full_fp32_param(chunk, whole)
+            else:                                        # ZeRO 0: one master per chunk, in the same order
+                own[i].copy_(whole)
     finally:
         _swap(own, tensors)
 
@@ -200,12 +201,6 @@ def _host_copy(value):
     if not value.is_cuda:
         return value.to("cpu", torch.float32, copy=True)
     return torch.empty(value.shape, dtype=torch.float32, pin_memory=True).copy_(value, non_blocking=True)
-
-
-def _whole(engine, i, parameter, own):
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        return safe_get_full_fp32_param(parameter)
-    return own[i]                                        # ZeRO 0: one master per parameter, in the same order
 
 
 def _swap(left, right):

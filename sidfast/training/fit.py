@@ -67,8 +67,7 @@ def _needed(config, teacher, sizes, processes, device):
     P = sum(p.numel() for p in teacher.unet.parameters())
     network = P * torch.empty((), dtype=dtype).element_size()
     copies = 1 if SOURCES[config.synthetic.source].copy else 0
-    gradients = speed.cuda_graphs * (2 * network + 4 * P)                        # of either update, and their sums
-    beside = sum(packed) + copies * (network + max(packed, default=0)) + gradients
+    beside = sum(packed) + copies * (network + max(packed, default=0))
     return {m: beside + max(
         planner.option(*planner.configured(name), m, config.speed.gradient_checkpointing, processes).bytes
         for name in ENGINES) for m in sizes}

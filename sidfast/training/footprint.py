@@ -117,8 +117,7 @@ class PlainEngine:
     """What `distill` needs of an engine, without DeepSpeed."""
 
     def __init__(self, unet):
-        self.module = self
-        self.unet = unet
+        self.module, self.unet, self.flat = self, unet, None
 
     def __call__(self, compute, *tensors):
         return compute(self.unet, *tensors)

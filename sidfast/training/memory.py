@@ -56,10 +56,17 @@ def on_host(zero, P):
     return (4 + 4 * zero.moments + 4) * P / zero.gpus * zero.offload
 
 
-def during_update(zero, P):
-    """Bytes that an update adds while it runs, beside `Footprint.peak`; stages 0 and 1 keep whole gradients too."""
+def sums(zero, P):
+    """Bytes of the sums of gradients over micro-batches, in fp32, below stage 3; both networks share them."""
+    return 4 * P * (zero.stage < 3)
+
+
+def during_hand_over(zero, P):
+    """Bytes while an engine below stage 3 takes the sums over: gradients in the computing type (the sums themselves at
+    stage 0 in fp32), the buckets in which they are reduced, and stage 2's own part."""
+    gradients = zero.width * P * (zero.width < 4 or zero.stage == 1)
     partition = zero.width * P / zero.gpus * (zero.stage == 2 and not zero.offload)
-    return partition + zero.width * zero.bucket * (zero.stage in (1, 2))
+    return gradients + partition + zero.width * zero.bucket * (zero.stage in (1, 2))
 
 
 def gathered(zero, P):
@@ -79,8 +86,8 @@ def during_step(zero, P):
 def sent_per_step(zero, P, accumulation):
     """Bytes that a GPU sends for one step of each of the two engines (and receives as many).
 
-    Ring collectives send (N - 1) / N of what they move, an all-reduce twice that. Stage 0 and 1 reduce gradients once a
-    step, stages 2 and 3 after each of `accumulation` micro-batches. DeepSpeed reduces by all-reduce in stages 1 and 2,
+    Ring collectives send (N - 1) / N of what they move, an all-reduce twice that. Stages 0 to 2 reduce gradients once a
+    step, stage 3 after each of `accumulation` micro-batches. DeepSpeed reduces by all-reduce in stages 1 and 2,
     and by reduce-scatter in stage 3, which also gathers weights for every pass of a network: of the trained one forward
     and backward, of the generator for the fake score's update, and of the fake score, twice, for the generator's.
     """
@@ -89,5 +96,4 @@ def sent_per_step(zero, P, accumulation):
         return 2 * 2 * size * ring
     if zero.stage == 3:
         return accumulation * (2 * size + (2 + 1 + 2 + 2) * size) * ring
-    times = accumulation if zero.stage == 2 else 1
-    return 2 * (2 * times * size + size) * ring
+    return 2 * (2 * size + size) * ring

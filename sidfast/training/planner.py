@@ -151,11 +151,12 @@ class Planner:
         parts["average"] = 4 * P * ema.share(1) * (not ema.offload)
         parts["teacher"] = width * P
         parts["text encoder and VAE"] = 4 * (sizes["vae"] + sizes["text_encoder"])
-        updates = {name: prints[name].peak(micro_batch, zeros[name].stage < 2)
-                   + memory.during_update(zeros[name], P)
-                   + sum(memory.gathered(zero, P) for zero in zeros.values()) for name in ENGINES}
-        steps = [memory.during_step(zero, P) for zero in zeros.values()]
-        parts["update"] = max(*updates.values(), *steps)
+        parts["sums of gradients"] = max(memory.sums(zero, P) for zero in zeros.values())
+        passes = max(prints[name].peak(micro_batch, gradients=False)
+                     + sum(memory.gathered(zero, P) for zero in zeros.values()) for name in ENGINES)
+        steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
+                    for zero in zeros.values())
+        parts["update"] = passes + steps if self._graphed(zeros.values()) else max(passes, steps)
         host = sum(memory.on_host(zero, P) for zero in zeros.values()) + 4 * P * ema.share(1) * ema.offload
         return Option(label, stage, offload, micro_batch, checkpointing, sum(parts.values()), parts, host,
                       batch // (micro_batch * gpus))
@@ -168,10 +169,13 @@ class Planner:
         return [option for option in found if option]
 
     def sent(self, option, gpus):
-        """Bytes that a GPU sends in one step. CUDA graphs (not at stage 3) sum gradients before the engine has them."""
+        """Bytes that a GPU sends in one step."""
         zero = self._zero("generator", option.stage, option.offload, gpus)
-        graphed = self.config.speed.cuda_graphs is not False and option.stage < 3
-        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], 1 if graphed else option.accumulation)
+        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation)
+
+    def _graphed(self, zeros):
+        """Whether passes are CUDA graphs, which keep their memory while the optimizer steps."""
+        return self.config.speed.cuda_graphs is not False and all(zero.stage < 3 for zero in zeros)
 
     def _zero(self, name, stage, offload, gpus):
         section = engine_section(self.config, name)

@@ -9,7 +9,7 @@ from sidfast.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
 from sidfast.networks.attention import choose_attention
 from sidfast.networks.fused import attention_shapes, cannot_fuse, fuse
-from sidfast.networks.packed import frozen_layout, repack
+from sidfast.networks.packed import pass_layout, repack
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,12 @@ class Speed:
     def prepare(self, unet):
         """Make a UNet (of diffusers) run as decided, in place."""
         if self.fused:
-            return fuse(unet, self.attention, self.gradient_checkpointing)
+            return fuse(pass_layout(unet) if self.packed else unet, self.attention, self.gradient_checkpointing)
         if self.gradient_checkpointing:
             unet.train().enable_gradient_checkpointing()
         if self.compile:
             compile_regions(unet)
         return unet
-
-    def prepare_frozen(self, unet):
-        """The same for a UNet that no engine trains."""
-        return self.prepare(frozen_layout(unet) if self.packed else unet)
 
     def repack(self, unet):
         """To be called for a network that `prepare` has seen once its weights are there, and whenever they change."""

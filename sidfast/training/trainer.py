@@ -14,8 +14,9 @@ from sidfast.errors import Diverged, RunError
 from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
-from sidfast.networks.graphs import GradientSums, GraphedLoss
+from sidfast.networks.graphs import Graphs
 from sidfast.networks.precision import allow_tf32
+from sidfast.networks.summed import GradientSums
 from sidfast.publishing.export import recover_export
 from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.channel import Channel
@@ -102,7 +103,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
 
     # the networks
     flops = count_flops(config, teacher, latent_shape) if rank == 0 else None
-    engines, sections = {}, {name: engine_config(config, name, processes, speed.cuda_graphs) for name in ENGINES}
+    engines, sections = {}, {name: engine_config(config, name, processes) for name in ENGINES}
     for name in ENGINES:
         unet = copy.deepcopy(teacher.unet)
         if checkpoint:
@@ -112,9 +113,9 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
     copies, kind = {}, SOURCES[config.synthetic.source].copy
     if kind:
-        unet = speed.prepare_frozen(copy.deepcopy(teacher.unet))
+        unet = speed.prepare(copy.deepcopy(teacher.unet))
         copies[kind] = COPIES[kind](unet, engines["generator"], ema, config.synthetic)
-    speed.prepare_frozen(teacher.unet)
+    speed.prepare(teacher.unet)
     networks = Networks(**engines, teacher=teacher.unet)
     if checkpoint:
         restore(checkpoint, engines, ema)
@@ -187,10 +188,9 @@ def _warn(message):
 
 def _updates(networks, objective, source, speed, sharded):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
-    options = {}
+    options = {"sums": GradientSums(), "scale": loss_scale}
     if speed.cuda_graphs:
-        pool, sums = torch.cuda.graph_pool_handle(), GradientSums()
-        options = {"graph": lambda compute, leave_out: GraphedLoss(compute, leave_out, pool, sums), "scale": loss_scale}
+        options["capture"] = Graphs().capture
     if sharded:
         options["agree"] = _all_agree
     updates = {"fake_score": fake_score_update(networks, objective, source, **options),
