@@ -16,8 +16,7 @@ quieten()
 
 import torch  # noqa: E402
 from deepspeed import comm  # noqa: E402
-
-from helpers_engine import step  # noqa: E402
+from helpers_engine import optimize  # noqa: E402
 
 from sidfast.config import Adam, build_config  # noqa: E402
 from sidfast.networks.loading import load_teacher  # noqa: E402
@@ -42,7 +41,7 @@ def updates(teacher, stage, dtype, beta1, device):
     for update in range(4):
         before = weights(engine)
         faulty = update == 1 and comm.get_rank() == comm.get_world_size() - 1
-        step(engine, lambda unet, x, text: unet(x, 5, text).sample.float().square().mean(), [(x, text)] * 2,
+        optimize(engine, lambda unet, x, text: unet(x, 5, text).sample.float().square().mean(), [(x, text)] * 2,
              [1.0, torch.inf if faulty else 1.0])
         after = weights(engine)
         rows.append([engine.skipped_steps, not torch.equal(before, after), bool(after.isfinite().all())])

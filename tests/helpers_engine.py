@@ -5,7 +5,7 @@ import torch
 from sidfast.networks.summed import SummedLoss
 
 
-def step(engine, loss_of, micro_batches, factors=None):
+def optimize(engine, loss_of, micro_batches, factors=None):
     """One step by the mean of loss_of(unet, *tensors) over micro-batches, each loss multiplied by its factor."""
     factors = factors or [1.0] * len(micro_batches)
     if not engine.module.flat:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_engine import step
+from helpers_engine import optimize
 from safetensors.torch import save_file
 from test_plan import device  # noqa: F401
 
@@ -125,7 +125,7 @@ def take_steps(engine, count):
     for i in range(count):
         torch.manual_seed(i)
         x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
-        step(engine, lambda unet, x, text: unet(x, 5, text).sample.square().mean(), [(x, text)])
+        optimize(engine, lambda unet, x, text: unet(x, 5, text).sample.square().mean(), [(x, text)])
 
 
 def whole_weights(engine):

@@ -11,7 +11,7 @@ from torch import nn
 
 from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
 from sidfast.networks.fused import cannot_fuse, fuse, unfuse
-from sidfast.networks.packed import Packed, frozen_layout, packed_bytes, repack
+from sidfast.networks.packed import Packed, packed_bytes, pass_layout, repack
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 ARCHITECTURES = {
@@ -133,7 +133,7 @@ def test_packed_weights():
     assert not any(hasattr(m, "kept") for m in unfuse(unet).modules())
 
 
-def test_frozen_layout_saves_the_copies():
+def test_pass_layout_saves_the_copies():
     """Of convolutions without an upsampling before them; output and input gradient stay the same."""
     unet = fuse(unet_of("small").requires_grad_(False))
     want = run(unet, *inputs_of(unet))
@@ -141,7 +141,7 @@ def test_frozen_layout_saves_the_copies():
     of_convolutions = sum(m.weight.nbytes for m in unet.modules() if isinstance(m, nn.Conv2d)
                           and m.kernel_size == (3, 3) and m is not unet.conv_out)
     copies = packed_bytes(unet)
-    laid_out = fuse(frozen_layout(unfuse(unet)))
+    laid_out = fuse(pass_layout(unfuse(unet)))
     repack(laid_out)
     assert packed_bytes(laid_out) == copies - of_convolutions
     got = run(laid_out, *inputs_of(laid_out))

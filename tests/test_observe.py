@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from conftest import ROOT, environment
-from helpers_engine import step
+from helpers_engine import optimize
 from sidfast.kernels import backend
 from test_bad_input import fails
 from test_plan import LATENT, TEXT, device  # noqa: F401 (a fixture)
@@ -65,7 +65,7 @@ def test_gradient_norm(device, stage, bf16, clipping):  # noqa: F811
     engine = build_engine(unet, config.optimizer.generator, engine_config(config, "generator", 1), device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     observer = Observer({"generator": engine}, torch.nn.Identity(), device, dtype, 4, 1)
-    step(engine, loss_of, [(x.to(dtype), text.to(dtype)) for x, text in batches])
+    optimize(engine, loss_of, [(x.to(dtype), text.to(dtype)) for x, text in batches])
     got = observer.read(1, 1.0)
     assert got["gradient_norm/generator"] == pytest.approx(want, rel=0.03 if bf16 else 1e-4)
     assert got["seconds/generator_optimizer"] > 0

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, environment, free_port
 from deepspeed import comm
 from diffusers import UNet2DConditionModel
-from helpers_engine import step
+from helpers_engine import optimize
 from test_bad_input import fails
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,7 +146,7 @@ def test_memory_of_an_engine(device, stage, bf16, beta1):
         return sum(size for address, size in storages().items() if address not in before)
 
     for _ in range(2):
-        step(engine, loss_of, [(), ()])
+        optimize(engine, loss_of, [(), ()])
     zero = memory.Zero.of(section, 1, config.optimizer.generator)
     resident = sum(memory.resident(zero, P).values()) + memory.sums(zero, P)
     assert memory.resident(zero, P)["moments"] == (8 if beta1 else 4) * P

@@ -1,5 +1,5 @@
-"""Updates that sum gradients themselves: as written, and with what stands around CUDA graphs, where passes run anew in the
-place of replays."""
+"""Updates that sum gradients themselves, on the CPU: as written, and with what stands around CUDA graphs, where passes
+run anew in the place of replays."""
 
 import pytest
 import torch
@@ -81,9 +81,13 @@ def test_the_backward_pass_does_not_wait_for_the_host(monkeypatch):
 @pytest.mark.parametrize("agreed", (True, False))
 def test_processes_that_must_agree(agreed):
     """Where another process has a bad sample, this one does the same once more, and adds its gradient once."""
-    results = []
-    for agree in (None, lambda flag: bool(flag) and (asked.append(flag) or agreed or len(asked) > 1)):
-        asked = []
+    results, asked = [], []
+
+    def all_agree(flag):
+        asked.append(flag)
+        return bool(flag) and (agreed or len(asked) > 1)
+
+    for agree in (None, all_agree):
         networks, batch, *_ = setting(n=2, flat=True)
         sums = generator_update(networks, OBJECTIVE, agree=agree)([batch])
         results.append([sums.loss, *networks.generator.gradients().values()])

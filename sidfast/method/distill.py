@@ -134,8 +134,8 @@ class Update:
     3).
 
     An engine whose Trained is flat does not accumulate: a SummedLoss (networks/summed.py) does, with `sums` and
-    `capture` as there, and `scale(engine)` the factor that the engine puts on the loss (fp16). `frozen`: a network whose
-    parameters take no gradients meanwhile.
+    `capture` as there, and `scale(engine)` the factor that the engine puts on the loss (fp16). `frozen`: a network
+    whose parameters take no gradients meanwhile.
     """
 
     def __init__(self, engine, compute, agree=None, sums=None, capture=None, scale=lambda engine: 1.0, frozen=None):

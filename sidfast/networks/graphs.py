@@ -1,4 +1,4 @@
-"""CUDA graphs: what always launches the same kernels on the same memory, replayed without Python and launch overhead."""
+"""CUDA graphs: what launches the same kernels on the same memory every time, replayed without Python's overhead."""
 
 import torch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sidfast.training.adam import Checked
+from sidfast.training.adam import Checked, total_norm
 from sidfast.training.engines import loss_scale
 
 GIB = 2**30
@@ -128,7 +128,7 @@ class Observer:
             with self.clock(f"{label}_optimizer"):
                 if plain:
                     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-                    self._norms[label] = torch.nn.utils.get_total_norm(grads)
+                    self._norms[label] = total_norm(grads)
                 return step(*args, **kwargs)
 
         engine.step = watched
