@@ -3,9 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import INTERPRETED, triton_runs_on
+from sidfast.kernels.backend import TYPES
 
-_BLOCK = 2**18 if INTERPRETED else 4096
+_BLOCK = 4096
 
 
 def accumulate_reference(sums, gradient, wanted):
@@ -16,14 +16,18 @@ def accumulate_reference(sums, gradient, wanted):
 def accumulate(sums, gradient, wanted):
     """Add `gradient` to `sums`, in place and in the type of `sums`, if `wanted` (a bool, a tensor) holds.
 
-    Both of one shape; `sums` dense in memory, in any order of dimensions. What is not wanted may hold NaN. The host
-    does not wait for the flag.
+    Both of one shape (ValueError if not); `sums` dense in memory, in any order of dimensions. What is not wanted may
+    hold NaN. The host does not wait for the flag. The kernel runs on a GPU alone: Triton's interpreter would take
+    seconds for a network's parameters (tests call `launch`).
     """
     if gradient.shape != sums.shape:
         raise ValueError(f"accumulate: a gradient of shape {tuple(gradient.shape)} for sums of {tuple(sums.shape)}")
-    if not triton_runs_on(sums):
-        accumulate_reference(sums, gradient, wanted)
-        return
+    add = launch if sums.is_cuda and sums.dtype in TYPES else accumulate_reference
+    add(sums, gradient, wanted)
+
+
+def launch(sums, gradient, wanted):
+    """`accumulate` by the kernel."""
     if any(a != b for a, b, n in zip(gradient.stride(), sums.stride(), sums.shape, strict=True) if n > 1):
         gradient = torch.empty_like(sums, dtype=gradient.dtype).copy_(gradient)
     n = sums.numel()

@@ -1,0 +1,48 @@
+"""A network's parameters end to end: same values, memory layout and gradients; neighbours are one matrix."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from sidfast.networks import flat as module
+from sidfast.networks.flat import Flat
+from sidfast.networks.packed import joined, pass_layout
+
+
+def build():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(4, 8),
+        up_block_types=("UpBlock2D", "UpBlock2D"), layers_per_block=1, cross_attention_dim=12, attention_head_dim=2,
+        norm_num_groups=2)
+
+
+@pytest.mark.parametrize("chunk", (1, 700, 2**26))
+def test_views(monkeypatch, chunk):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    unet = pass_layout(build())
+    before = {name: (p.detach().clone(), p.stride()) for name, p in unet.named_parameters()}
+    flat = Flat(unet)
+    assert (len(flat.chunks) == 1) is (chunk == 2**26)
+    for name, p in unet.named_parameters():
+        assert torch.equal(p, before[name][0]) and p.stride() == before[name][1] and p.data_ptr() % 16 == 0
+    with torch.no_grad():
+        for one in flat.chunks:
+            one.mul_(2)
+    assert all(torch.equal(p, 2 * before[name][0]) for name, p in unet.named_parameters())
+    assert {name for name, _ in flat.named(flat.chunks)} == set(before)
+    assert sum(c.count_nonzero() for c in flat.chunks) == sum(p.count_nonzero() for p in unet.parameters())
+    flat.bfloat16()
+    flat.bind()
+    assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+
+
+def test_neighbours_are_one_matrix():
+    unet = build()
+    apart = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    weights = [apart.to_q.weight, apart.to_k.weight, apart.to_v.weight]
+    want = torch.cat(weights)
+    assert torch.equal(joined(weights), want) and joined(weights).data_ptr() != weights[0].data_ptr()
+    flat = Flat(unet)
+    assert torch.equal(joined(weights), want) and joined(weights).data_ptr() == weights[0].data_ptr()
+    assert joined(weights[::-1]).data_ptr() != weights[-1].data_ptr() and len(flat.chunks) == 1
