@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sidfast.kernels.accumulate import accumulate, accumulate_reference
 from sidfast.kernels.channel_stats import add_channel_stats, add_channel_stats_reference
 from sidfast.kernels.fake_score_loss import fake_score_loss, fake_score_loss_reference
 from sidfast.kernels.geglu import geglu, geglu_reference
@@ -101,6 +102,16 @@ def test_add_channel_stats(timed, machine, implementation):
     f = pick(implementation, add_channel_stats, add_channel_stats_reference, machine)
     timed(f"add_channel_stats {list(shape)}, forward", implementation, lambda: f(x, residual, bias),
           20 if machine.gpu else 1, least_bytes=size(x, residual, x))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_accumulate(timed, machine, implementation):
+    n = 2**26 if machine.gpu else 2**12
+    sums, wanted = torch.zeros(n, device=machine.device), torch.tensor(True, device=machine.device)
+    gradient = torch.randn(n, device=machine.device, dtype=machine.dtype)
+    f = pick(implementation, accumulate, accumulate_reference, machine)
+    timed(f"accumulate [{n}]", implementation, lambda: f(sums, gradient, wanted), 20 if machine.gpu else 1,
+          least_bytes=size(sums, sums, gradient))
 
 
 def measure(timed, machine, name, direction, implementation, f, inputs, beside=(), writes=1):

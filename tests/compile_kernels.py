@@ -18,7 +18,7 @@ quieten()
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from sidfast.kernels import backend  # noqa: E402
+from sidfast.kernels import accumulate, backend  # noqa: E402
 from sidfast.kernels.channel_stats import add_channel_stats, column_sums  # noqa: E402
 from sidfast.kernels.fake_score_loss import fake_score_loss  # noqa: E402
 from sidfast.kernels.geglu import geglu, geglu_backward  # noqa: E402
@@ -79,6 +79,7 @@ def launch_everything(dtype):
         return torch.randn(shape, dtype=like).requires_grad_()
 
     single, (a, s) = torch.float32, torch.rand(2, 2)
+    accumulate.launch(torch.zeros(5000), torch.zeros(5000, dtype=dtype), torch.tensor(True))
     for k in (1, 2):                                     # without and with a doubled batch
         x_g, x_t = draw(2, 4, 64, 64, like=single), draw(2, 4, 64, 64, like=single)
         o_real, o_fake = draw(2 * k, 4, 64, 64), draw(2 * k, 4, 64, 64)

@@ -128,7 +128,6 @@ class SummedLoss:
             self._known.synchronize()
         return bool(self._flag_on_host)
 
-
     def _run(self, tensors):
         """(flag, *outcome) of the forward pass, as tensors of their own."""
         if not self._capture:
