@@ -54,6 +54,14 @@ def verdict(*rounds, timeout=10):
     return result
 
 
+def test_a_process_that_never_spoke_is_silent():
+    start = {"beat": 0, "count": 0, "place": "start", "patient": False}
+    seen = dict.fromkeys(range(2), (start, 0.0, 0.0))
+    for beat, now in enumerate((4.0, 8.0, 12.0), 1):
+        found = judge(seen, {0: {"beat": beat, "count": 1, "place": "step 2", "patient": False}}, now, 10)
+    assert found == ([1], "has not answered for 10 s", "start")
+
+
 def test_a_process_that_says_nothing_is_at_fault():
     ranks, what, place = verdict((0, {0: report(1, 5), 1: report(1, 4, "step 2, data")}),
                                  (11, {0: report(12, 5), 1: report(1, 4, "step 2, data")}))
@@ -102,6 +110,7 @@ def test_stopped_process_is_named(write_config, tmp_path, rank):
     processes = start_two(config, tmp_path / "run", 29902 + rank)
     try:
         wait_for_lines(tmp_path / "run", 2, processes)
+        time.sleep(5)                                    # (they say where they are every 30 / 8 s)
         processes[rank].send_signal(signal.SIGSTOP)
         _, errors = processes[1 - rank].communicate(timeout=120)
     finally:

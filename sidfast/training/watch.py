@@ -25,8 +25,10 @@ class Watch:
         self._place = {"count": 0, "place": "start", "patient": False}
         self._closed = threading.Event()
         self._every = min(5.0, timeout / 8)
-        self._seen, self._reports = {}, {}               # see `judge`
-        self._heard, self._threads = time.monotonic(), []            # when the store answered last; None: it is gone
+        now, start = time.monotonic(), {"beat": 0, **self._place}
+        self._reports = {}                               # see `judge`: one that never says anything is silent, too
+        self._seen = dict.fromkeys(range(self.ranks), (start, now, now))
+        self._heard, self._threads = now, []             # when the store answered last; None: it is gone
         if self.ranks > 1:
             self._store = channel.connect(timeout)
             self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)]
@@ -53,7 +55,7 @@ class Watch:
     def _talk(self):
         """Exchange reports; waits as long as the first process, whose store it is, does not answer."""
         beat, keys = 0, [f"beat/{rank}" for rank in range(self.ranks)]
-        while not self._closed.wait(self._every):
+        while not self._closed.is_set():
             beat += 1
             try:
                 self._store.set(keys[self.rank], json.dumps({"beat": beat, **self._place}))
@@ -63,6 +65,7 @@ class Watch:
             except torch.distributed.DistError:
                 self._heard = None
                 return
+            self._closed.wait(self._every)
 
     def _judge(self):
         while not self._closed.wait(self._every):
