@@ -50,13 +50,13 @@ def _fake_score_loss_kernel(p_output, p_target, p_w, p_partial, p_done, p_loss, 
 
 
 @triton.jit
-def _fake_score_loss_backward_kernel(p_dloss, p_finite, p_output, p_target, p_w, p_doutput, N, D, kappa1,
+def _fake_score_loss_backward_kernel(p_dloss, DLOSS, p_finite, p_output, p_target, p_w, p_doutput, N, D, kappa1,
                                      DOUBLED: tl.constexpr, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
     b_error = _load_error(p_output, p_target, i_n, o, m, N, D, kappa1, DOUBLED)
-    g = tl.load(p_dloss + i_n).to(tl.float32) * tl.load(p_w + i_n).to(tl.float32)
+    g = tl.load(p_dloss + i_n * DLOSS).to(tl.float32) * tl.load(p_w + i_n).to(tl.float32)
     b_do = tl.where(tl.load(p_finite + i_n) != 0, 2 * g * b_error, 0.0)          # 0 times a non-finite value is not 0
     store_branches(p_doutput, (1 - kappa1) * b_do, kappa1 * b_do, o, m, i_n, N, D, DOUBLED)
 
@@ -69,12 +69,12 @@ def _fake_score_loss(output: torch.Tensor, target: torch.Tensor, w: torch.Tensor
     N, D = target.shape[0], target[0].numel()
     chunks = triton.cdiv(D, _BLOCK)
     loss = torch.empty(N, device=target.device)
-    finite = torch.empty(N, device=target.device, dtype=torch.int8)
+    finite = torch.empty(N, device=target.device, dtype=torch.bool)
     partial = torch.empty(N, chunks, 2, device=target.device)
     done = torch.zeros(N, device=target.device, dtype=torch.int32)
-    _fake_score_loss_kernel[(N, chunks)](output, target, w, partial, done, loss, finite, N, D, kappa1,
+    _fake_score_loss_kernel[(N, chunks)](output, target, w, partial, done, loss, finite.view(torch.int8), N, D, kappa1,
                                          DOUBLED=output.shape[0] > N, BD=_BLOCK, BC=32, num_warps=8)
-    return loss, finite.bool()
+    return loss, finite
 
 
 @_fake_score_loss.register_fake
@@ -91,7 +91,7 @@ def _fake_score_loss_backward(dloss: torch.Tensor, finite: torch.Tensor, output:
     N, D = target.shape[0], target[0].numel()
     doutput = torch.empty_like(output)
     _fake_score_loss_backward_kernel[(N, triton.cdiv(D, _BLOCK))](
-        dloss.contiguous(), finite.to(torch.int8), output, target, w, doutput, N, D, kappa1,
+        dloss, dloss.stride(0), finite.view(torch.int8), output, target, w, doutput, N, D, kappa1,
         DOUBLED=output.shape[0] > N, BD=_BLOCK, num_warps=8)
     return doutput
 

@@ -81,8 +81,8 @@ def _sid_loss_kernel(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_partial, p_do
 
 
 @triton.jit
-def _sid_loss_backward_kernel(p_dloss, p_omega, p_finite, p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_dx_g, p_dx_t,
-                              p_do_real, p_do_fake, N, D, kappa2, kappa3, kappa4, alpha, REAL: tl.constexpr,
+def _sid_loss_backward_kernel(p_dloss, DLOSS, p_omega, p_finite, p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_dx_g,
+                              p_dx_t, p_do_real, p_do_fake, N, D, kappa2, kappa3, kappa4, alpha, REAL: tl.constexpr,
                               FAKE: tl.constexpr, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -91,7 +91,7 @@ def _sid_loss_backward_kernel(p_dloss, p_omega, p_finite, p_x_g, p_x_t, p_o_real
                                          kappa2, kappa3, kappa4, REAL, FAKE)
     b_gap = b_real - b_2
     b_A, b_B = tl.load(p_A + i_n).to(tl.float32), tl.load(p_B + i_n).to(tl.float32)
-    g = tl.load(p_dloss + i_n).to(tl.float32) * tl.load(p_omega + i_n)
+    g = tl.load(p_dloss + i_n * DLOSS).to(tl.float32) * tl.load(p_omega + i_n)
     keep = tl.load(p_finite + i_n) != 0                  # 0 times a non-finite value is not 0
     b_dy_3 = tl.where(keep, g * b_gap, 0.0)
     b_dy_real = tl.where(keep, g * (2 * (1 - alpha) * b_gap + b_x + b_3 - b_x_g), 0.0)
@@ -114,13 +114,13 @@ def _sid_loss(x_g: torch.Tensor, x_t: torch.Tensor, o_real: torch.Tensor, o_fake
     N, D = x_g.shape[0], x_g[0].numel()
     chunks = triton.cdiv(D, _BLOCK)
     loss, omega = (torch.empty(N, device=x_g.device) for _ in range(2))
-    finite = torch.empty(N, device=x_g.device, dtype=torch.int8)
+    finite = torch.empty(N, device=x_g.device, dtype=torch.bool)
     partial = torch.empty(N, chunks, 3, device=x_g.device)
     done = torch.zeros(N, device=x_g.device, dtype=torch.int32)
     _sid_loss_kernel[(N, chunks)](
-        x_g, x_t, o_real, o_fake, A, B, partial, done, loss, finite, omega, N, D, kappa2, kappa3, kappa4, alpha,
-        REAL=o_real.shape[0] > N, FAKE=o_fake.shape[0] > N, BD=_BLOCK, BC=32, num_warps=8)
-    return loss, finite.bool(), omega
+        x_g, x_t, o_real, o_fake, A, B, partial, done, loss, finite.view(torch.int8), omega, N, D, kappa2, kappa3,
+        kappa4, alpha, REAL=o_real.shape[0] > N, FAKE=o_fake.shape[0] > N, BD=_BLOCK, BC=32, num_warps=8)
+    return loss, finite, omega
 
 
 @_sid_loss.register_fake
@@ -139,8 +139,8 @@ def _sid_loss_backward(dloss: torch.Tensor, omega: torch.Tensor, finite: torch.T
     grads = tuple(torch.empty_like(v) for v in inputs)
     N, D = x_g.shape[0], x_g[0].numel()
     _sid_loss_backward_kernel[(N, triton.cdiv(D, _BLOCK))](
-        dloss.contiguous(), omega, finite.to(torch.int8), *inputs, A, B, *grads, N, D, kappa2, kappa3, kappa4, alpha,
-        REAL=o_real.shape[0] > N, FAKE=o_fake.shape[0] > N, BD=_BLOCK, num_warps=8)
+        dloss, dloss.stride(0), omega, finite.view(torch.int8), *inputs, A, B, *grads, N, D, kappa2, kappa3, kappa4,
+        alpha, REAL=o_real.shape[0] > N, FAKE=o_fake.shape[0] > N, BD=_BLOCK, num_warps=8)
     return grads
 
 

@@ -91,8 +91,9 @@ class InceptionFeatures:
 
 def tokenize(tokenizer, texts):
     """Token ids [N, L], padded and cut to the tokenizer's length."""
-    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
+    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                    return_attention_mask=False, return_tensors="np").input_ids    # half the time of "pt"
+    return torch.from_numpy(ids)
 
 
 def load_features(spec, device):

@@ -16,6 +16,7 @@ from sidfast.method.distill import Batch
 from sidfast.method.noise import NoiseLevels
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns
+_AHEAD = 4                                               # global batches whose prompts are tokenised ahead, at once
 
 
 class TextEncoder:
@@ -62,7 +63,7 @@ class Batches:
         share = self.size // processes
         self.rows = range(rank * share, (rank + 1) * share)
         self.shared = shared
-        self._worker, self._ahead, self._last = ThreadPoolExecutor(1), {}, (None, None, None)
+        self._workers, self._ahead, self._last = ThreadPoolExecutor(_AHEAD), {}, (None, None, None)
 
     def __call__(self, step, update):
         """The list of this process's Batches for one update of step 0, 1, 2, ...."""
@@ -93,12 +94,13 @@ class Batches:
         return step if self.shared else len(UPDATES) * step + UPDATES.index(update)
 
     def _text(self, number):
-        """Prompts number `number` and their embeddings; the next ones' token ids are made meanwhile, while this thread
-        waits for the GPU."""
+        """Prompts number `number` and their embeddings; the next ones' token ids are made meanwhile by threads: the
+        tokenizer works outside Python's lock, one core for each batch."""
         if self._last[0] != number:
-            waiting = self._ahead.pop(number, None)
-            self._ahead = {number + 1: self._worker.submit(self._tokenize, number + 1)}
-            prompts, ids = waiting.result() if waiting else self._tokenize(number)
+            waiting = self._ahead.get(number) or self._workers.submit(self._tokenize, number)
+            coming = range(number + 1, number + 1 + _AHEAD)
+            self._ahead = {n: self._ahead.get(n) or self._workers.submit(self._tokenize, n) for n in coming}
+            prompts, ids = waiting.result()
             self._last = number, prompts, self.encoder(ids)
         return self._last[1:]
 
