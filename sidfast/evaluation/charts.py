@@ -4,7 +4,7 @@ import math
 from html import escape
 
 _WIDTH, _HEIGHT = 460, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 12, 30
 
 
 def line_chart(series, x_label, level=None, log=False):

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sidfast.networks.graphs import GraphedStep
+
 
 def _sdpa(backend):
     def attend(q, k, v):
@@ -31,7 +33,8 @@ _BOUND = 3e-2                                            # relative error in bf1
 
 
 def choose_attention(shapes, dtype, device, repeat=5):
-    """Time every implementation on the given shapes, forward and backward, and check it against the maths.
+    """Time every implementation on the given shapes, forward and backward, and check it against the maths. On a GPU its
+    kernels alone are timed, as a CUDA graph: what launching costs differs from start to start.
 
     shapes: a list of (N, S, L, heads, d, times it occurs). Returns {implementation: total ms, or why it is out}, the
     best first; implementations that fail or are wrong (output or a gradient) come last.
@@ -58,11 +61,12 @@ def _measure(attend, shape, dtype, device, repeat):
         error = ((g.float() - w).norm() / w.norm()).item()
         if not error <= _BOUND:
             raise ValueError(f"wrong: relative error of {name} {error:.1e}")
-    _value_and_grads(attend, q, k, v, do)
+    run = GraphedStep(lambda: _value_and_grads(attend, q, k, v, do), device, warmup=1)
+    run()
     _wait(device)
     start = time.perf_counter()
     for _ in range(repeat):
-        _value_and_grads(attend, q, k, v, do)
+        run()
     _wait(device)
     return (time.perf_counter() - start) / repeat * 1e3
 
