@@ -64,6 +64,8 @@ class Train(Section):
     batch_size: int = Field(512, ge=1, le=10**7, description="images per update, over all GPUs and accumulation steps")
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         4, description="images per GPU and pass; auto: the most that fit, up to 32, as measured at start")
+    fake_score_factor: int = Field(1, ge=1, description="the fake score's update takes so many micro-batches' images "
+                                                        "in a pass: fewer networks keep activations in it")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int = Field(500, ge=0, description="steps between checkpoints, and exports with them; 0 for none")
@@ -82,10 +84,20 @@ class Train(Section):
     def _consistent(self):
         if (self.steps is None) == (self.images is None):
             raise ValueError("give one of train.steps and train.images")
-        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
+        known = 1 if self.micro_batch == "auto" else self.micro_batch
+        if self.batch_size % (known * self.fake_score_factor):
             raise ValueError(f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch "
-                             f"({self.micro_batch})")
+                             f"({self.micro_batch}){self._times}")
         return self
+
+    @property
+    def _times(self):
+        return f" x train.fake_score_factor ({self.fake_score_factor})" if self.fake_score_factor > 1 else ""
+
+    def images_at_once(self, update):
+        """Images per GPU and pass of an update, "fake_score" or "generator"; 1 stands for "auto"."""
+        images = 1 if self.micro_batch == "auto" else self.micro_batch
+        return images * (self.fake_score_factor if update == "fake_score" else 1)
 
     @property
     def total_steps(self):

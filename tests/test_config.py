@@ -178,6 +178,8 @@ def test_one_of_steps_and_images(mistake, settings):
 def test_batch_must_divide_into_micro_batches(mistake):
     text = mistake("train.batch_size=10", "train.micro_batch=4")
     assert "train.batch_size (10)" in text and "train.micro_batch (4)" in text, text
+    text = mistake("train.batch_size=12", "train.micro_batch=4", "train.fake_score_factor=2")
+    assert "train.micro_batch (4) x train.fake_score_factor (2)" in text, text
 
 
 @pytest.mark.parametrize("setting", ("noise.std=1", "noise.rho=3", "noise.mean=0", "noise.shift=2"))

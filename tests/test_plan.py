@@ -184,6 +184,8 @@ def test_communication(stage, sent):
     zero = memory.Zero(stage, 2, 2, False, 10, 10)
     assert memory.sent_per_step(zero, 1000, 4) == sent * 2000 / 2
     assert memory.sent_per_step(memory.Zero(stage, 1, 2, False, 10, 10), 1000, 4) == 0
+    fewer = 2 * 4 * 1000 if stage == 3 else 0            # half as often: two of its own passes, the generator's, a sum
+    assert memory.sent_per_step(zero, 1000, 4, factor=2) == (sent * 2000 - 2 * fewer) / 2
 
 
 def test_shapes_of_a_folder_are_those_of_its_weights(tiny_teacher):

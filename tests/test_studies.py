@@ -27,9 +27,9 @@ STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
 
 
 def test_all_studies_are_shipped():
-    names = {"noise_schedule", "synthetic_diversity", "synthetic_quality", "guidance"}
+    names = {"noise_schedule", "synthetic_diversity", "synthetic_quality", "guidance", "students"}
     assert {p.relative_to(ROOT / "configs" / "ablations").with_suffix("").as_posix() for p in STUDIES} == names | {
-        f"sd15/{name}" for name in names}
+        f"sd15/{name}" for name in names - {"students"}}
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.relative_to(ROOT / "configs" / "ablations").as_posix())
@@ -97,6 +97,7 @@ def fails(capsys, *args):
     ({"variants": {"a": {"noise.": 3}}}, ["variants.a", "'noise.'"]),
     ({"variants": {"a b/c": {}}}, ["'a b/c'"]),
     ({"reference": "c"}, ["reference", "'c'"]),
+    ({"teacher": ["high"]}, ["teacher"]),
     ({"variants": {"a": {"train.seed": 3}}}, ["variants.a", "train.seed", "seeds"]),
     ({"settings": {"train.steps": 3}}, ["settings", "train.steps", "images"]),
     ({"settings": {"evaluation.images": 3}}, ["settings", "evaluation"]),
@@ -226,6 +227,16 @@ def test_plots(results):
     assert lines == {"a": [[16, 9], [32, pytest.approx(3.125)]], "b": [[16, 9], [32, pytest.approx(6.7 / 3)]]}
 
 
+def test_teacher_stands_beside_its_students(results):
+    """A line through its points, in the order of guidance."""
+    summary = {"fid_small_clip": interval([1.0, 2.0]), "clip_score": interval([0.3, 0.4])}
+    points = [{"guidance": g, "summary": summary} for g in (1, 1.5)]
+    [axes] = plots(results[0] | {"teacher": points})["fid-clip"].axes
+    assert [text.get_text() for text in axes.texts] == ["1", "1.5"]
+    [line] = [c for c in axes.containers if c.get_label() == "teacher, 50 steps"]
+    assert line[0].get_xydata().tolist() == [[pytest.approx(0.35), 1.5]] * 2
+
+
 # A study for real
 
 
@@ -241,7 +252,7 @@ def smoke(tiny_config, tmp_path_factory):
     (folder / "base.json").write_text(json.dumps(base))
     path = folder / "smoke.json"
     path.write_text(json.dumps({
-        "question": "Does it <work>?", "base": "base.json", "images": 16, "seeds": [0, 1],
+        "question": "Does it <work>?", "base": "base.json", "images": 16, "seeds": [0, 1], "teacher": [1.5],
         "variants": {"base": {}, "stale": {"synthetic.source": "stale", "synthetic.stale_by": 2}},
         "evaluation": {"images": 130, "points": 1, "samples": 2, "batch_size": 130}}))
     return path
@@ -279,7 +290,13 @@ def test_smoke_study_is_complete(whole):
     assert results["variants"]["stale"]["difference"]["fid_small_clip"]["n"] == 2
     costs = json.loads((whole / "costs.json").read_text())
     assert all(0 < cost["training_s"] < cost["wall_s"] for runs in costs.values() for cost in runs.values())
-    assert "| stale | 2/2 |" in (whole / "table.md").read_text()
+    table = (whole / "table.md").read_text()
+    assert "| stale | 2/2 |" in table and "| teacher, 50 steps, guidance 1.5 |" in table
+    [teacher] = results["teacher"]
+    assert teacher["guidance"] == 1.5 and teacher["summary"]["fid_small_clip"]["n"] == 2
+    measured = json.loads((whole / "teacher" / "guidance-1.5" / "evaluated.json").read_text())
+    assert measured["model"]["steps"] == 50 and measured["seeds"] == {"first": 0, "last": 259, "per_prompt": 1}
+    assert teacher["summary"]["accuracy"]["mean"] == pytest.approx(measured["metrics"]["accuracy"])
     assert {"fid-clip.png", "fid-clip.svg", "fid-small-clip-images.png"} <= {p.name for p in whole.iterdir()}
     assert not list(whole.glob("runs/*/*/checkpoints")) and len(list(whole.glob("runs/*/*/export"))) == 4
 

@@ -337,6 +337,7 @@ def runs(tiny_config, tmp_path_factory):
     run_jobs([*jobs(tiny_config, folder, {}, base=({}, at_once), same=({"source": "ema"}, at_once), ema=EMA),
               *jobs(tiny_config, folder, {"save_every": 1, "keep": 9}, stale=STALE),
               *jobs(tiny_config, folder, {}, shared=SHARED),
+              *jobs(tiny_config, folder, {"fake_score_factor": 2}, shared_wide=SHARED),
               *jobs(tiny_config, folder, half, stale_cut=STALE, ema_cut=EMA, shared_cut=SHARED),
               *jobs(tiny_config, folder, {}, stale_cut=STALE, ema_cut=EMA, shared_cut=SHARED)], folder, 1, 29811)
     return folder
@@ -402,6 +403,11 @@ def test_average_without_memory_is_the_generator(runs):
 
 
 @pytest.mark.slow
+def test_shared_images_in_larger_passes(runs):
+    for (_, *got), (_, *want) in zip(losses(runs / "shared_wide"), losses(runs / "shared"), strict=True):
+        assert got == pytest.approx(want, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["stale", "ema", "shared"])
 def test_an_interrupted_run_goes_on_exactly(runs, name):
     assert_goes_on(runs, name)

@@ -37,10 +37,13 @@ def runs(tiny_config, tmp_path_factory):
                                deepspeed__bf16={"enabled": True}), "out": str(folder / f"bf16-{stage}")}
             for stage in STAGES]
     others = [{"config": changed(tiny_config, train__micro_batch=4), "out": str(folder / "one-pass")},
+              {"config": changed(tiny_config, train__fake_score_factor=2), "out": str(folder / "wide-0")},
               {"config": changed(tiny_config, train__steps=10), "out": str(folder / "short")}]
+    sharded = {"config": changed(tiny_config, train__fake_score_factor=2,
+                                 deepspeed__zero_optimization={"stage": 3}), "out": str(folder / "wide-3")}
     one_step = [{"config": changed(tiny_config, train__steps=1, deepspeed__zero_optimization={"stage": stage}),
                  "out": str(folder / f"one-step-{stage}")} for stage in STAGES]
-    run_jobs([*stages(tiny_config, folder, 1), *bf16, *others, *one_step], folder, 1, 29711)
+    run_jobs([*stages(tiny_config, folder, 1), *bf16, *others, *one_step, sharded], folder, 1, 29711)
     return folder
 
 
@@ -110,8 +113,10 @@ def test_same_curve_on_two_processes(pairs, stage):
     assert_same_curve(losses(pairs / f"stage-{stage}-of-2"), losses(pairs / "stage-0-of-1"), 1e-4)
 
 
-def test_accumulation_equals_one_pass(runs):
-    assert_same_curve(losses(runs / "one-pass"), losses(runs / "stage-0-of-1"), 1e-4)
+@pytest.mark.parametrize("name", ["one-pass", "wide-0", "wide-3"])
+def test_accumulation_equals_one_pass(runs, name):
+    """Of both updates, or of the fake score's alone."""
+    assert_same_curve(losses(runs / name), losses(runs / "stage-0-of-1"), 1e-4)
 
 
 @pytest.mark.slow

@@ -38,10 +38,10 @@ def ablate(path, out, jobs=1):
         _work(study, path, out, jobs, len(left))
     write_results(study, out)
     left = _left(study, out)
-    for run in left:
-        record = read_record(out, run)
+    for item in left:
+        record = read_record(out, item)
         why = f"failed: {record['message']}" if record else "not finished (see the end of logs/); run this again"
-        print(f"sidfast: {run.variant}, seed {run.seed}: {why}", file=sys.stderr)
+        print(f"sidfast: {item.title}: {why}", file=sys.stderr)
     return not left
 
 
@@ -62,7 +62,7 @@ def write_results(study, out):
 
 
 def _left(study, out):
-    return [run for run in study.runs if not is_final(read_record(out, run))]
+    return [item for item in study.items if not is_final(read_record(out, item))]
 
 
 def _check_inputs(study, path):
@@ -100,7 +100,7 @@ def _work(study, path, out, jobs, left):
     threads = 0 if gpus else int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // jobs)))
     (out / "logs").mkdir(exist_ok=True)
     workers = [_start(path, out, min(jobs, left), threads, gpu, k) for k, gpu in enumerate(devices[:left])]
-    seen = {(run.variant, run.seed) for run in study.runs if is_final(read_record(out, run))}
+    seen = {item.folder for item in study.items if is_final(read_record(out, item))}
     try:
         busy = True
         while busy:
@@ -145,12 +145,11 @@ def _free_port():
 
 
 def _tell(study, out, seen):
-    for run in study.runs:
-        key = (run.variant, run.seed)
-        record = None if key in seen else read_record(out, run)
+    for item in study.items:
+        record = None if item.folder in seen else read_record(out, item)
         if is_final(record):
-            seen.add(key)
+            seen.add(item.folder)
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items()
                                 if value is not None and not name.startswith("accuracy_"))
-            print(f"sidfast: {len(seen)} of {len(study.runs)}: {run.variant}, seed {run.seed}: {record['status']}"
+            print(f"sidfast: {len(seen)} of {len(study.items)}: {item.title}: {record['status']}"
                   f"{', ' + numbers if numbers else ''}", file=sys.stderr, flush=True)

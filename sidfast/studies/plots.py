@@ -61,15 +61,27 @@ def _against(results, x, y):
             continue
         points = [(run["metrics"][x], run["metrics"][y]) for run in variant["runs"].values() if run["status"] == "done"]
         axes.plot(*zip(*points, strict=True), ".", color=color, markersize=4, alpha=0.6)
-        both = [variant["summary"][m] for m in (x, y)]
-        spread = [0 if m["low"] is None else m["high"] - m["mean"] for m in both]
-        axes.errorbar(both[0]["mean"], both[1]["mean"], xerr=spread[0] or None, yerr=spread[1] or None, color=color,
-                      marker=marker, markersize=7, linewidth=0.8, capsize=2, label=name)
+        means, spread = _means([variant["summary"]], x, y)
+        axes.errorbar(*means, **spread, color=color, marker=marker, markersize=7, linewidth=0.8, capsize=2, label=name)
         drawn = True
     if not drawn:
         return None
+    if results["teacher"]:
+        means, spread = _means([point["summary"] for point in results["teacher"]], x, y)
+        axes.errorbar(*means, **spread, color="gray", marker="s", markerfacecolor="white", linestyle="--", capsize=2,
+                      label="teacher, 50 steps")
+        for point, *place in zip(results["teacher"], *means, strict=True):
+            axes.annotate(f"{point['guidance']:g}", place, textcoords="offset points", xytext=(5, 5), color="gray")
     axes.set(xlabel=f"{label(x)} (higher is better)", ylabel=f"{label(y)} (lower is better)")
     return _finish(figure, axes)
+
+
+def _means(summaries, x, y):
+    """([x means], [y means]) and the half widths of their intervals, as errorbar takes them."""
+    means = [[summary[m]["mean"] for summary in summaries] for m in (x, y)]
+    spread = [[0 if summary[m]["low"] is None else summary[m]["high"] - summary[m]["mean"] for summary in summaries]
+              for m in (x, y)]
+    return means, {f"{axis}err": half for axis, half in zip("xy", spread, strict=True) if any(half)}
 
 
 def _over_images(results, metric):

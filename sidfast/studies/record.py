@@ -49,11 +49,16 @@ def is_final(record):
 
 def write_record(out, study, run, status, message=None, metrics=None, curve=()):
     """Keep a run's outcome; it stands for the run from now on."""
-    record = {"status": status, "message": message, "metrics": clean(metrics or {}), "curve": [
+    write_outcome(out, run, status, message, metrics=clean(metrics or {}), curve=[
         {"images": images, **clean(values)} for images, values in curve],
-        "config": run.config.model_dump(), "evaluation": study.file.evaluation.model_dump()}
-    (Path(out) / run.folder).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(out) / run.folder / RESULT, json.dumps(record, indent=1) + "\n")
+        config=run.config.model_dump(), evaluation=study.file.evaluation.model_dump())
+
+
+def write_outcome(out, item, status, message=None, **values):
+    """The same of a run or a TeacherPoint, with whatever `values` are to be kept."""
+    (Path(out) / item.folder).mkdir(parents=True, exist_ok=True)
+    record = {"status": status, "message": message, **values}
+    write_atomically(Path(out) / item.folder / RESULT, json.dumps(record, indent=1) + "\n")
 
 
 def clean(values):

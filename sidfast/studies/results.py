@@ -23,9 +23,9 @@ def interval(values):
 def collect(study, out):
     """Everything in results.json: what does not depend on when, where in time, or in how many pieces it was computed.
 
-    {"study", "reference", "images", "seeds", "variants": {name: {"settings", "runs": {seed: {"status", "message",
-    "metrics", "curve"}}, "summary": {metric: interval, "difference": {metric: interval}}}}}; runs that are not
-    finished are missing. A difference is the mean over seeds of this variant's number less the reference's with the
+    {"study", "reference", "images", "seeds", "teacher", "variants": {name: {"settings", "runs": {seed: {"status",
+    "message", "metrics", "curve"}}, "summary": {metric: interval, "difference": {metric: interval}}}}}; runs that are
+    not finished are missing. A difference is the mean over seeds of this variant's number less the reference's with the
     same seed: same prompts, same noise.
     """
     runs = {name: {} for name in study.file.variants}
@@ -44,7 +44,19 @@ def collect(study, out):
             metric: interval(list(values.values())) for metric, values in own.items()}, "difference": difference}
     return {"study": study.name, "question": study.file.question, "reference": study.reference,
             "images": study.file.images, "seeds": study.file.seeds, "evaluation": study.file.evaluation.model_dump(),
-            "variants": variants}
+            "variants": variants, "teacher": _of_teacher(study, out)}
+
+
+def _of_teacher(study, out):
+    """[{"guidance", "summary": {metric: interval over sets of noise}}, ...] of the points that are measured."""
+    found = []
+    for point in sorted(study.teacher, key=lambda point: point.guidance):
+        record = read_record(out, point)
+        if is_final(record):
+            sets = record["repeats"]
+            found.append({"guidance": point.guidance, "summary": {
+                metric: interval([s[metric] for s in sets]) for metric in sets[0] if sets[0][metric] is not None}})
+    return found
 
 
 def costs(study, out):

@@ -55,6 +55,8 @@ class StudyFile(Section):
     reference: str | None = Field(None, description="the variant that the others are compared with; the first one "
                                                     "unless given")
     variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name: {section.key: value, ...}")
+    teacher: list[float] = Field([], description="shapes world: guidance scales at which the teacher is measured as "
+                                                 "well, in 50 steps, with as many sets of noise as there are seeds")
     evaluation: Measures = Measures()
 
     @field_validator("seeds")
@@ -95,6 +97,27 @@ class Run:
     def folder(self):
         return Path("runs") / self.variant / f"seed-{self.seed}"
 
+    @property
+    def title(self):
+        """What it is called in messages."""
+        return f"{self.variant}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class TeacherPoint:
+    """The teacher at one scale of guidance: measured, not trained."""
+
+    guidance: float
+
+    @property
+    def folder(self):
+        return Path("teacher") / f"guidance-{self.guidance:g}"
+
+    @property
+    def title(self):
+        """What it is called in messages."""
+        return f"teacher at guidance {self.guidance:g}"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -108,6 +131,16 @@ class Study:
     def reference(self):
         """The name of the variant that others are compared with."""
         return self.file.reference or next(iter(self.file.variants))
+
+    @property
+    def teacher(self):
+        """What is to be measured of the teacher: a list of TeacherPoint."""
+        return [TeacherPoint(guidance) for guidance in self.file.teacher]
+
+    @property
+    def items(self):
+        """All that is to be done: the teacher's points, the runs."""
+        return [*self.teacher, *self.runs]
 
     @property
     def of_shapes(self):
@@ -130,7 +163,7 @@ def read_study(path):
     shapes = {run.config.data.prompts.startswith("shapes:") for run in runs}
     if len(shapes) > 1 or len({run.config.model.teacher for run in runs}) > 1:
         raise UserError(f"{path}: all variants need the same model.teacher and the same kind of data.prompts")
-    _check_evaluation(path, file.evaluation, study.of_shapes)
+    _check_evaluation(path, file, study.of_shapes)
     return study
 
 
@@ -163,9 +196,12 @@ def _config(values, file, variant, seed, source):
         "images": m.images, "every": every, "batch_size": m.batch_size, "assets": m.assets}}, source)
 
 
-def _check_evaluation(path, m, of_shapes):
+def _check_evaluation(path, file, of_shapes):
+    m = file.evaluation
     named = [name for name in ("coco", "prompts", "reference", "features", "clip", "metrics", "dtype", "resize")
              if getattr(m, name) is not None]
+    if not of_shapes and file.teacher:
+        raise UserError(f"{path}: teacher needs the shapes world (data.prompts = shapes:train)")
     if of_shapes and named:
         raise UserError(f"{path}: evaluation.{named[0]} has no meaning in the shapes world")
     if not of_shapes and m.points:

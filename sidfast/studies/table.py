@@ -37,6 +37,12 @@ def rows(results, costs):
         cells.append(f"{sum(seconds) / len(seconds):.0f}" if seconds else "")
         body.append(cells)
         marks.append([*clear, False])
+    for point in results["teacher"]:
+        cells = [f"teacher, 50 steps, guidance {point['guidance']:g}", ""]
+        for metric in metrics:
+            cells += [_cell(point["summary"].get(metric)), ""]
+        body.append([*cells, ""])
+        marks.append([False] * len(header))
     return header, body, marks
 
 
@@ -50,6 +56,8 @@ def notes(results, costs):
     if comparisons > 1:
         found.append(f"{comparisons} differences stand here: without any effect about {0.05 * comparisons:.1g} of them "
                      "would be bold by chance.")
+    if results["teacher"]:
+        found.append("The teacher: one training of it; its intervals are over sets of noise.")
     if len(results["seeds"]) == 1:
         found.append("One seed: nothing here tells an effect from chance.")
     for name, variant in results["variants"].items():

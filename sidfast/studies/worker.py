@@ -53,19 +53,19 @@ class Worker:
         self.memo, self.teacher = {}, None
 
     def work(self):
-        """Every run that is neither finished nor another process's."""
+        """Everything that is neither finished nor another process's: the teacher's points, the runs."""
         from sidfast.studies.record import claimed, is_final, read_record
 
-        waiting, tried, deadline = list(self.study.runs), set(), time.monotonic() + _PATIENCE
+        waiting, tried, deadline = self.study.items, set(), time.monotonic() + _PATIENCE
         while waiting:
             busy = []
             for run in waiting:
                 with claimed(self.out, run) as mine:
                     if not mine:
                         busy.append(run)
-                    elif (run.variant, run.seed) not in tried and not is_final(read_record(self.out, run)):
-                        tried.add((run.variant, run.seed))
-                        self._run(run)
+                    elif run.folder not in tried and not is_final(read_record(self.out, run)):
+                        tried.add(run.folder)
+                        (self._measure_teacher if run in self.study.teacher else self._run)(run)
                         deadline = time.monotonic() + _PATIENCE
             if time.monotonic() > deadline:
                 return                                   # others are at work on what is left
@@ -73,12 +73,32 @@ class Worker:
             if waiting:
                 time.sleep(0.5)
 
+    def _measure_teacher(self, point):
+        """The record of the teacher at one scale."""
+        from sidfast.errors import UserError
+        from sidfast.evaluation.command import Request, evaluate_model
+        from sidfast.studies.record import write_outcome
+
+        study, measures, out = self.study, self.study.file.evaluation, self.out / point.folder / "evaluated.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            evaluate_model(Request(
+                model=study.runs[0].config.model.teacher, out=out, seeds=len(study.file.seeds), steps=50,
+                guidance=point.guidance, tf32=True, prompts="shapes:held_out", images=measures.images,
+                batch_size=measures.batch_size, assets=measures.assets), self.device)
+        except UserError as error:
+            write_outcome(self.out, point, "failed", str(error))
+        else:
+            result = json.loads(out.read_text())
+            write_outcome(self.out, point, "done", metrics=result["metrics"], repeats=[
+                repeat["metrics"] for repeat in result.get("repeats", [result])])
+
     def _run(self, run):
         """One run, and its record, whatever comes of it."""
         from sidfast.errors import Diverged, NonFiniteImage, UserError
         from sidfast.studies.record import write_record
 
-        print(f"sidfast: {run.variant}, seed {run.seed}", file=sys.stderr, flush=True)
+        print(f"sidfast: {run.title}", file=sys.stderr, flush=True)
         started, metrics, status, message = time.perf_counter(), None, "done", None
         try:
             metrics = self._train(run)

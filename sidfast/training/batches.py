@@ -56,8 +56,8 @@ class Batches:
         sections; `dropout`: share of empty prompts; `noises`: tensors of further noise that the source of the fake
         score's images takes for each; `shared`: whether both updates of a step have the same prompts."""
         self.prompts, self.encoder, self.levels, self.latent_shape = prompts, encoder, levels, latent_shape
-        self.size, self.micro, self.seed, self.dropout, self.device = (
-            train.batch_size, train.micro_batch, train.seed, dropout, device)
+        self.size, self.seed, self.dropout, self.device = train.batch_size, train.seed, dropout, device
+        self.at_once = {update: train.images_at_once(update) for update in UPDATES}
         self.temperature, self.z_per_prompt = synthetic.temperature, synthetic.z_per_prompt
         self.noises = {"fake_score": noises, "generator": 0}
         share = self.size // processes
@@ -82,7 +82,7 @@ class Batches:
             z = fixed_z(prompts, which, self.seed, self.latent_shape).to(self.device)
         if self.temperature != 1:
             z = self.temperature * z
-        pieces = zip(*(v.split(self.micro) for v in (text, z, eps, t, dropped, noise, chance)), strict=True)
+        pieces = zip(*(v.split(self.at_once[update]) for v in (text, z, eps, t, dropped, noise, chance)), strict=True)
         return [Batch(text, self.encoder.null, *rest) for text, *rest in pieces]
 
     def prompt(self, step, update, row):

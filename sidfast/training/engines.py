@@ -30,13 +30,14 @@ def engine_config(config, name, processes):
     global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
     """
     train = config.train
-    micro_batch = 1 if train.micro_batch == "auto" else train.micro_batch       # (not known yet: any will do)
-    if train.batch_size % (micro_batch * processes):
-        raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch x processes "
-                        f"({micro_batch} x {processes} = {micro_batch * processes})")
+    images = train.images_at_once(name)
+    if train.batch_size % (images * processes):
+        factor = " x train.fake_score_factor" if images != train.images_at_once("generator") else ""
+        raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch{factor} x "
+                        f"processes ({images} x {processes} = {images * processes})")
     share = train.batch_size // processes
     section = engine_section(config, name)
-    at_once = share if is_flat(section) else micro_batch
+    at_once = share if is_flat(section) else images
     return section | {"train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
 
 

@@ -26,11 +26,12 @@ def with_micro_batch(config, teacher, processes, device):
     train = config.train
     if train.micro_batch != "auto":
         return config
-    share, rest = divmod(train.batch_size, processes)
-    if rest:
+    share = train.batch_size // processes
+    if train.batch_size % (processes * train.fake_score_factor):
+        factor = f" x train.fake_score_factor ({train.fake_score_factor})" if train.fake_score_factor > 1 else ""
         raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of the number of processes "
-                        f"({processes})")
-    sizes = [m for m in range(1, min(share, _LARGEST) + 1) if share % m == 0]
+                        f"({processes}){factor}")
+    sizes = [m for m in range(1, min(share, _LARGEST) + 1) if share % (m * train.fake_score_factor) == 0]
     limit = MARGIN * _memory(device)
     needed = _needed(config, teacher, sizes, processes, device)
     chosen = _agreed(max((m for m in sizes if needed[m] <= limit), default=0))

@@ -83,17 +83,19 @@ def during_step(zero, P):
     return (zero.width + (4 if zero.width < 4 else 0)) * P / zero.gpus
 
 
-def sent_per_step(zero, P, accumulation):
+def sent_per_step(zero, P, accumulation, factor=1):
     """Bytes that a GPU sends for one step of each of the two engines (and receives as many).
 
     Ring collectives send (N - 1) / N of what they move, an all-reduce twice that. Stages 0 to 2 reduce gradients once a
-    step, stage 3 after each of `accumulation` micro-batches. DeepSpeed reduces by all-reduce in stages 1 and 2,
-    and by reduce-scatter in stage 3, which also gathers weights for every pass of a network: of the trained one forward
-    and backward, of the generator for the fake score's update, and of the fake score, twice, for the generator's.
+    step, stage 3 after each of `accumulation` micro-batches (of the fake score, after every `factor` of them).
+    DeepSpeed reduces by all-reduce in stages 1 and 2, and by reduce-scatter in stage 3, which also gathers weights for
+    every pass of a network: of the trained one forward and backward, of the generator for the fake score's update, and
+    of the fake score, twice, for the generator's.
     """
     ring, size = (zero.gpus - 1) / zero.gpus, zero.width * P
     if zero.stage == 0:
         return 2 * 2 * size * ring
     if zero.stage == 3:
-        return accumulation * (2 * size + (2 + 1 + 2 + 2) * size) * ring
+        fake_score, generator = (1 + 2 + 1) * size, (1 + 2 + 2) * size
+        return accumulation * (fake_score / factor + generator) * ring
     return 2 * (2 * size + size) * ring

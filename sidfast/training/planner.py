@@ -136,8 +136,8 @@ class Planner:
 
     def option(self, label, stage, offload, micro_batch, checkpointing, gpus):
         """The Option of one setting, or None if the global batch cannot be split so."""
-        batch = self.config.train.batch_size
-        if batch % (micro_batch * gpus):
+        batch, factor = self.config.train.batch_size, self.config.train.fake_score_factor
+        if batch % (micro_batch * factor * gpus):
             return None
         sizes = self.shapes.parameters()
         P, prints = sizes["unet"], self.footprints(checkpointing)
@@ -152,7 +152,8 @@ class Planner:
         parts["teacher"] = width * P
         parts["text encoder and VAE"] = 4 * (sizes["vae"] + sizes["text_encoder"])
         parts["sums of gradients"] = max(memory.sums(zero, P) for zero in zeros.values())
-        passes = max(prints[name].peak(micro_batch, gradients=False)
+        at_once = {"generator": micro_batch, "fake_score": micro_batch * factor}
+        passes = max(prints[name].peak(at_once[name], gradients=False)
                      + sum(memory.gathered(zero, P) for zero in zeros.values()) for name in ENGINES)
         steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
@@ -171,7 +172,8 @@ class Planner:
     def sent(self, option, gpus):
         """Bytes that a GPU sends in one step."""
         zero = self._zero("generator", option.stage, option.offload, gpus)
-        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation)
+        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation,
+                                    self.config.train.fake_score_factor)
 
     def _graphed(self, zeros):
         """Whether passes are CUDA graphs, which keep their memory while the optimizer steps."""

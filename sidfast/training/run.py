@@ -25,8 +25,8 @@ from sidfast.training.saver import WRITE_ERRORS, describe
 
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
-         "train.samples", "train.micro_batch", "train.hang_timeout", "train.max_skipped", "train.spike", "evaluation",
-         "speed", "deepspeed")
+         "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
+         "train.spike", "evaluation", "speed", "deepspeed")
 _SHARED = "speed.share_generator_forward"                # a variant of the method
 _BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
 

@@ -200,6 +200,7 @@ def _updates(networks, objective, source, speed, sharded):
 
 def _with_images(batches, images):
     """Micro-batches of the fake score's update on images that are there already (method/synthetic.py, Shared)."""
+    images = torch.cat(images).split(len(batches[0].t))  # (the generator's micro-batches may be smaller)
     return [b._replace(noise=torch.cat((x[:, None], b.noise[:, 1:]), 1)) for b, x in zip(batches, images, strict=True)]
 
 
