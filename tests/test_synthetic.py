@@ -29,7 +29,7 @@ from sidfast.errors import UserError
 from sidfast.method.distill import fake_score_update, generate, generator_update
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES, build_source, cannot_capture
 from sidfast.networks.loading import load_teacher
-from sidfast.training.batches import Batches, noise_levels
+from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.checkpoint import read_tensors
 from sidfast.training.trainer import _with_images
 
@@ -196,6 +196,24 @@ class Words:
 
     def __call__(self, ids):
         return ids[..., None].float()
+
+
+def test_text_is_encoded_by_a_graph(tiny_teacher):
+    """With a stand-in for capture, whose replay computes in place, as a graph does."""
+    teacher, captured = load_teacher(tiny_teacher), []
+
+    def capture(function):
+        result = function()
+        captured.append(result.shape)
+        return lambda: result.copy_(function()), result
+
+    plain, graphed = (TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.bfloat16, *options)
+                      for options in ((), (capture,)))
+    ids = [plain.tokenize([f"a {color} circle", "a cross"]) for color in ("red", "green", "blue")]
+    got = [graphed(i) for i in ids]
+    for embeddings, i in zip(got, ids, strict=True):     # each of its own memory: all three are still there
+        assert embeddings.dtype == torch.bfloat16 and torch.equal(embeddings, plain(i))
+    assert captured == [got[0].shape] and torch.equal(graphed.null, plain.null)
 
 
 def batches(prompts="shapes:train", micro=4, noises=0, rank=0, processes=1, noise=None, shared=False, **synthetic):

@@ -14,27 +14,43 @@ from sidfast.data.diversity import fixed_z
 from sidfast.evaluation.features import tokenize
 from sidfast.method.distill import Batch
 from sidfast.method.noise import NoiseLevels
+from sidfast.networks.graphs import warm_up
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns
 _AHEAD = 4                                               # global batches whose prompts are tokenised ahead, at once
 
 
 class TextEncoder:
-    """Prompts to embeddings, with the teacher's frozen text encoder."""
+    """Prompts to embeddings, with the teacher's frozen text encoder.
 
-    def __init__(self, tokenizer, text_encoder, dtype):
+    `capture`: Graphs.capture, for example, makes a graph of it, for the shape [N, L] of the first call.
+    """
+
+    def __init__(self, tokenizer, text_encoder, dtype, capture=None):
         self.tokenizer, self.text_encoder, self.dtype = tokenizer, text_encoder, dtype
-        self.null = self(self.tokenize([""]))
+        self.null = self._encode(self.tokenize([""]).to(text_encoder.device))
+        self._capture, self._replay = capture, None
 
     def tokenize(self, prompts):
         """N prompts -> ids [N, L], on the CPU, from where a GPU can fetch them by itself."""
         ids = tokenize(self.tokenizer, prompts)
         return ids.pin_memory() if self.text_encoder.device.type == "cuda" else ids
 
-    @torch.no_grad()
     def __call__(self, ids):
         """Ids [N, L] -> embeddings [N, L, D]."""
         ids = ids.to(self.text_encoder.device, non_blocking=True)
+        if self._capture is None:
+            return self._encode(ids)
+        if self._replay is None:
+            self._ids = ids.clone()
+            warm_up(lambda: self._encode(self._ids), ids.device, 2)
+            self._replay, self._embeddings = self._capture(lambda: self._encode(self._ids))
+        self._ids.copy_(ids)
+        self._replay()
+        return self._embeddings.clone()
+
+    @torch.no_grad()
+    def _encode(self, ids):
         return self.text_encoder(ids).last_hidden_state.to(self.dtype)
 
 

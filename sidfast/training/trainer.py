@@ -131,12 +131,13 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     source = build_source(config.synthetic, networks, objective, {kind: one.unet for kind, one in copies.items()},
                           teacher.sampler, speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
+    capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
     batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic),
-                      TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype), noise_levels(schedule, config.noise),
-                      latent_shape, config.train, dropout, config.synthetic, source.noises, device, rank, processes,
-                      speed.share_generator_forward)
+                      TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype, capture),
+                      noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
+                      source.noises, device, rank, processes, speed.share_generator_forward)
 
-    updates = _updates(networks, objective, source, speed, 3 in stages)
+    updates = _updates(networks, objective, source, capture, 3 in stages, speed.share_generator_forward)
     if speed.cuda_graphs:
         for name, update in updates.items():             # (all of them before the first capture takes memory for good)
             update.warm_up(batches(progress.step, name)[0])
@@ -186,16 +187,14 @@ def _warn(message):
         print(f"sidfast: {message}", file=sys.stderr, flush=True)
 
 
-def _updates(networks, objective, source, speed, sharded):
+def _updates(networks, objective, source, capture, sharded, shared):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
-    options = {"sums": GradientSums(), "scale": loss_scale}
-    if speed.cuda_graphs:
-        options["capture"] = Graphs().capture
+    options = {"sums": GradientSums(), "scale": loss_scale, "capture": capture}
     if sharded:
         options["agree"] = _all_agree
     updates = {"fake_score": fake_score_update(networks, objective, source, **options),
                "generator": generator_update(networks, objective, **options)}
-    return dict(reversed(updates.items())) if speed.share_generator_forward else updates
+    return dict(reversed(updates.items())) if shared else updates
 
 
 def _with_images(batches, images):
