@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from harness import free, seconds
 
 from sidfast.evaluation.evaluate import pipeline_generator
-from sidfast.networks.fused_decoder import fuse_pipeline
+from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.publishing.export import one_step_pipeline
 from sidfast.publishing.pipeline import OneStepPipeline
 from sidfast.teacher.random_init import build_networks

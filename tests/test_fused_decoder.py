@@ -13,8 +13,9 @@ from helpers_latents import error
 
 from sidfast import cli
 from sidfast.errors import UserError
-from sidfast.networks import fused_decoder
-from sidfast.networks.fused_decoder import cannot_fuse_decoder, fuse_decoder, fuse_pipeline
+from sidfast.networks import fused_pipeline
+from sidfast.networks.fused_decoder import cannot_fuse_decoder, fuse_decoder
+from sidfast.networks.fused_pipeline import Replayed, fuse_pipeline
 from sidfast.networks.packed import repack
 from sidfast.publishing.export import load_pipeline
 
@@ -73,17 +74,36 @@ def test_what_is_not_covered():
         fuse_decoder(vae)
 
 
-def test_a_pipeline(tiny_teacher):
-    """The images of the tiny teacher in two steps: the same but for rounding."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pipeline(tiny_teacher, monkeypatch, device):
+    """The images of the tiny teacher in two steps, one decoded at a time: the same but for rounding."""
+    monkeypatch.setattr(fused_pipeline, "_PIXELS", 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     images = []
     for fused in (False, True):
-        pipe, _ = load_pipeline(str(tiny_teacher), torch.device("cpu"))
+        pipe, _ = load_pipeline(str(tiny_teacher), torch.device(device))
         if fused:
-            fuse_pipeline(pipe, 2, "model")
+            fuse_pipeline(pipe, 4, "model")              # both branches of guidance
         pipe.set_progress_bar_config(disable=True)
         images.append(pipe(["a", "b"], num_inference_steps=2, output_type="np",
                            generator=torch.Generator().manual_seed(0)).images)
     assert np.abs(images[0] - images[1]).max() < 1e-4 and images[0].std() > 0
+
+
+@torch.no_grad()
+def test_replayed_is_the_function():
+    """For its own number of rows, with new inputs and other shapes; results are not overwritten by later calls."""
+    calls = []
+
+    def function(x, y):
+        calls.append(len(x))
+        return 2 * x + y
+
+    replayed = Replayed(function, 3)
+    inputs = [(torch.randn(n, 2), torch.randn(n, 1)) for n in (2, 3, 3, 1)] + [(torch.randn(3, 4), torch.randn(3, 1))]
+    results = [replayed(*pair) for pair in inputs]
+    assert all(torch.equal(result, 2 * x + y) for result, (x, y) in zip(results, inputs, strict=True))
+    assert calls == [2, 3, 3, 1, 3]
 
 
 def test_pipelines_that_are_not_covered(tiny_teacher):
@@ -96,7 +116,7 @@ def test_pipelines_that_are_not_covered(tiny_teacher):
 
 
 def test_without_a_gpu(tiny_teacher, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(fused_decoder, "INTERPRETED", False)
+    monkeypatch.setattr(fused_pipeline, "INTERPRETED", False)
     pipe, _ = load_pipeline(str(tiny_teacher), torch.device("cpu"))
     with pytest.raises(UserError, match="model: cannot run on the fused kernels: there is no GPU here"):
         fuse_pipeline(pipe, 2, "model")

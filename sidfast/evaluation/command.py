@@ -22,7 +22,7 @@ from sidfast.evaluation.intervals import of_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.rows import FolderRows, collect
-from sidfast.networks.fused_decoder import fuse_pipeline
+from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
 

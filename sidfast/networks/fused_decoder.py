@@ -1,4 +1,4 @@
-"""A VAE's decoder and a whole pipeline on the fused kernels: the same modules and parameters, another forward pass.
+"""A VAE's decoder on the fused kernels: the same modules and parameters, another forward pass.
 
 Decoding takes several times as long as the one pass of the UNet before it. Channels last from end to end, norms from
 the statistics that convolutions hand over, upsampling and its convolution in one, as in fused.py.
@@ -11,20 +11,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional as F
 
-from sidfast.errors import UserError
-from sidfast.kernels.backend import INTERPRETED
-from sidfast.networks.attention import choose_attention
-from sidfast.networks.fused import (
-    FusedConvIn,
-    FusedNormOut,
-    FusedResnet,
-    FusedUpsample,
-    attention_shapes,
-    cannot_fuse,
-    fuse,
-)
+from sidfast.networks.fused import FusedConvIn, FusedNormOut, FusedResnet, FusedUpsample
 from sidfast.networks.fused_ops import conv, group_norm
-from sidfast.networks.packed import Packed, repack
+from sidfast.networks.packed import Packed
 
 
 class FusedDecoderAttention(Packed, Attention):
@@ -98,31 +87,3 @@ def cannot_fuse_decoder(vae):
                                          or m.rescale_output_factor != 1 or m.to_q.bias is None):
             return "attention of another kind than Stable Diffusion's"
     return None
-
-
-def _cannot_fuse_pipeline(pipe):
-    missing = [part for part in ("unet", "vae", "tokenizer") if getattr(pipe, part, None) is None]
-    if missing:
-        return f"a pipeline without {', '.join(missing)}"
-    if pipe.unet.device.type != "cuda" and not INTERPRETED:
-        return "there is no GPU here"
-    if pipe.unet.config.addition_embed_type is not None:
-        return "a UNet with further conditions (SDXL)"
-    return cannot_fuse(pipe.unet) or cannot_fuse_decoder(pipe.vae)
-
-
-def fuse_pipeline(pipe, rows, name):
-    """Make a loaded pipeline run on the fused kernels, for batches of about `rows` prompts.
-
-    Raises UserError, naming the model, where there is no GPU or a network that they do not cover.
-    """
-    reason = _cannot_fuse_pipeline(pipe)
-    if reason:
-        raise UserError(f"{name}: cannot run on the fused kernels: {reason}")
-    device = pipe.unet.device
-    side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    shapes = attention_shapes(pipe.unet, (channels, side, side), pipe.tokenizer.model_max_length, rows, device)
-    fuse(pipe.unet, next(iter(choose_attention(tuple(shapes), pipe.unet.dtype, device))))
-    fuse_decoder(pipe.vae)
-    repack(pipe.unet)
-    repack(pipe.vae)

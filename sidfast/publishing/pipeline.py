@@ -49,11 +49,12 @@ class OneStepPipeline(DiffusionPipeline):
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise ValueError(f"height and width must be multiples of {self.vae_scale_factor}, not {height} x {width}")
         device, dtype = self._execution_device, self.unet.dtype
+        text = self.encode_prompt(prompts)               # first: a GPU may still be busy with earlier images
         if latents is None:
             shape = (len(prompts), self.unet.config.in_channels, height // self.vae_scale_factor,
                      width // self.vae_scale_factor)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        x = self.denoise(latents.to(device, dtype), self.encode_prompt(prompts))
+        x = self.denoise(latents.to(device, dtype), text)
         if output_type == "latent":
             images = x
         else:
