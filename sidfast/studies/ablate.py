@@ -97,7 +97,7 @@ def _work(study, path, out, jobs, left):
     """Start workers, tell of every run that ends, wait for all of them."""
     gpus = _gpus()
     devices = [gpu for gpu in gpus or [None] for _ in range(jobs)]
-    threads = 0 if gpus else int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // jobs)))
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // len(devices))))
     (out / "logs").mkdir(exist_ok=True)
     workers = [_start(path, out, min(jobs, left), threads, gpu, k) for k, gpu in enumerate(devices[:left])]
     seen = {item.folder for item in study.items if is_final(read_record(out, item))}
@@ -122,8 +122,7 @@ def _start(path, out, jobs, threads, gpu, k):
                                 "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    else:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    environment["OMP_NUM_THREADS"] = str(threads)
     with open(out / "logs" / f"worker-{k}.log", "ab") as log:
         return subprocess.Popen([sys.executable, "-m", "sidfast.studies.worker", str(path), str(out), str(jobs),
                                  str(threads)], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)

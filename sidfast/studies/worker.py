@@ -33,8 +33,7 @@ def main(argv=None):
     from sidfast.train import join
 
     study, device = read_study(path), join()
-    if int(threads):
-        torch.set_num_threads(int(threads))              # the same however many runs are left: so are the results
+    torch.set_num_threads(int(threads))                  # the same however many runs are left: so are the results
     Worker(study, Path(out), int(jobs), device).work()
     torch.distributed.destroy_process_group()
 
