@@ -135,7 +135,7 @@ def join():
     gpu = torch.cuda.is_available()
     if not gpu:                                          # DeepSpeed's own collectives need a compiler; gloo needs none
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.set_num_threads(_cpu_threads())
+    torch.set_num_threads(_cpu_threads())
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
