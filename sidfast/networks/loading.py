@@ -1,6 +1,7 @@
 """From a Stable Diffusion pipeline in the diffusers layout to the parts that distillation needs."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,8 @@ def find_teacher(name):
         return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted],
                                       ignore_patterns=["*.fp16.*", "*non_ema*"]))
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.teacher: {name} is no folder here, and the hub did not give it ({reason})") from None
+        raise UserError(f"model.teacher: {name} is no folder here, and the hub did not give it "
+                        f"({first_reason(error)})") from None
 
 
 def check_teacher(folder):
@@ -75,7 +76,7 @@ def check_teacher(folder):
             raise UserError(f"model.teacher: {folder} has no folder {part}")
     if "text_encoder_2" in index:
         raise UserError(f"model.teacher: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
-    unet = _read_json(folder, "unet/config.json")
+    unet, _ = _read_json(folder, "unet/config.json"), _read_json(folder, "vae/config.json")
     if unet.get("_class_name") != "UNet2DConditionModel":
         raise UserError(f"model.teacher: {folder}/unet is no UNet2DConditionModel")
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):
@@ -100,11 +101,13 @@ def load_teacher(name):
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel
 
-    unet = _load(folder, "unet", UNet2DConditionModel, use_safetensors=True, low_cpu_mem_usage=False)
-    vae = _load(folder, "vae", AutoencoderKL, use_safetensors=True, low_cpu_mem_usage=False)
-    text_encoder = _load(folder, "text_encoder", CLIPTextModel, use_safetensors=True)
-    tokenizer = _load(folder, "tokenizer", AutoTokenizer, trust_remote_code=False)
-    scheduler = _load(folder, "scheduler", DDPMScheduler)
+    unet, vae, text_encoder = (load_network(folder / part, cls, "model.teacher") for part, cls in (
+        ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)))
+    _check_sizes(folder, unet, vae)
+    tokenizer = _load(folder / "tokenizer", AutoTokenizer, "model.teacher", trust_remote_code=False)
+    _check_tokenizer(folder, tokenizer, text_encoder)
+    scheduler = _load(folder / "scheduler", DDPMScheduler, "model.teacher")
+    _check_schedule(folder, scheduler)
     if "clip_sample" not in _read_json(folder, "scheduler/scheduler_config.json"):
         scheduler = DDPMScheduler.from_config(scheduler.config, clip_sample=False)         # (its default is for pixels)
     for module in (unet, vae, text_encoder):
@@ -113,19 +116,76 @@ def load_teacher(name):
                    scheduler.config.prediction_type)
 
 
-def _load(folder, part, cls, **options):
+def load_network(folder, cls, what, **options):
+    """A network of diffusers or transformers from a folder's safetensors, every weight of which is there and finite.
+
+    `what` opens the message of the UserError for a folder where that is not so, or that is broken.
+    """
+    if not any(Path(folder).glob("*.safetensors")):      # (diffusers would tell of it in lines of its own as well)
+        raise UserError(f"{what}: {folder} has no weights (*.safetensors)")
+    if cls.__module__.startswith("diffusers"):
+        options |= {"low_cpu_mem_usage": False}          # (which needs another library)
+    network, found = _load(folder, cls, what, use_safetensors=True, output_loading_info=True, **options)
+    wrong = {"lacks": found["missing_keys"], "has, but its config.json does not know,": [
+        key for key in found["unexpected_keys"] if not key.endswith("position_ids")]}      # (of older transformers)
+    for verb, keys in wrong.items():
+        if keys:
+            raise UserError(f"{what}: {folder} {verb} {len(keys)} of the network's tensors ({min(keys)})")
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{what}: {folder}: {name} has values that are not finite")
+    return network
+
+
+def _load(folder, cls, what, **options):
     try:
-        return cls.from_pretrained(str(folder / part), **options)
+        return cls.from_pretrained(str(folder), **options)
     except Exception as error:                           # each library has exceptions of its own for a broken folder
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model.teacher: {folder / part} cannot be loaded ({lines[0]})") from None
+        raise UserError(f"{what}: {folder} cannot be loaded ({first_reason(error)})") from None
+
+
+def first_reason(error):
+    """The first line of an exception's text that says something: not one that ends in a colon, unless there is no
+    other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if not line.endswith(":")), lines[0])[:300]
+
+
+def _check_sizes(folder, unet, vae):
+    size, factor = unet.config.sample_size, vae.config.scaling_factor
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"model.teacher: {folder}/unet/config.json: sample_size must be one whole number, the side of "
+                        f"its square latents, not {size!r}")
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf:
+        raise UserError(f"model.teacher: {folder}/vae/config.json: scaling_factor must be a number above 0, not "
+                        f"{factor!r}")
+
+
+def _check_tokenizer(folder, tokenizer, text_encoder):
+    length, most = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
+    if not 1 <= length <= most:
+        raise UserError(f"model.teacher: {folder}/tokenizer gives up to {length:.3g} tokens, its text encoder takes "
+                        f"{most}: its files are not all there, or another model's")
+    if len(tokenizer) > text_encoder.config.vocab_size or len(tokenizer) < text_encoder.config.vocab_size // 2:
+        raise UserError(f"model.teacher: {folder}/tokenizer knows {len(tokenizer)} tokens, its text encoder "
+                        f"{text_encoder.config.vocab_size}: its files are not all there, or another model's")
+
+
+def _check_schedule(folder, scheduler):
+    a2 = scheduler.alphas_cumprod
+    if len(a2) < 2 or not (a2[-1] >= 0 and a2[0] < 1 and (a2[1:] < a2[:-1]).all()):
+        raise UserError(f"model.teacher: {folder}/scheduler/scheduler_config.json: its levels of noise must rise from "
+                        "step to step between none and all; see num_train_timesteps and the betas")
 
 
 def _read_json(folder, name):
     path = folder / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.teacher: {path} is missing; a diffusers pipeline folder has one") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"model.teacher: {path} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"model.teacher: {path} must be a JSON object")
+    return value

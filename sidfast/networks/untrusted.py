@@ -43,14 +43,24 @@ def refuse_code(folder, what):
 
 def read_index(folder, what):
     """model_index.json of a pipeline folder as a dictionary. Raises UserError if it is none."""
-    path = folder / "model_index.json"
+    return _read_object(folder / "model_index.json", what)
+
+
+def check_parts(folder, what):
+    """Raise UserError for a pipeline folder with a part whose configuration is no JSON object. (Libraries would look
+    for another one on the hub.)"""
+    for path in sorted((*folder.glob("*/config.json"), *folder.glob("*/scheduler_config.json"))):
+        _read_object(path, what)
+
+
+def _read_object(path, what):
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{what}: {path} is missing or not valid JSON") from None
-    if not isinstance(index, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{what}: {path} must be a JSON object")
-    return index
+    return value
 
 
 def _is_known(library):

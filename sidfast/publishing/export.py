@@ -15,8 +15,8 @@ from torch import nn
 from sidfast.errors import UserError
 from sidfast.files import flush
 from sidfast.networks.fused import unfuse
-from sidfast.networks.loading import load_teacher
-from sidfast.networks.untrusted import read_index, refuse_code, refuse_pickles
+from sidfast.networks.loading import first_reason, load_network, load_teacher
+from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
 
@@ -173,8 +173,7 @@ def _download(model):
         return Path(snapshot_download(model, allow_patterns=["model_index.json", *wanted],
                                       ignore_patterns=["*.fp16.*", "*non_ema*"]))
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{model}: no folder here, and the hub did not give it ({lines[0]})") from None
+        raise UserError(f"{model}: no folder here, and the hub did not give it ({first_reason(error)})") from None
 
 
 def load_pipeline(model, device, dtype=torch.float32):
@@ -197,15 +196,31 @@ def load_pipeline(model, device, dtype=torch.float32):
         return one_step_pipeline(parts, parts.unet, t_init).to(device, dtype), True
     if folder.is_dir():
         refuse_code(folder, model)
+        check_parts(folder, model)
         for part in sorted(p for p in folder.iterdir() if p.is_dir()):
             refuse_pickles(part, model, "diffusers.DiffusionPipeline", folder)
+    networks = _networks(folder, model, dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True,
-                                                 low_cpu_mem_usage=False, trust_remote_code=False)
+                                                 low_cpu_mem_usage=False, trust_remote_code=False, **networks)
     except Exception as error:                           # the libraries raise many kinds for a broken folder
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{model}: cannot be loaded ({lines[0]})") from None
+        raise UserError(f"{model}: cannot be loaded ({first_reason(error)})") from None
     return pipe.to(device), False
+
+
+def _networks(folder, model, dtype):
+    """{part: network} of those parts of a pipeline that are diffusers' or transformers' networks, checked."""
+    import diffusers
+    import transformers
+
+    found, libraries = {}, {"diffusers": diffusers, "transformers": transformers}
+    for part, value in read_index(folder, model).items():
+        library = libraries.get(value[0]) if isinstance(value, list) and len(value) == 2 else None
+        cls = getattr(library, str(value[1]), None) if library else None
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and (folder / part).is_dir():
+            options = {"torch_dtype": dtype} if library is diffusers else {"dtype": dtype}
+            found[part] = load_network(folder / part, cls, model, **options)
+    return found
 
 
 def sampler_options(model, pipe, one_step, steps, guidance):
@@ -228,4 +243,4 @@ def _is_one_step(folder):
         index = json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError):
         return False
-    return index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]
+    return isinstance(index, dict) and index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]

@@ -64,7 +64,7 @@ def write_outcome(out, item, status, message=None, **values):
 def clean(values):
     """The numbers of a dictionary, null in place of those that are not finite."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()
-            if isinstance(value, (int, float)) and name != "images"}
+            if isinstance(value, (int, float)) and name not in ("images", "step")}
 
 
 def check_record(out, study, run):
