@@ -6,8 +6,8 @@ from sidfast.method.denoise import predict
 
 
 def passes(kappas):
-    """How many passes the given scales need for eq. 3: the conditional alone if all are 1, the null alone if all are 0
-    (1); or both, as one over a doubled batch (2)."""
+    """1 or 2: the passes that eq. 3 needs at the given scales. The conditional alone if all are 1, the null alone if
+    all are 0; otherwise both, as one over a doubled batch."""
     return 1 if all(k == 1 for k in kappas) or all(k == 0 for k in kappas) else 2
 
 
