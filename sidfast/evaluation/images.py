@@ -13,7 +13,6 @@ from sidfast.evaluation.features import hash_files
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _TORCH = {"bicubic": image_ops.InterpolationMode.BICUBIC, "bilinear": image_ops.InterpolationMode.BILINEAR}
-FILTERS = (*_TORCH, "lanczos")
 
 
 class ImageFolder:
