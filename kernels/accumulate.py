@@ -27,7 +27,7 @@ def accumulate(sums, gradient, wanted):
 
 
 def launch(sums, gradient, wanted):
-    """`accumulate` by the kernel."""
+    """`accumulate` by the kernel, on what it has checked; a gradient in another order of dimensions is copied first."""
     if any(a != b for a, b, n in zip(gradient.stride(), sums.stride(), sums.shape, strict=True) if n > 1):
         gradient = torch.empty_like(sums, dtype=gradient.dtype).copy_(gradient)
     n = sums.numel()

@@ -114,7 +114,8 @@ _fake_score_loss.register_autograd(_backward, setup_context=_setup)
 
 
 def fake_score_loss(output, target, w, kappa1):
-    """output [N or 2N, C, H, W]; target [N, C, H, W]; w [N]; fp32, bf16 or fp16, arithmetic in fp32.
+    """Eq. 5 of method.md. output [N or 2N, C, H, W]; target [N, C, H, W]; w [N]; fp32, bf16 or fp16, arithmetic in
+    fp32.
 
     Returns the loss [N] and finite [N] (bool): the samples that count. Differentiable in the output alone. Raises
     ValueError if it has neither N nor 2N rows.

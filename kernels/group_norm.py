@@ -214,7 +214,8 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
 
     xs: [N, ..., C1] and perhaps [N, ..., C2], contiguous; stats: add_channel_stats' for each; weight, bias [C1 + C2];
     shift [N, C1 + C2]. y has xs[0]'s type. saved: `channel`, fp32 [N, 3, C] (centre, scale, sum over positions of
-    u - mean), and rstd, fp32 [N, groups]. ValueError for shapes that do not fit, or strides.
+    u - mean), and rstd, fp32 [N, groups]. ValueError for shapes or strides that do not fit, or if groups do not divide
+    C.
     """
     N, S, channels, merge = _sizes(xs, groups)
     C = sum(channels)
@@ -326,7 +327,7 @@ def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=
     """GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C]; then SiLU or not.
 
     weight, bias [C], C = C1 + C2; any of fp32, bf16, fp16 (y has x's type). Differentiable in all tensors. ValueError
-    if groups do not divide C.
+    if groups do not divide C, and of the kernels for shapes that do not fit.
     """
     C = x.shape[-1] + (0 if other is None else other.shape[-1])
     if C % groups:

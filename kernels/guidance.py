@@ -12,7 +12,10 @@ import triton.language as tl
 
 
 def guide(output, n, kappa):
-    """o_kappa [n, C, H, W], in fp32 or better, of an output with n or 2n rows. Raises ValueError for any other."""
+    """o_kappa [n, C, H, W] (method.md, eq. 3), in fp32 or better, of an output [n or 2n, C, H, W].
+
+    Raises ValueError for another number of rows.
+    """
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     if output.shape[0] == n:
         return output
@@ -23,7 +26,10 @@ def guide(output, n, kappa):
 
 
 def denoise(output, x_t, A, B, kappa):
-    """x_hat [N, C, H, W] of an output [N or 2N, C, H, W]; x_t [N, C, H, W]; A, B [N]."""
+    """x_hat [N, C, H, W] (method.md, eqs. 2 and 3) of an output [N or 2N, C, H, W]; x_t [N, C, H, W]; A, B [N].
+
+    Raises ValueError for another number of rows.
+    """
     A, B = (v.to(x_t.dtype)[:, None, None, None] for v in (A, B))
     return A * x_t + B * guide(output, x_t.shape[0], kappa)
 

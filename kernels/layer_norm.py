@@ -185,6 +185,7 @@ def layer_norm(x, weight, bias, eps=1e-5, residual=None):
     """(h, y): h = x + residual (x itself without one), y = LayerNorm of h over the last dimension.
 
     x, residual [..., C], weight, bias [C], in any of fp32, bf16, fp16; h and y have x's type. Differentiable in all.
+    ValueError of the kernels for shapes that do not fit.
     """
     if not triton_runs_on(x):
         return layer_norm_reference(x, weight, bias, eps, residual)

@@ -94,7 +94,7 @@ _add_noise.register_autograd(_backward, setup_context=_setup)
 
 
 def add_noise(x, eps, a, s, copies, dtype):
-    """x, eps [N, C, H, W] in one float type; a, s [N]; differentiable in x.
+    """Eq. 1 of method.md. x, eps [N, C, H, W] in one float type; a, s [N]; differentiable in x.
 
     Returns x_t [N, C, H, W] in x's type and the networks' input [copies * N, C, H, W] in `dtype`, both in x's memory
     format.

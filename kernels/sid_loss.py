@@ -164,7 +164,8 @@ _sid_loss.register_autograd(_backward, setup_context=_setup)
 
 
 def sid_loss(x_g, x_t, o_real, o_fake, A, B, kappa2, kappa3, kappa4, alpha):
-    """x_g, x_t [N, C, H, W]; o_real, o_fake [N or 2N, C, H, W]; A, B [N]; fp32, bf16 or fp16, arithmetic in fp32.
+    """Eqs. 6 to 8 of method.md. x_g, x_t [N, C, H, W]; o_real, o_fake [N or 2N, C, H, W]; A, B [N]; fp32, bf16 or fp16,
+    arithmetic in fp32.
 
     Returns the loss [N] and finite [N] (bool): the samples that count. Differentiable in the first four. Raises
     ValueError if an output has neither N nor 2N rows.

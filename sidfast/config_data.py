@@ -10,6 +10,9 @@ from sidfast.method.synthetic import DEGRADATIONS, SOURCES
 
 
 class Section(BaseModel):
+    """A section of a configuration: unknown keys, other types and non-finite numbers are errors (pydantic's
+    ValidationError); what was read stays as it is."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 

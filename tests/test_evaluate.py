@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, environment
+from helpers_evaluate import ASSETS, shapes_judge
 from PIL import Image
 from random_judges import write_inception
 from scipy import linalg
@@ -23,13 +24,12 @@ from sidfast.evaluation.command import Request, evaluate_model
 from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
 from sidfast.evaluation.features import load_clip, load_features
 from sidfast.evaluation.images import ImageFolder, sized
-from sidfast.evaluation.judge import Judge, load_shapes_judge
+from sidfast.evaluation.judge import Judge
 from sidfast.evaluation.metrics import diversity
 from sidfast.evaluation.reference import Reference, drawn_reference
 from sidfast.evaluation.results import read_groups
 from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
 
-ASSETS = ROOT / "assets"
 CLIP = ASSETS / "clip"
 N = 300                                                  # more than the 128 features of the small CLIP
 
@@ -330,7 +330,7 @@ def test_command_and_training_agree(export, whole):
     def resized(prompts, seeds):
         return sized(lambda *_: generate(prompts, seeds), 64)(seeds.start, seeds.stop)
 
-    want = evaluate(resized, held_out_captions(144), load_shapes_judge(ASSETS, "cpu"), 8)
+    want = evaluate(resized, held_out_captions(144), shapes_judge(), 8)
     assert want.pop("images") == 144 and whole["metrics"] == want            # exact: same bits
 
 
@@ -371,7 +371,7 @@ def test_blocks_of_another_evaluation_are_not_taken(export, tmp_path, capsys):
 def test_drawn_reference_ignores_how_it_is_stored(tmp_path):
     from sidfast.evaluation.processes import Group
 
-    judge, captions = load_shapes_judge(ASSETS, "cpu"), held_out_captions(300)
+    judge, captions = shapes_judge(), held_out_captions(300)
     memory = drawn_reference(captions, judge)
     folder = drawn_reference(captions, judge, tmp_path, Group())
     assert torch.equal(memory.rows.all("features"), folder.rows.all("features")) and memory.sha256 == folder.sha256

@@ -133,5 +133,7 @@ def test_generator_is_one_step_of_diffusers(prediction_type, t_init):
 
 
 def test_unknown_prediction_type():
-    with pytest.raises(ValueError, match="'sample' is not one of epsilon, v_prediction"):
-        denoise_coefficients("sample", torch.ones(1), torch.ones(1))
+    one, x = torch.ones(1), torch.ones(1, 4, 5, 3)
+    for call in (lambda: denoise_coefficients("sample", one, one), lambda: prediction_target("sample", x, x, one, one)):
+        with pytest.raises(ValueError, match="'sample' is not one of epsilon, v_prediction"):
+            call()

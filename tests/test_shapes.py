@@ -1,12 +1,11 @@
 """The shapes world: captions, splits, drawings, its tokenizer, and the committed networks that know it."""
 
 import dataclasses
-import functools
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_evaluate import ASSETS, shapes_judge
 from transformers import AutoTokenizer
 
 from sidfast.data import shapes
@@ -14,10 +13,8 @@ from sidfast.errors import UserError
 from sidfast.evaluation.attributes import correct, load_checker
 from sidfast.evaluation.evaluate import evaluate
 from sidfast.evaluation.features import tokenize
-from sidfast.evaluation.judge import load_shapes_judge
 from sidfast.teacher.tokenizer import MAX_TOKENS, build_tokenizer, words
 
-ASSETS = Path(__file__).parents[1] / "assets"
 EXAMPLES = {
     "a large pink cross on a brown background": (0, "single", 0, "brown", [("large", "pink", "cross")]),
     "a small red circle above a large blue square on a white background":
@@ -384,11 +381,6 @@ def blurred(images, times=2):
     for _ in range(times):
         images = F.avg_pool2d(F.pad(images, (2,) * 4, mode="replicate"), 5, 1)
     return images
-
-
-@functools.cache
-def shapes_judge():
-    return load_shapes_judge(ASSETS, "cpu")
 
 
 def measured(images, captions):

@@ -79,7 +79,7 @@ def _check_utf8(path, data, starts, chunk=2**24):
 
 
 class ShapesPrompts:
-    """Captions of the shapes world, of one split."""
+    """Captions of the shapes world, of one split. Raises UserError for a split that is not one of SPLITS."""
 
     def __init__(self, split, seed=0):
         if split not in shapes.SPLITS:
@@ -99,7 +99,10 @@ class ShapesPrompts:
 
 
 def open_prompts(source, seed=0):
-    """A source of prompts by name: `shapes:SPLIT`, or the path of a text file. Index it with any n >= 0."""
+    """A source of prompts by name: `shapes:SPLIT`, or the path of a text file. Index it with any n >= 0.
+
+    Raises UserError for an unknown split, and for a file that is missing, empty, or not UTF-8.
+    """
     kind, _, split = source.partition(":")
     return ShapesPrompts(split, seed) if kind == "shapes" else PromptFile(source, seed)
 

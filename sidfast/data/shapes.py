@@ -63,9 +63,11 @@ class Scenes:
         return self.map(lambda field: field[index])
 
     def map(self, function):
+        """Scenes of function(field) for every field."""
         return Scenes(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def to(self, device):
+        """The same scenes on another device."""
         return self.map(lambda field: field.to(device))
 
     @property
@@ -80,7 +82,7 @@ def concatenate(scenes):
 
 
 def sample_scenes(n, split="train", generator=None, device="cpu"):
-    """Draw n scenes of a split: "train", "held_out" or "all".
+    """Draw n scenes of a split: "train", "held_out" or "all". Raises ValueError for any other.
 
     A scene is held out if and only if its first object has the one colour in eight that a hash of everything else
     assigns to it. The hash ignores from which end the caption is told, so both wordings of a held-out arrangement

@@ -40,6 +40,7 @@ class AttributeChecker(nn.Module):
             for name, k in _CLASSES.items()})
 
     def forward(self, images):
+        """{attribute: logits, fp32} of images."""
         h = self.features(images)
         logits = {name: head(h).float() for name, head in self.heads.items()}
         for name in _PER_OBJECT:

@@ -37,6 +37,7 @@ class ClipFeatures:
         self.suffix = "_small_clip" if self.side == shapes.IMAGE_SIZE else "_clip"     # no published CLIP is so small
 
     def __call__(self, images):
+        """Features [N, D] of images [N, 3, H, W] in [0, 1]."""
         return self.scale(self.embed(images))
 
     def to(self, device):
@@ -46,11 +47,11 @@ class ClipFeatures:
 
     @staticmethod
     def scale(embeddings):
-        """The features that belong to embeddings."""
+        """The features [N, D] that belong to embeddings [N, D]."""
         return embeddings * 1000**0.5
 
     def embed(self, images):
-        """Unit-length embeddings [N, D] of images."""
+        """Unit-length embeddings [N, D], fp32, of images [N, 3, H, W] in [0, 1]."""
         if min(images.shape[-2:]) != self.side:
             images = image_ops.resize(images, [self.side], image_ops.InterpolationMode.BICUBIC, antialias=True)
             images = images.clamp(0, 1)
@@ -81,6 +82,7 @@ class InceptionFeatures:
         self.network.to(device)
 
     def __call__(self, images):
+        """Features [N, 2048], fp32, of images [N, 3, H, W] in [0, 1]."""
         return self.network((images * 255).round().to(torch.uint8))[0].float()
 
     def describe(self):

@@ -13,14 +13,13 @@ from sidfast.evaluation.features import hash_files
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _TORCH = {"bicubic": image_ops.InterpolationMode.BICUBIC, "bilinear": image_ops.InterpolationMode.BILINEAR}
-FILTERS = (*_TORCH, "lanczos")
 
 
 class ImageFolder:
     """The images of a folder in the natural order of their names (2.png before 10.png), all of one size.
 
-    Called with (start, stop) it gives images [N, 3, H, W] in [0, 1]. Raises UserError for a folder without images, a
-    broken one, and sizes that differ; `option` is how the messages call the folder.
+    Raises UserError for a folder without images, a broken one, and sizes that differ; `option` is how the messages call
+    the folder.
     """
 
     def __init__(self, folder, option):
@@ -39,6 +38,7 @@ class ImageFolder:
         return len(self.files)
 
     def __call__(self, start, stop):
+        """Images number start to stop - 1, [N, 3, H, W], fp32 in [0, 1]. Raises UserError for a broken one."""
         return torch.stack([self._read(path) for path in self.files[start:stop]])
 
     def sha256(self, n=None):

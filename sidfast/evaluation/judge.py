@@ -1,13 +1,10 @@
 """What is measured on each image by itself."""
 
-from pathlib import Path
-
 import torch
 
 from sidfast.data import shapes
 from sidfast.errors import NonFiniteImage
-from sidfast.evaluation.attributes import correct, load_checker
-from sidfast.evaluation.features import load_clip
+from sidfast.evaluation.attributes import correct
 
 
 class Judge:
@@ -63,9 +60,3 @@ class Judge:
             raise NonFiniteImage(f"image {first + int((~finite).nonzero()[0])} has non-finite pixels; the model is "
                                  "broken, or its type too narrow (--dtype fp32)")
         return images.clamp(0, 1)
-
-
-def load_shapes_judge(assets, device):
-    """A Judge of the shapes world: the small CLIP and the checker of an assets folder (see `sidfast teacher`)."""
-    clip = load_clip(Path(assets) / "clip", device)
-    return Judge(clip, clip, load_checker(Path(assets) / "checker", device), device=device)

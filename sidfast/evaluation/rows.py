@@ -28,7 +28,7 @@ class MemoryRows:
         return start in self._blocks
 
     def put(self, start, rows):
-        """Keep the block whose first image is number `start`."""
+        """Keep the block {name: [n, ...]} whose first image is number `start`."""
         self._blocks[start] = rows
 
     def blocks(self, name):
@@ -75,11 +75,13 @@ class FolderRows(MemoryRows):
         return self._path(start).is_file()
 
     def put(self, start, rows):
+        """As MemoryRows's: a file, whole or absent. Raises what a full disk does (OSError, SafetensorError)."""
         partial = self.folder / f".block-{start:08d}.{os.getpid()}"
         save_file({name: value.cpu().contiguous() for name, value in rows.items()}, partial)
         partial.replace(self._path(start))
 
     def blocks(self, name):
+        """As MemoryRows's, one file read at a time."""
         for path in sorted(self.folder.glob("block-*.safetensors")):
             with safe_open(path, "pt") as file:
                 yield file.get_tensor(name)

@@ -21,7 +21,7 @@ from sidfast.networks.summed import SummedLoss
 
 
 class Networks(NamedTuple):
-    """Two engines, and the teacher's UNet."""
+    """Two engines (see above), and the teacher's UNet, frozen."""
 
     generator: object
     fake_score: object
@@ -30,7 +30,8 @@ class Networks(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is optimised: method.md's symbols."""
+    """What is optimised, in method.md's symbols: the four scales of eq. 3, alpha of eq. 8, and the timestep t_init of
+    eq. 4. `prediction_type`: one of PREDICTION_TYPES, for eqs. 2 and 5."""
 
     schedule: NoiseSchedule
     prediction_type: str
@@ -43,8 +44,9 @@ class Objective:
 
 
 class Batch(NamedTuple):
-    """One micro-batch: text [N, L, D], null [1, L, D], z and eps [N, C, H, W], t [N], dropped [N] (bool); and what a
-    source of images may need besides: noise [N, noises, C, H, W], chance [N], uniform in [0, 1)."""
+    """One micro-batch: text [N, L, D], null [1, L, D], z and eps [N, C, H, W], timesteps t [N], dropped [N] (bool:
+    without text); and what a source of images may need besides: noise [N, noises, C, H, W], chance [N], uniform in
+    [0, 1)."""
 
     text: torch.Tensor
     null: torch.Tensor
@@ -69,21 +71,24 @@ class Sums(NamedTuple):
 
 
 def generate(generator, z, text, objective):
-    """One-step images x_g [N, C, H, W] from noise z and text (eq. 4)."""
+    """One-step images x_g [N, C, H, W] from noise z [N, C, H, W] and text [N, L, D] (eq. 4)."""
     _, s = objective.schedule.coefficients(torch.full((z.shape[0],), objective.t_init, device=z.device))
     return denoise_at(generator, s[:, None, None, None] * z, objective.t_init, text, objective)
 
 
 def denoise_at(network, x_t, level, text, objective):
-    """x_hat [N, C, H, W] of x_t at one timestep for all samples, `level`, in one conditional pass (eq. 2)."""
+    """x_hat [N, C, H, W] of x_t [N, C, H, W] at one timestep for all samples, `level`, in one conditional pass (eq. 2).
+
+    Raises ValueError for an unknown prediction type.
+    """
     t = torch.full((x_t.shape[0],), level, device=x_t.device)
     A, B = denoise_coefficients(objective.prediction_type, *objective.schedule.coefficients(t))
     return denoise(predict(network, x_t, t, text), x_t, A, B, 1)
 
 
 def fake_score_update(networks, objective, source=None, **options):
-    """The fake score's Update: eq. 5 on the images of `source(batch)`, the generator's own unless given; `options` of
-    Update."""
+    """The fake score's Update (eq. 5) on the images x_g [N, C, H, W] of `source(batch)`, the generator's own (eq. 4)
+    unless given. `options` of Update."""
     source = source or (lambda batch: generate(networks.generator.module.unet, batch.z, batch.text, objective))
 
     def compute(fake_score, *tensors):
@@ -104,7 +109,8 @@ def fake_score_update(networks, objective, source=None, **options):
 
 
 def generator_update(networks, objective, **options):
-    """The generator's Update: eq. 8. Gradients pass through both denoisers, which stand still. `options` of Update."""
+    """The generator's Update (eqs. 6 to 8). Gradients pass through both denoisers, which stand still. `options` of
+    Update."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
 
     def compute(generator, *tensors):
@@ -169,7 +175,7 @@ class Update:
         self.engine.step()
 
     def warm_up(self, batch):
-        """Let an update get ready for the capture of its passes, on a batch of the size that will come."""
+        """Let a captured update get ready for the capture of its passes, on a Batch of the size that will come."""
         with _frozen(self.frozen):
             self.summed.warm_up(*_tensors(batch))
 

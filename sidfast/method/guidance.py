@@ -6,15 +6,15 @@ from sidfast.method.denoise import predict
 
 
 def passes(kappas):
-    """How many passes the given scales need: the conditional alone if all are 1, the null alone if all are 0; or both,
-    as one over a doubled batch."""
+    """1 or 2: the passes that eq. 3 needs at the given scales. The conditional alone if all are 1, the null alone if
+    all are 0; otherwise both, as one over a doubled batch."""
     return 1 if all(k == 1 for k in kappas) or all(k == 0 for k in kappas) else 2
 
 
 def predict_guided(network, x, t, text, null, kappas):
-    """The output that `sidfast.kernels` combine at the given scales.
+    """o_null and o_cond of eq. 3, which `sidfast.kernels` combine at the given scales; or the one that these need.
 
-    x [passes * N, C, H, W], x_t as often as there are passes; t [N]; text [N, L, D]; null [1, L, D]. Returns
+    x [passes * N, C, H, W], x_t as often as there are passes; timesteps t [N]; text [N, L, D]; null [1, L, D]. Returns
     [passes * N, C, H, W], null half first.
     """
     if all(k == 1 for k in kappas):

@@ -13,10 +13,11 @@ import torch
 
 
 class NoiseSchedule:
-    """a_t and s_t of a teacher (method.md, eq. 1), between grid points by interpolation of ln sigma over t."""
+    """a_t and s_t of a teacher of T timesteps (method.md, eq. 1), between grid points by interpolation of ln sigma over
+    t. Its length is T."""
 
     def __init__(self, alphas_cumprod):
-        """`alphas_cumprod`: a_t^2 for t = 0 .. T-1, falling."""
+        """`alphas_cumprod`: a_t^2 for t = 0 .. T-1 [T], falling."""
         alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
         self.log_sigma = 0.5 * ((1 - alphas) / alphas).log()                 # [T], rising, float64
 
@@ -30,20 +31,21 @@ class NoiseSchedule:
         return other
 
     def log_sigma_at(self, t):
-        """ln sigma of (fractional) timesteps t, any shape, in float64."""
+        """ln sigma of (fractional) timesteps t in [0, T-1], any shape, in float64."""
         t = t.to(torch.float64)
         low = t.long().clamp(0, len(self) - 2)
         between = torch.lerp(self.log_sigma[low], self.log_sigma[low + 1], t - low)
         return torch.where(t == t.round(), self.log_sigma[t.round().long()], between)      # the last may be infinite
 
     def timestep(self, log_sigma):
-        """The inverse: fractional t in [0, T-1], float64; levels on the grid give whole numbers."""
+        """The inverse: fractional t in [0, T-1] of ln sigma, float64, any shape; levels on the grid give whole
+        numbers, those beyond its ends the ends."""
         high = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self) - 1)
         below, above = self.log_sigma[high - 1], self.log_sigma[high]
         return high - 1 + ((log_sigma - below) / (above - below)).clamp(0, 1)
 
     def coefficients(self, t):
-        """(a, s) of timesteps t, float32: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
+        """(a, s) of timesteps t, float32, each of t's shape: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
         log_sigma = self.log_sigma_at(t)
         return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
 
@@ -66,15 +68,16 @@ class Density:
 
     @classmethod
     def over(cls, schedule, low, high, **options):
-        """The distribution for a teacher: its NoiseSchedule, and the range of ln sigma that will be drawn from."""
+        """The distribution for a teacher: its NoiseSchedule, and the range [low, high] of ln sigma (numbers) that will
+        be drawn from. `options`: those of the class that were given."""
         return cls(**options)
 
     def quantile(self, u):
-        """u uniform in [0, 1], float64, any shape -> ln sigma, rising with u."""
+        """u uniform in [0, 1], float64, any shape -> ln sigma, float64, of that shape, rising with u."""
         raise NotImplementedError
 
     def interval(self, low, high):
-        """The u's of ln sigma = low and high (numbers)."""
+        """(start, end): the u's in [0, 1] of ln sigma = low and high (numbers), by the inverse of `quantile`."""
         raise NotImplementedError
 
 
@@ -88,9 +91,11 @@ class Normal(Density, name="edm"):
     std: float = 1.2
 
     def quantile(self, u):
+        """ln sigma = mean + std Phi^-1(u) (section 6, `edm`)."""
         return self.mean + self.std * torch.special.ndtri(u)
 
     def interval(self, low, high):
+        """Phi((ln sigma - mean) / std) of both ends."""
         return tuple(0.5 * math.erfc((self.mean - v) / self.std / math.sqrt(2)) for v in (low, high))
 
 
@@ -100,6 +105,7 @@ class LogitNormal(Normal, name="logit_normal"):
     options = ("shift",)
 
     def __init__(self, shift=1.0):
+        """`shift`: a factor on sigma. Raises ValueError unless it is above 0."""
         super().__init__(math.log(shift), 1.0)
 
 
@@ -113,10 +119,12 @@ class Laplace(Density, name="laplace"):
     scale: float = 0.5
 
     def quantile(self, u):
+        """-1/2 times the quantile of logSNR at 1 - u (section 6, `laplace`)."""
         v = u - 0.5                                      # -logSNR ~ Laplace(-mean, scale)
         return 0.5 * (-self.mean - self.scale * torch.sign(v) * torch.log1p(-2 * v.abs()))
 
     def interval(self, low, high):
+        """The distribution function of ln sigma at both ends."""
         return tuple(self._cdf(v) for v in (low, high))
 
     def _cdf(self, log_sigma):
@@ -137,13 +145,16 @@ class Karras(Density, name="karras"):
 
     @classmethod
     def over(cls, schedule, low, high, **options):
+        """Between low and high (ln smin and ln smax)."""
         return cls(low, high, **options)
 
     def quantile(self, u):
+        """The formula of section 6 (`karras`) at 1 - u, so that it rises with u."""
         low, high = math.exp(self.log_sigma_min / self.rho), math.exp(self.log_sigma_max / self.rho)
         return self.rho * torch.log(low + u * (high - low))
 
     def interval(self, low, high):
+        """(0, 1), whatever the range."""
         return 0.0, 1.0
 
 
@@ -154,9 +165,11 @@ class Cosine(Density, name="cosine"):
     offset: float = 0.008
 
     def quantile(self, u):
+        """The logarithm of section 6's formula (`cosine`)."""
         return torch.tan(math.pi / 2 * (u + self.offset) / (1 + self.offset)).log()
 
     def interval(self, low, high):
+        """u = (1 + offset) 2/pi atan(sigma) - offset of both ends, cut off to [0, 1]."""
         angle = (math.atan(math.exp(v)) * 2 / math.pi for v in (low, high))
         return tuple(min(max(v * (1 + self.offset) - self.offset, 0.0), 1.0) for v in angle)
 
@@ -174,10 +187,12 @@ class Sigmoid(Density, name="sigmoid"):
         return 1 / (1 + math.exp(-x / self.tau))
 
     def quantile(self, u):
+        """ln sigma = ln((1 - a^2) / a^2) / 2, with a^2 from section 6's schedule (`sigmoid`) at u."""
         g = torch.sigmoid((self.start + u * (self.end - self.start)) / self.tau)
         return 0.5 * ((g - self._g(self.start)) / (self._g(self.end) - g)).log()
 
     def interval(self, low, high):
+        """The u at which the schedule has a^2 = 1 / (1 + sigma^2), of both ends."""
         return tuple(self._cdf(v) for v in (low, high))
 
     def _cdf(self, log_sigma):
@@ -187,16 +202,20 @@ class Sigmoid(Density, name="sigmoid"):
 
 
 class Grid(Density):
-    """Uniform over given levels (rising ln sigma, [K]): the teacher's own timesteps, or another schedule's."""
+    """Uniform over given levels: the teacher's own timesteps, or another schedule's."""
 
     def __init__(self, log_sigma):
+        """`log_sigma`: rising ln sigma [K], float64."""
         self.log_sigma = log_sigma
 
     def quantile(self, u):
+        """Level number floor(K u); for u = 1 the last."""
         index = (u * len(self.log_sigma)).long().clamp(0, len(self.log_sigma) - 1)
         return self.log_sigma.to(u.device)[index]
 
     def interval(self, low, high):
+        """(i / K, (j + 1) / K), i and j the first and the last level in [low, high]. Raises ValueError if there are
+        none."""
         inside = (self.log_sigma >= low) & (self.log_sigma <= high)
         index = inside.nonzero().flatten().tolist()
         if not index:
@@ -205,24 +224,29 @@ class Grid(Density):
 
 
 class Ddpm(Grid, name="ddpm"):
-    """The teacher's own timesteps, all equally likely: the paper's."""
+    """The teacher's own timesteps, all equally likely: the paper's (section 6, `ddpm`)."""
 
     @classmethod
     def over(cls, schedule, low, high):
+        """Over the teacher's grid; no options."""
         return cls(schedule.log_sigma)
 
 
 class Linear(Grid, name="linear"):
-    """The timesteps of DDPM's original schedule (arXiv 2006.11239), all equally likely."""
+    """The timesteps of DDPM's original schedule (arXiv 2006.11239), all equally likely (section 6, `linear`)."""
 
     @classmethod
     def over(cls, schedule, low, high):
+        """Over the grid of `linear_schedule`, whatever the teacher's; no options."""
         return cls(linear_schedule().log_sigma)
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """A distribution restricted to ln sigma in [low, high]."""
+    """A distribution restricted to ln sigma in [low, high] (numbers).
+
+    Raises ValueError if less than 1e-6 of it lies there.
+    """
 
     distribution: object
     low: float
@@ -234,20 +258,27 @@ class Truncated:
             raise ValueError("the noise levels of this density lie outside of the teacher's range")
 
     def quantile(self, u):
+        """As Density's, of what is left: the whole's quantile at start + u (end - start), (start, end) its
+        `interval`."""
         start, end = self.distribution.interval(self.low, self.high)
         return self.distribution.quantile(start + u * (end - start)).clamp(self.low, self.high)
 
 
 def linear_schedule(steps=1000, beta_start=1e-4, beta_end=0.02):
-    """DDPM's original schedule (arXiv 2006.11239)."""
+    """The NoiseSchedule of betas evenly spaced from beta_start to beta_end: DDPM's original (arXiv 2006.11239)."""
     betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
     return NoiseSchedule(torch.cumprod(1 - betas, 0))
 
 
 class NoiseLevels:
-    """Random timesteps of a named density, truncated to [sigma(t_min), sigma(t_max)] of a teacher's schedule."""
+    """Random timesteps of a named density, truncated to [sigma(t_min), sigma(t_max)] of a teacher's schedule
+    (method.md, section 6)."""
 
     def __init__(self, schedule, density="ddpm", t_min=20, t_max=979, **options):
+        """`density`: a key of DENSITIES; t_min, t_max: timesteps on the grid; `options`: the density's own.
+
+        Raises ValueError if the teacher has no timestep t_max, or the density (next to) nothing in the range.
+        """
         if t_max >= len(schedule):
             raise ValueError(f"noise.t_max ({t_max}) must be below the teacher's {len(schedule)} timesteps")
         low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
@@ -255,6 +286,6 @@ class NoiseLevels:
         self.schedule, self.distribution = schedule, Truncated(distribution, low, high)
 
     def sample(self, n, generator):
-        """n timesteps (float64, fractional in general) on the generator's device."""
+        """n timesteps t [n] in [t_min, t_max] (float64, fractional in general) on the generator's device."""
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         return self.schedule.timestep(self.distribution.quantile(u))

@@ -32,6 +32,7 @@ class Source:
             SOURCES[name] = cls
 
     def __init__(self, unet, objective):
+        """`unet`: the generator's, or that of its `copy`; `objective`: the run's Objective."""
         self.unet, self.objective = unet, objective
 
     def generate(self, batch):
@@ -47,6 +48,7 @@ class Generator(Source, name="generator"):
     """The generator as it is."""
 
     def __call__(self, batch):
+        """As Source's: one pass (eq. 4)."""
         return self.generate(batch)
 
 
@@ -57,6 +59,7 @@ class Shared(Source):
     noises = 1
 
     def __call__(self, batch):
+        """As Source's: no pass; x_g is noise[:, 0]."""
         return batch.noise[:, 0]
 
 
@@ -88,6 +91,7 @@ class MultiStep(Source, name="multistep"):
         self.levels = [round(objective.t_init * (steps - i) / steps) for i in range(steps)]
 
     def __call__(self, batch):
+        """As Source's: eq. 4, then eqs. 1 and 2 with noise[:, i] for each further step."""
         x = self.generate(batch)
         for level, eps in zip(self.levels[1:], batch.noise[:, :self.noises].unbind(1), strict=True):
             a, s = self.objective.schedule.coefficients(torch.full((len(x),), level, device=x.device))
@@ -102,12 +106,14 @@ class TeacherShare:
     capturable = False                                   # which rows are the teacher's depends on values
 
     def __init__(self, inner, teacher, scheduler, share, steps, guidance):
-        """`teacher`: its UNet; `scheduler`: a diffusers DDIMScheduler; `guidance`: as in eq. 3."""
+        """`inner`: the Source; `teacher`: the teacher's UNet; `scheduler`: a diffusers DDIMScheduler, run for `steps`
+        steps; `share`: the probability of each image; `guidance`: kappa of eq. 3."""
         self.inner, self.teacher, self.scheduler = inner, teacher, scheduler
         self.share, self.guidance, self.noises = share, guidance, inner.noises
         scheduler.set_timesteps(steps)
 
     def __call__(self, batch):
+        """As Source's; rows with chance < share are the teacher's. The host waits to know which."""
         x = self.inner(batch)
         rows = (batch.chance < self.share).nonzero().flatten()
         if len(rows):
@@ -150,6 +156,7 @@ class Blur(Degradation, name="blur"):
     """A Gaussian with a deviation of `strength` latent pixels, cut off at three deviations, edges mirrored."""
 
     def __call__(self, x, noise):
+        """As Degradation's; takes no noise."""
         from torchvision.transforms.functional import gaussian_blur
 
         radius = min(math.ceil(3 * self.strength), min(x.shape[-2:]) - 1)
@@ -162,6 +169,7 @@ class Noise(Degradation, name="noise"):
     noises = 1
 
     def __call__(self, x, noise):
+        """As Degradation's: x + strength noise[:, 0]."""
         return x + self.strength * noise[:, 0]
 
 
@@ -173,11 +181,12 @@ class Degraded:
         self.noises = inner.noises + degradation.noises
 
     def __call__(self, batch):
+        """As Source's; the degradation takes the noise that is left."""
         return self.degradation(self.inner(batch), batch.noise[:, self.inner.noises:])
 
 
 def build_source(section, networks, objective, copies, scheduler, shared=False):
-    """What draws the images of one run.
+    """What draws the images of one run: a Source, or what stands around one and is called alike.
 
     `section`: the configuration's `synthetic`; `copies`: {kind: UNet} of the copies that its source draws with;
     `scheduler()`: a diffusers DDIMScheduler for the teacher; `shared`: take the images of the generator's update.

@@ -36,8 +36,8 @@ def choose_attention(shapes, dtype, device, repeat=5):
     """Time every implementation on the given shapes, forward and backward, and check it against the maths. On a GPU its
     kernels alone are timed, as a CUDA graph: what launching costs differs from start to start.
 
-    shapes: a list of (N, S, L, heads, d, times it occurs). Returns {implementation: total ms, or why it is out}, the
-    best first; implementations that fail or are wrong (output or a gradient) come last.
+    shapes: a list of (N, S, L, heads, d, times it occurs). Returns {implementation: total ms, or (text) why it is out},
+    the best first; implementations that fail or are wrong (output or a gradient) come last.
     """
     results = {}
     for name, attend in IMPLEMENTATIONS.items():

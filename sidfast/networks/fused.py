@@ -27,11 +27,12 @@ class FusedResnet(Packed, ResnetBlock2D):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time embedding))), with a 1x1 shortcut where channels change."""
 
     def make_packed(self):
+        """The weights [K, C1 + C2, 3, 3] and [K, K, 3, 3] of the two convolutions, channels last."""
         return channels_last(self.conv1.weight), channels_last(self.conv2.weight)
 
     def forward(self, x, stats, temb=None, skip=None, skip_stats=None):
-        """x [N, H, W, C1], skip [N, H, W, C2] (as further channels), temb [N, D] after SiLU or None -> y and its
-        statistics.
+        """x [N, H, W, C1], skip [N, H, W, C2] (as further channels), each with its statistics, temb [N, D] after SiLU
+        or None -> y [N, H, W, K] and its statistics.
 
         conv1's bias and the time embedding shift whole channels: the second GroupNorm takes them as numbers.
         """
@@ -56,7 +57,7 @@ class FusedTransformer(Transformer2DModel):
     """The layers of attention on an image's positions, between two projections and around a residual path."""
 
     def forward(self, x, stats, text):
-        """x [N, H, W, C], text [N, L, D] -> y and its statistics."""
+        """x [N, H, W, C] and its statistics, text [N, L, D] -> y [N, H, W, C] and its statistics."""
         y, x, _ = group_norm(x, stats, self.norm)
         h = F.linear(y.flatten(1, 2), self.proj_in.weight.flatten(1), self.proj_in.bias.detach())
         bias, residual = self.proj_in.bias, None
@@ -72,6 +73,7 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
     attend = staticmethod(IMPLEMENTATIONS["math"])       # `fuse` sets the one wanted
 
     def make_packed(self):
+        """The projections of self-attention as one [3C, C], those of the text to keys and values as one [2C, D]."""
         return joined(self._own_weights()), joined(self._text_weights())
 
     def _own_weights(self):
@@ -106,10 +108,11 @@ class FusedDownsample(Packed, Downsample2D):
     """A 3x3 convolution in steps of two."""
 
     def make_packed(self):
+        """The weight [K, C, 3, 3] channels last."""
         return (channels_last(self.conv.weight),)
 
     def forward(self, x):
-        """x [N, H, W, C] -> y at half the size, and its statistics."""
+        """x [N, H, W, C] -> y [N, H/2, W/2, K], sizes rounded up, and its statistics."""
         return conv(x, self.conv.weight, *self.packed(), self.conv.bias, stride=2)
 
 
@@ -117,10 +120,11 @@ class FusedUpsample(Packed, Upsample2D):
     """Nearest-neighbour upsampling and a 3x3 convolution: twice the size in one 2x2 convolution."""
 
     def make_packed(self):
+        """The 2x2 kernel [4K, C, 2, 2] of `combine_taps`."""
         return (combine_taps(self.conv.weight),)
 
     def forward(self, x, height, width):
-        """x [N, H, W, C] -> y at the given size, and its statistics."""
+        """x [N, H, W, C] -> y [N, height, width, K] and its statistics."""
         weight, bias = self.conv.weight, self.conv.bias
         if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
             return upsample_conv(x, weight, *self.packed(), bias)
@@ -132,6 +136,7 @@ class FusedConvIn(Packed, nn.Conv2d):
     """The first convolution: from here on channels are last."""
 
     def make_packed(self):
+        """The weight [K, C, 3, 3] channels last."""
         return (channels_last(self.weight),)
 
     def forward(self, x):
@@ -151,7 +156,8 @@ class FusedUNet(UNet2DConditionModel):
     """The whole: down, middle and up blocks, whose modules are those above."""
 
     def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True, **others):
-        """sample [N, C, H, W] -> [N, C, H, W] in memory format channels_last; arguments as diffusers has them.
+        """sample [N, C, H, W], text [N, L, D] -> o [N, C, H, W] in memory format channels_last; arguments as diffusers
+        has them.
 
         Raises ValueError for one of diffusers' further arguments unless it is None.
         """
@@ -212,7 +218,8 @@ BLOCKS = [FusedResnet, FusedTransformer, FusedDownsample, FusedUpsample]
 
 
 def fuse(unet, attention="math", checkpointing=False):
-    """Make a UNet run on the fused kernels, in place; `attention`: a key of IMPLEMENTATIONS.
+    """Make a UNet run on the fused kernels, in place, and return it; `attention`: a key of IMPLEMENTATIONS;
+    `checkpointing`: whether the backward pass computes the activations of each module again.
 
     Raises ValueError, saying why, for a UNet that they do not cover (`cannot_fuse`).
     """
@@ -230,7 +237,7 @@ def fuse(unet, attention="math", checkpointing=False):
 
 
 def unfuse(unet):
-    """The inverse of `fuse`, in place; a UNet that is not fused stays as it is."""
+    """The inverse of `fuse`, in place, and return it; a UNet that is not fused stays as it is."""
     plain = {fused: original for original, fused in _FUSED.items()} | {
         FusedConvIn: nn.Conv2d, FusedNormOut: nn.GroupNorm}
     for module in unet.modules():
@@ -269,7 +276,11 @@ def cannot_fuse(unet):
 
 @torch.no_grad()
 def attention_shapes(unet, latent_shape, text_length, rows, device):
-    """Every attention of one pass over `rows` latents, as `choose_attention` takes them."""
+    """Every attention of one pass over `rows` latents (C, H, W) and texts of `text_length` tokens: [(N, S, L, heads, d,
+    times it occurs)], as `choose_attention` takes them. Leaves the UNet as diffusers has it.
+
+    Raises ValueError for a UNet that the fused kernels do not cover.
+    """
     seen = {}
 
     def attend(q, k, v):

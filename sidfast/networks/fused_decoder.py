@@ -20,11 +20,13 @@ class FusedDecoderAttention(Packed, Attention):
     """Attention of all positions to all, after a GroupNorm and added to its input."""
 
     def make_packed(self):
+        """The three projections as one: weight [3C, C] and bias [3C]."""
         parts = (self.to_q, self.to_k, self.to_v)
         return torch.cat([m.weight for m in parts]), torch.cat([m.bias for m in parts])
 
     def forward(self, x, stats):
-        """x [N, H, W, C] -> y and its statistics. For inference: no gradients reach the projections."""
+        """x [N, H, W, C] and its statistics -> y [N, H, W, C] and its statistics. For inference: no gradients reach the
+        projections."""
         y, x, _ = group_norm(x, stats, self.group_norm)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for t in F.linear(y.flatten(1, 2), *self.packed()).chunk(3, -1))
@@ -54,7 +56,7 @@ class FusedDecoder(Decoder):
 
 
 def fuse_decoder(vae):
-    """Make the decoder of an AutoencoderKL run on the fused kernels, in place, for inference.
+    """Make the decoder of an AutoencoderKL run on the fused kernels, in place, for inference; returns the VAE.
 
     Raises ValueError, saying why, for one that they do not cover (`cannot_fuse_decoder`).
     """

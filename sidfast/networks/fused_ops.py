@@ -8,6 +8,9 @@ Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes 
 - The bias of a product is added where the product is; its gradient is left to the kernel that reads the product's
   gradient anyway (`bias_of_x`).
 - Frozen weights (requires_grad False) save no activation for a gradient that nobody wants.
+
+"Statistics" are those of `add_channel_stats`, fp32 [N, chunks, 2, C]. For shapes or strides that they do not take, the
+kernels raise ValueError.
 """
 
 import torch
@@ -23,10 +26,10 @@ _aten = torch.ops.aten
 
 
 def conv(x, weight, packed, bias=None, residual=None, stride=1):
-    """conv(x) + bias + residual, and its statistics for the next GroupNorm.
+    """y = conv(x) + bias + residual [N, H', W', K], and its statistics for the next GroupNorm.
 
     x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; `packed`: the same channels last; bias [K];
-    residual like the result.
+    residual like y. `stride` applies to 3x3 kernels alone.
     """
     return _Conv.apply(x, weight, packed, bias, residual, stride)
 
@@ -34,7 +37,8 @@ def conv(x, weight, packed, bias=None, residual=None, stride=1):
 def upsample_conv(x, weight, packed, bias):
     """conv of x at twice the size, nearest neighbour, plus bias; and its statistics for the next GroupNorm.
 
-    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it; bias [K]. Returns [N, 2H, 2W, K].
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it; bias [K]. The result is
+    [N, 2H, 2W, K].
     """
     return _UpsampleConv.apply(x, weight, packed, bias)
 
@@ -42,14 +46,14 @@ def upsample_conv(x, weight, packed, bias):
 def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=None):
     """(y, x, skip): GroupNorm `norm` (a module) of x + shift, with `skip` as further channels, then SiLU or not.
 
-    x [N, H, W, C1], skip [N, H, W, C2]; stats of both from `conv`; shift [N, C1 + C2]. Use the returned x and skip for
-    whatever else reads them.
+    x [N, H, W, C1], skip [N, H, W, C2]; stats of both from `conv`; shift [N, C1 + C2]; y [N, H, W, C1 + C2]. Use the
+    returned x and skip for whatever else reads them.
     """
     return _GroupNorm.apply(x, stats, skip, skip_stats, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
 def layer_norm(x, norm, bias_of_x=None, residual=None):
-    """(h, y): h = x + residual, y = LayerNorm `norm` (a module) of h; x, residual [N, S, C].
+    """(h, y): h = x + residual, y = LayerNorm `norm` (a module) of h; all [N, S, C].
 
     `bias_of_x`: the bias [C] that x contains already, which gets its gradient here.
     """

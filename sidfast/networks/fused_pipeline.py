@@ -26,6 +26,7 @@ class Replayed:
         self._inputs = self._step = None
 
     def __call__(self, *tensors):
+        """function(*tensors), a tensor of its own. The first batch of `rows` rows is captured."""
         if self._inputs is None and len(tensors[0]) == self.rows:
             self._inputs = [t.clone() for t in tensors]
             self._step = GraphedStep(lambda: self.function(*self._inputs), tensors[0].device, warmup=2)

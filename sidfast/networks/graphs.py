@@ -18,6 +18,7 @@ class GraphedStep:
             self._replay, self._outputs = Graphs().capture(step)
 
     def __call__(self):
+        """The step's outputs."""
         if self._replay is None:
             return self._step()
         self._replay()
@@ -25,13 +26,16 @@ class GraphedStep:
 
 
 class Graphs:
-    """CUDA graphs that share memory: they must take turns."""
+    """CUDA graphs that share memory: they must take turns. Needs a GPU."""
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, function):
-        """A function as a CUDA graph: (replay, what it returned), tensors that every replay overwrites."""
+        """A function as a CUDA graph: (replay, what it returned), tensors that every replay overwrites.
+
+        Raises torch's RuntimeError for what no graph can hold. `warm_up` first.
+        """
         graph = torch.cuda.CUDAGraph()
         # (thread_local: NCCL's watchdog thread queries events meanwhile)
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -40,7 +44,7 @@ class Graphs:
 
 
 def warm_up(step, device, times):
-    """Run a step on a side stream, as capture will (libraries initialise per stream)."""
+    """Run a step so many times, on a side stream as capture will (libraries initialise per stream)."""
     if device.type != "cuda":
         for _ in range(times):
             step()

@@ -47,7 +47,7 @@ def repack(unet):
 
 
 def pass_layout(unet):
-    """Lay a UNet's convolutions out as its passes read them, in place."""
+    """Lay a UNet's convolutions out as its passes read them, in place, and return it."""
     return unet.to(memory_format=torch.channels_last)
 
 
@@ -59,7 +59,7 @@ def packed_bytes(unet):
 
 
 def channels_last(weight):
-    """A convolution's weight as cuDNN reads it beside activations that are channels last."""
+    """A convolution's weight [K, C, h, w] as cuDNN reads it beside activations that are channels last."""
     return weight if weight.shape[2:] == (1, 1) else weight.contiguous(memory_format=torch.channels_last)
 
 

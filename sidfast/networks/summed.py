@@ -14,7 +14,7 @@ class GradientSums:
         self._kept = {}
 
     def like(self, flat):
-        """Tensors laid out like a Flat's chunks."""
+        """Tensors laid out like a Flat's chunks, fp32; the same ones at every call with a Flat laid out alike."""
         key = tuple((c.shape, c.dtype, c.device) for c in flat.chunks)
         if key not in self._kept:
             self._kept[key] = flat.like(torch.promote_types(key[0][1], torch.float32))
@@ -49,7 +49,8 @@ class SummedLoss:
 
     def __call__(self, weight, first, *tensors):
         """(finite, *others) of a micro-batch, as tensors of their own; its loss counts `weight` times (a float), and
-        `first` begins new sums. Raises NothingFinite if leaving samples out does not help."""
+        `first` begins new sums. Raises NothingFinite if leaving samples out does not help, and ValueError for other
+        shapes than those that were captured."""
         self._prepare()
         if self._forward is None:
             self._capture_both(tensors)

@@ -95,6 +95,7 @@ class Run:
 
     @property
     def folder(self):
+        """runs/VARIANT/seed-SEED."""
         return Path("runs") / self.variant / f"seed-{self.seed}"
 
     @property
@@ -105,12 +106,13 @@ class Run:
 
 @dataclass(frozen=True)
 class TeacherPoint:
-    """The teacher at one scale of guidance: measured, not trained."""
+    """The teacher at one scale of guidance: measured, not trained. `folder`: as a Run's."""
 
     guidance: float
 
     @property
     def folder(self):
+        """teacher/guidance-SCALE."""
         return Path("teacher") / f"guidance-{self.guidance:g}"
 
     @property

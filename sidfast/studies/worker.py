@@ -22,6 +22,10 @@ _PATIENCE = 10                                           # seconds to wait for a
 
 
 def main(argv=None):
+    """Work on a study until nothing is left that is not another process's; argv: STUDY, OUT, JOBS, THREADS.
+
+    JOBS: processes that share the device; THREADS: of PyTorch on the CPU. Raises UserError for a file that is no study.
+    """
     quieten()
     path, out, jobs, threads = argv or sys.argv[1:]
     threading.Thread(target=_end_with_parent, daemon=True).start()

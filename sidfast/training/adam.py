@@ -11,8 +11,8 @@ import torch
 
 
 def total_norm(gradients):
-    """The norm of all gradients together. (In float64: PyTorch's fp32 norm of millions of numbers on a CPU is off by
-    some 1e-4.)"""
+    """The norm of all gradients together, a float64 scalar on their device. (PyTorch's fp32 norm of millions of numbers
+    on a CPU is off by some 1e-4.)"""
     return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm()
 
 

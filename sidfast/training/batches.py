@@ -23,10 +23,12 @@ _AHEAD = 4                                               # global batches whose 
 class TextEncoder:
     """Prompts to embeddings, with the teacher's frozen text encoder.
 
-    `capture`: Graphs.capture, for example, makes a graph of it, for the shape [N, L] of the first call.
+    `capture`: Graphs.capture, for example, makes a graph of it, for the shape [N, L] of the first call. `null`: the
+    empty prompt's embedding [1, L, D].
     """
 
     def __init__(self, tokenizer, text_encoder, dtype, capture=None):
+        """`dtype`: of the embeddings."""
         self.tokenizer, self.text_encoder, self.dtype = tokenizer, text_encoder, dtype
         self.null = self._encode(self.tokenize([""]).to(text_encoder.device))
         self._capture, self._replay = capture, None
@@ -37,7 +39,8 @@ class TextEncoder:
         return ids.pin_memory() if self.text_encoder.device.type == "cuda" else ids
 
     def __call__(self, ids):
-        """Ids [N, L] -> embeddings [N, L, D]."""
+        """Ids [N, L] -> embeddings [N, L, D], a tensor of their own. A captured encoder takes the first call's shape
+        alone."""
         ids = ids.to(self.text_encoder.device, non_blocking=True)
         if self._capture is None:
             return self._encode(ids)
@@ -70,7 +73,8 @@ class Batches:
                  processes=1, shared=False):
         """`levels`: {update: NoiseLevels}; `latent_shape`: (C, H, W); `train`, `synthetic`: the configuration's
         sections; `dropout`: share of empty prompts; `noises`: tensors of further noise that the source of the fake
-        score's images takes for each; `shared`: whether both updates of a step have the same prompts."""
+        score's images takes for each; `rank`, `processes`: this process among how many, whose number divides the
+        global batch; `shared`: whether both updates of a step have the same prompts."""
         self.prompts, self.encoder, self.levels, self.latent_shape = prompts, encoder, levels, latent_shape
         self.size, self.seed, self.dropout, self.device = train.batch_size, train.seed, dropout, device
         self.at_once = {update: train.images_at_once(update) for update in UPDATES}

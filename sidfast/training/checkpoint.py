@@ -89,7 +89,10 @@ def complete(folder, step, state, keep, lost=()):
 
 
 def discard(folder):
-    """Remove a folder in such a way that a kill in between leaves nothing that looks like a checkpoint."""
+    """Remove a folder in such a way that a kill in between leaves nothing that looks like a checkpoint.
+
+    Raises OSError if it cannot be renamed.
+    """
     old = folder.with_name(_OLD + folder.name.lstrip("."))
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
@@ -169,7 +172,7 @@ def checkpoint_fault(path):
 
 
 def content_fault(path, rank=0, ranks=1):
-    """The same for the contents of every `ranks`-th file."""
+    """The same for the contents (SHA-256) of every `ranks`-th file, from number `rank` on."""
     files = read_state(path)["files"]
     for name in sorted(files)[rank::ranks]:
         try:
@@ -181,7 +184,7 @@ def content_fault(path, rank=0, ranks=1):
 
 
 def checksum(file):
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
     digest, block = hashlib.sha256(), bytearray(2**22)
     with open(file, "rb", buffering=0) as f:
         while size := f.readinto(block):
@@ -213,7 +216,7 @@ def _shapes(path, network, kind):
 
 
 def read_state(path):
-    """A checkpoint's state.json."""
+    """A checkpoint's state.json. Raises OSError or ValueError if it is missing or broken."""
     return json.loads((Path(path) / STATE).read_text())
 
 
@@ -237,7 +240,7 @@ def _opened(file):
 
 
 def restore(path, engines, ema):
-    """Bring engines and average to the state of a checkpoint.
+    """Bring engines and average to the state of a checkpoint that fits (`check_fits`).
 
     The modules must have been given the checkpoint's weights before DeepSpeed took them over (`read_tensors`): their
     low-precision copies are made from those.

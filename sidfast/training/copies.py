@@ -9,6 +9,7 @@ class EmaCopy:
     """The average's weights. They are in every checkpoint anyway."""
 
     def __init__(self, unet, engine, ema, section):
+        """`unet`: the copy; `engine`, `ema`: the generator's; `section`: the configuration's `synthetic`."""
         self.unet, self.engine, self.ema = unet, engine, ema
 
     def follow(self, step):
@@ -28,6 +29,7 @@ class StaleCopy:
     set of this process's fp32 shards every `stale_every` updates."""
 
     def __init__(self, unet, engine, ema, section):
+        """As EmaCopy's."""
         self.unet, self.engine, self.by, self.every = unet, engine, section.stale_by, section.stale_every
         self.shards, self._shown = {}, None              # {updates made: shards}, and which of them the UNet has
 
@@ -51,7 +53,8 @@ class StaleCopy:
         return {_kind(version): shards for version, shards in self.shards.items()}
 
     def restore(self, step, read):
-        """A checkpoint of a run without such copies stands for all that are missing with its own weights."""
+        """As EmaCopy's. A checkpoint of a run without such copies stands for all that are missing with its own
+        weights."""
         for version in range(self._oldest(step), step, self.every):
             shards = [m.detach().to("cpu", copy=True) for m in masters(self.engine)]
             whole = read(_kind(version))

@@ -83,7 +83,11 @@ def compute_dtype(section):
 
 
 def build_engine(unet, adam, section, device):
-    """A DeepSpeed engine with Adam around a UNet in fp32. `section`: from `engine_config`."""
+    """A DeepSpeed engine with Adam around a UNet in fp32; a collective call.
+
+    `adam`: the configuration's optimizer.NETWORK; `section`: from `engine_config`. DeepSpeed's errors pass through
+    (probe.py asks it first).
+    """
     module = Trained(unet.requires_grad_(True).train(), is_flat(section))
     if not module.flat:
         set_z3_leaf_modules(module, BLOCKS, raise_if_not_found=False)
@@ -175,7 +179,10 @@ def _each(engine, tensors):
 
 @torch.no_grad()
 def scatter(engine, full, tensors):
-    """The inverse of `gather`: writes this process's part of `full` ({name: tensor}) into `tensors`, in place."""
+    """The inverse of `gather`: writes this process's part of `full` ({name: tensor}) into `tensors`, in place.
+
+    Raises KeyError for a parameter that `full` lacks.
+    """
     own = masters(engine)
     _swap(own, tensors)
     try:

@@ -24,14 +24,15 @@ _SIZES = (2, 3)                                          # (a single row makes s
 
 @dataclass(frozen=True)
 class Footprint:
-    """One update of one network. `rows`: (fixed, per image, gradients) bytes alive at each event, weights aside."""
+    """One update of one network. `rows`: (fixed, per image, gradients) bytes alive at each event, weights aside, where
+    gradients are those of the network's parameters."""
 
     rows: tuple
     flops: float                                         # of one image
     parameters: int
 
     def peak(self, micro_batch, gradients=True):
-        """Most bytes alive at once; `gradients`: with those of the network's parameters."""
+        """Most bytes alive at once with `micro_batch` images; `gradients`: with those of the network's parameters."""
         return max(fixed + each * micro_batch + own * gradients for fixed, each, own in self.rows)
 
 
@@ -39,7 +40,8 @@ def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
     """The Footprint of update `name` ("fake_score" or "generator").
 
     `unets`: {"generator", "fake_score", "teacher"} in `dtype`, prepared as they will run, on the meta device (or
-    another, for comparisons); latent_shape: (C, H, W), text_shape: (L, D).
+    another, for comparisons); latent_shape: (C, H, W), text_shape: (L, D). Raises RuntimeError if the update does not
+    make the same tensors at every micro-batch.
     """
     runs = [_run(name, unets, objective, latent_shape, text_shape, dtype, m) for m in _SIZES]
     small, large = (timeline for timeline, _ in runs)
@@ -57,9 +59,9 @@ def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
 def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
     """FLOPs of one training image, one update of each network, from one pass of a UNet on the meta device.
 
-    `kappas`: (kappa1, ..., kappa4); `shared`: both updates take the same pass of the generator. The same number as that
-    of the two updates as a whole (`Footprint.flops`), in a fraction of the time. Memory layout and gradient
-    checkpointing do not matter here.
+    latent_shape: (C, H, W), text_shape: (L, D); `kappas`: (kappa1, ..., kappa4); `shared`: both updates take the same
+    pass of the generator. The same number as that of the two updates as a whole (`Footprint.flops`), in a fraction of
+    the time. Memory layout and gradient checkpointing do not matter here.
     """
     from sidfast.method.guidance import passes
 
@@ -120,13 +122,15 @@ class PlainEngine:
         self.module, self.unet, self.flat = self, unet, None
 
     def __call__(self, compute, *tensors):
+        """compute(unet, *tensors)."""
         return compute(self.unet, *tensors)
 
     def backward(self, loss):
+        """Gradients of a scalar."""
         loss.backward()
 
     def step(self):
-        pass
+        """Nothing: the optimizer's step is no part of an update's footprint."""
 
 
 class Ledger(TorchDispatchMode):

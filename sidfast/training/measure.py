@@ -49,7 +49,8 @@ class Measuring:
         """Measure a pipeline, called with `options`, and keep the result under `name` in evaluation.json.
 
         `step` None: not of this run's generator, so not in its curves. Unless `again`, a result that is there is taken.
-        Returns {"images", "step", metric..., "intervals": {metric: [low, high]}, "protocol": hash}.
+        Returns {"images", "step", metric..., "intervals": {metric: [low, high]}, "protocol": hash}. Raises UserError
+        (NonFiniteImage for a broken generator) for images that cannot be measured.
         """
         protocol, judge = self.protocol, self.protocol.judge.to(self.device)
         try:

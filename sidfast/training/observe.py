@@ -24,7 +24,8 @@ PEAKS = {"H200": (989.4, 494.7), "H100 PCIe": (756.4, 378.2), "H100 NVL": (835.5
 
 
 def peak_tflops(name, dtype, tf32=True):
-    """The peak dense TFLOP/s of a GPU by its name, or None where it is not in the table."""
+    """The peak dense TFLOP/s of a GPU by its name for products in `dtype`, or None where PEAKS does not tell: another
+    GPU, or fp32 without `tf32`."""
     for key, (half, single) in PEAKS.items():
         if all(word in name for word in key.split()):
             return half if dtype in (torch.bfloat16, torch.float16) else single if tf32 else None
@@ -40,6 +41,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase):
+        """The block is a phase of that name, for `read` and in traces."""
         with torch.profiler.record_function(phase):
             outer = self._open[-1] if self._open else None
             self._open.append(phase)
@@ -88,7 +90,8 @@ class Clock:
 class Observer:
     """Collects what metrics.jsonl tells of one process's work; `read` makes flat values of it at the log interval.
 
-    `flops`: of one training image, or None; `clock` times whatever the trainer passes through it.
+    `flops`: of one training image, or None; `batch_size`: the global one; `dtype`, `tf32`: of the arithmetic, for its
+    peak; `clock` times whatever the trainer passes through it.
     """
 
     def __init__(self, engines, text_encoder, device, dtype, batch_size, processes, flops=None, tf32=True):
@@ -101,7 +104,8 @@ class Observer:
             self._watch_step(label, engine)
 
     def read(self, steps, seconds):
-        """Values for one log line: `steps` steps in `seconds` of training alone. Every process may call it."""
+        """{key: value} for one log line (keys and units: docs/observability.md): `steps` steps in `seconds` of training
+        alone. Every process may call it."""
         rate = steps * self.batch_size / seconds
         values = {"images_per_s": rate}
         if self.flops:

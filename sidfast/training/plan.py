@@ -25,7 +25,7 @@ def parse_memory(text):
 
 
 def parse_throughput(text, flops):
-    """(images/s per GPU, how it is known) of "12 images/s" or "250 TFLOP/s". Raises UserError."""
+    """(images/s per GPU, how it is known) of "12 images/s" or "250 TFLOP/s", at `flops` an image. Raises UserError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(images/s|tflop/s|tflops)\s*", str(text), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise UserError(f"--throughput {text}: must be what one GPU does, such as '12 images/s' or '250 TFLOP/s'")

@@ -28,7 +28,7 @@ STAGES = (("0", 0, False), ("1", 1, False), ("2", 2, False), ("2, offload", 2, T
 
 @dataclass(frozen=True)
 class Shapes:
-    """The networks without weights, on the meta device."""
+    """The networks without weights, on the meta device; `text_length`: tokens of a prompt, L."""
 
     unet: torch.nn.Module
     vae: torch.nn.Module
@@ -44,7 +44,8 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run: what it needs of each GPU, in bytes."""
+    """One way to run: what it needs of each GPU (`bytes`, by part `parts`) and of the host per process (`host`), in
+    bytes."""
 
     label: str
     stage: int
@@ -66,7 +67,10 @@ class Option:
 
 
 def load_shapes(teacher):
-    """Shapes of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture's name."""
+    """Shapes of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture's name.
+
+    Raises UserError for anything else, and for configurations that cannot be read.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -116,7 +120,7 @@ class Planner:
 
     @property
     def flops(self):
-        """Of one training image, one update of each network, without recomputation by checkpointing."""
+        """FLOPs of one training image, one update of each network, without recomputation by checkpointing."""
         g = self.config.guidance
         text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
         return image_flops(self.shapes.unet, self.latent_shape, text, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
@@ -201,7 +205,7 @@ class Planner:
 
 
 def recommend(options, limit):
-    """The Option to take among those that need at most `limit` bytes, or None.
+    """The Option to take among those that need at most MARGIN of `limit` bytes, or None.
 
     Least sharding and no recomputation first, for both cost time; then the largest micro-batch up to 32, for beyond
     that a GPU gains little.

@@ -48,7 +48,7 @@ class Preview:
             self._measuring.measure("teacher", self._teacher_pipeline(), None, **teacher)
 
     def student(self, weights):
-        """A UNet with other weights ({name: fp32})."""
+        """A UNet of the teacher's architecture with the weights {name: fp32}."""
         return student_unet(self.teacher, weights, self.config.model.resolution)
 
     def sample(self, step, unet):
@@ -68,8 +68,8 @@ class Preview:
         write_report(self.run.out)
 
     def evaluate(self, name, unet, step, again=False):
-        """Measure a one-step generator and keep the numbers under `name`, and an export of the best; None if no
-        evaluation is wanted."""
+        """Measure a one-step generator and keep the numbers under `name`, and an export of the best. Returns what
+        `Measuring.measure` does, or None if no evaluation is wanted."""
         if self._measuring is None:
             return None
         pipe = self._pipeline(unet)

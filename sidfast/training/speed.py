@@ -31,7 +31,10 @@ class Speed:
         return asdict(self)
 
     def prepare(self, unet):
-        """Make a UNet (of diffusers) run as decided, in place."""
+        """Make a UNet (of diffusers) run as decided, in place, and return it.
+
+        Raises ValueError for one that the fused kernels do not cover (`fuse`), and what `compile_regions` raises.
+        """
         if self.fused:
             return fuse(pass_layout(unet) if self.packed else unet, self.attention, self.gradient_checkpointing)
         if self.gradient_checkpointing:
@@ -47,10 +50,11 @@ class Speed:
 
 
 def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, capturing=None):
-    """The Speed of a run. `section`: the configuration's; `rows`: of the largest pass; `stages`: ZeRO's, per engine;
-    `capturing`: what speaks against CUDA graphs besides, or None.
+    """The Speed of a run. `section`: the configuration's `speed`; latent_shape: (C, H, W); `rows`: of the largest pass;
+    `stages`: ZeRO's, per engine; `capturing`: what speaks against CUDA graphs besides, or None.
 
-    Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here.
+    Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here,
+    RuntimeError if no implementation of attention works.
     """
     notes, gpu, sharded = [], device.type == "cuda", 3 in stages
     kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
@@ -97,7 +101,10 @@ def _wanted(key, value, reason, notes):
 
 
 def compile_regions(unet):
-    """torch.compile for the blocks of a UNet one by one: the whole takes minutes and is no faster."""
+    """torch.compile for the blocks of a UNet one by one, in place: the whole takes minutes and is no faster.
+
+    Raises torch's RuntimeError where Python is none that it supports; errors of the compilation come in the first pass.
+    """
     for module in unet.modules():
         if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
             module.compile()

@@ -74,8 +74,8 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
 
     `checkpoint`: the folder to go on from, or None; `teacher`: from `load_teacher`, taken over; `memo`: a dictionary
     shared by runs one after the other, which keeps what they have in common (the teacher's evaluation); `profile`:
-    steps to trace. Returns the final evaluation on the first process, or None. Raises RunError if the run cannot go on
-    (Diverged), or its end could not be saved.
+    steps to trace. Returns the final evaluation on the first process, or None. Raises UserError for settings that are
+    impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
     dtype, latent_shape = compute_dtype(config.deepspeed), _latent_shape(teacher, config)
