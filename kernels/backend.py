@@ -4,17 +4,43 @@ They run on a GPU, and anywhere through Triton's interpreter (TRITON_INTERPRET=1
 Elsewhere the public functions evaluate their references.
 """
 
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 INTERPRETED = triton.knobs.runtime.interpret             # read once, as Triton does when it decorates a kernel
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def triton_runs_on(x):
-    """Whether the kernels take this tensor; float64, for example, is left to the references."""
-    return x.dtype in TYPES and (x.is_cuda or INTERPRETED)
+    """Whether the kernels take this tensor; float64, for example, is left to the references. On the meta device (see
+    `without_launches`) they do."""
+    return x.dtype in TYPES and (x.is_cuda or x.is_meta or INTERPRETED)
+
+
+@contextmanager
+def without_launches():
+    """Inside the block a kernel that gets tensors of the meta device is not launched: results have their shapes and
+    bytes, and no numbers. For plans of memory."""
+    original = KernelInterface.__getitem__
+
+    def launch(kernel, grid):
+        run = original(kernel, grid)
+
+        def unless_meta(*args, **options):
+            if not any(isinstance(v, torch.Tensor) and v.is_meta for v in (*args, *options.values())):
+                run(*args, **options)
+
+        return unless_meta
+
+    KernelInterface.__getitem__ = launch
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = original
 
 
 def widen(x):
@@ -39,7 +65,11 @@ def share(blocks, device, columns=1, density=16):
     `columns`: the programs side by side that each block of rows needs. The interpreter gets few programs, so that the
     loop over blocks is run through.
     """
-    wanted = 4 if INTERPRETED else density * torch.cuda.get_device_properties(device).multi_processor_count
+    if INTERPRETED:
+        wanted = 4
+    else:                                                # (an H100 stands for the meta device)
+        gpu = device.type == "cuda"
+        wanted = density * (torch.cuda.get_device_properties(device).multi_processor_count if gpu else 132)
     each = max(1, triton.cdiv(blocks * columns, wanted))
     return triton.cdiv(blocks, each), each
 

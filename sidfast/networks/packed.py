@@ -53,9 +53,9 @@ def pass_layout(unet):
 
 def packed_bytes(unet):
     """Bytes of what a UNet keeps besides its parameters."""
-    own = {p.data_ptr() for p in unet.parameters()}
+    own = {p.untyped_storage()._cdata for p in unet.parameters()}
     return sum(t.nbytes for m in unet.modules() if isinstance(m, Packed) for t in m.kept or ()
-               if t.data_ptr() not in own)
+               if t.untyped_storage()._cdata not in own)
 
 
 def channels_last(weight):

@@ -8,9 +8,8 @@ import torch
 
 from sidfast.errors import UserError
 from sidfast.method.synthetic import SOURCES
-from sidfast.networks.packed import packed_bytes
 from sidfast.training.engines import ENGINES, compute_dtype, zero_stages
-from sidfast.training.planner import GIB, MARGIN, Planner, Shapes, load_shapes
+from sidfast.training.planner import CONTEXT, GIB, Planner, Shapes, load_shapes
 from sidfast.training.speed import decide_speed
 
 _LARGEST = 32                                            # beyond that a GPU gains little
@@ -32,12 +31,12 @@ def with_micro_batch(config, teacher, processes, device):
         raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of the number of processes "
                         f"({processes}){factor}")
     sizes = [m for m in range(1, min(share, _LARGEST) + 1) if share % (m * train.fake_score_factor) == 0]
-    limit = MARGIN * _memory(device)
+    limit = _memory(device) - (CONTEXT if device.type == "cuda" else 0)
     needed = _needed(config, teacher, sizes, processes, device)
     chosen = _agreed(max((m for m in sizes if needed[m] <= limit), default=0))
     if not chosen:
         raise UserError(f"train.micro_batch: not even {sizes[0]} fits: it needs {needed[sizes[0]] / GIB:.3g} GiB of "
-                        f"{limit / GIB:.3g} ({MARGIN:.0%} of the memory); `sidfast plan` shows what would fit")
+                        f"{limit / GIB:.3g}; `sidfast plan` shows what would fit")
     return config.model_copy(update={"train": train.model_copy(update={"micro_batch": chosen})})
 
 
@@ -46,7 +45,7 @@ def _needed(config, teacher, sizes, processes, device):
     shapes = Shapes(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
                     teacher.prediction_type)
     side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
-    dtype, packed = compute_dtype(config.deepspeed), []
+    dtype = compute_dtype(config.deepspeed)
     teacher.unet.to(device)                              # where training wants it too
     speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side), 2 * sizes[-1],
                          zero_stages(config), dtype, device)
@@ -55,7 +54,6 @@ def _needed(config, teacher, sizes, processes, device):
     def prepare(checkpointing):
         unet = speed.prepare(copy.deepcopy(teacher.unet).to(device, dtype))
         speed.repack(unet)
-        packed.append(packed_bytes(unet))
         return unet
 
     planner = Planner(config, shapes, prepare=prepare)
@@ -68,10 +66,10 @@ def _needed(config, teacher, sizes, processes, device):
     P = sum(p.numel() for p in teacher.unet.parameters())
     network = P * torch.empty((), dtype=dtype).element_size()
     copies = 1 if SOURCES[config.synthetic.source].copy else 0
-    beside = sum(packed) + copies * (network + max(packed, default=0))
-    return {m: beside + max(
+    needed = {m: max(
         planner.option(*planner.configured(name), m, config.speed.gradient_checkpointing, processes).bytes
         for name in ENGINES) for m in sizes}
+    return {m: n + copies * (network + max(planner.packed)) for m, n in needed.items()}
 
 
 def _memory(device):

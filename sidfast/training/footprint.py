@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from sidfast.kernels.backend import without_launches
 from sidfast.method.distill import Batch, Networks, fake_score_update, generator_update
 
 UPDATES = {"fake_score": fake_score_update, "generator": generator_update}
@@ -107,7 +108,7 @@ def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
         unet.requires_grad_(role != "teacher")
         unet.zero_grad(set_to_none=True)
     ledger = Ledger()
-    with gpu_attention(), ledger:
+    with gpu_attention(), without_launches(), ledger:
         update([batch])
     grads = [p.grad for p in unets[name].parameters() if p.grad is not None]
     timeline = ledger.timeline(grads)

@@ -1,7 +1,7 @@
 """How a plan is written down."""
 
 from sidfast.training.memory import Zero, sent_per_step
-from sidfast.training.planner import GIB, MARGIN, STAGES, recommend
+from sidfast.training.planner import GIB, STAGES, recommend
 
 _ASSUMED = (100, 200, 400)                               # TFLOP/s: what is shown where nothing was measured
 
@@ -30,11 +30,10 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
     for title, option in (("as configured", current), ("recommended", best)):
         if option:
             lines += _parts(title, option)
-    if config.speed.fused or config.speed.cuda_graphs or config.speed.compile:
-        lines.append("these are bytes of the networks as plain PyTorch runs them; fused kernels keep fewer activations "
-                     "and copies of weights, CUDA graphs have pools of their own")
+    lines.append(f"counted as {'the fused kernels run' if planner.fused else 'plain PyTorch runs'} the networks"
+                 f"{'; torch.compile makes that less' if config.speed.compile else ''}")
     if limit:
-        lines.append(f"fits {limit / GIB:g} GiB ({MARGIN:.0%} of it; the rest is for CUDA and fragments): "
+        lines.append(f"fits {limit / GIB:g} GiB, with what CUDA itself takes: "
                      + (best.settings() if best else "nothing does; more GPUs, or a smaller resolution"))
     text, hours = _time(planner, gpus, rate, best or current, bandwidth)
     return "\n".join([*lines, "", *text, ""]), hours

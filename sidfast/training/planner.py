@@ -11,15 +11,19 @@ from pathlib import Path
 import torch
 
 from sidfast.errors import UserError
+from sidfast.kernels.backend import without_launches
 from sidfast.method.distill import Objective
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.fused import cannot_fuse, fuse
 from sidfast.networks.loading import check_teacher, find_teacher
+from sidfast.networks.packed import packed_bytes, pass_layout, repack
 from sidfast.training import memory
 from sidfast.training.engines import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.training.footprint import UPDATES, image_flops, measure_update
 
 GIB = 2**30
-MARGIN = 0.9                                             # of a GPU's memory: the rest is CUDA's, and fragments
+SLACK = 0.1                                              # of all that is counted: fragments, libraries' workspaces
+CONTEXT = 0.6 * GIB                                      # of a GPU's memory that CUDA itself takes
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # (label, stage, offload)
 STAGES = (("0", 0, False), ("1", 1, False), ("2", 2, False), ("2, offload", 2, True), ("3", 3, False),
@@ -109,14 +113,14 @@ class Planner:
     """Measures a configuration's updates once, then answers for any stage, micro-batch and number of GPUs."""
 
     def __init__(self, config, shapes, note=lambda text: None, prepare=None):
-        """`prepare(checkpointing)`: a network as it will run, on the device on which to measure; plain PyTorch's, on
-        the meta device, unless given."""
-        self.config, self.shapes, self.note, self._prepare = config, shapes, note, prepare or self._plain
+        """`prepare(checkpointing)`: a network as it will run, on the device on which to measure; as a GPU would run it,
+        on the meta device, unless given."""
+        self.config, self.shapes, self.note, self._prepare = config, shapes, note, prepare or self._on_a_gpu
         factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
         side = config.model.resolution // factor if config.model.resolution else shapes.unet.config.sample_size
         self.latent_shape = (shapes.unet.config.in_channels, side, side)
         self.dtype = compute_dtype(config.deepspeed)
-        self._footprints = {}
+        self._footprints, self.packed = {}, ()
 
     @property
     def flops(self):
@@ -162,6 +166,8 @@ class Planner:
         steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
         parts["update"] = passes + steps if self._graphed(zeros.values()) else max(passes, steps)
+        parts["packed weights"] = sum(self.packed)
+        parts["fragments and workspaces"] = SLACK * sum(parts.values())
         host = sum(memory.on_host(zero, P) for zero in zeros.values()) + 4 * P * ema.share(1) * ema.offload
         return Option(label, stage, offload, micro_batch, checkpointing, sum(parts.values()), parts, host,
                       batch // (micro_batch * gpus))
@@ -189,14 +195,25 @@ class Planner:
         zero["offload_optimizer"] = {"device": "cpu"} if offload else {"device": "none"}
         return memory.Zero.of(section | {"zero_optimization": zero}, gpus, getattr(self.config.optimizer, name))
 
-    def _plain(self, checkpointing):
+    @property
+    def fused(self):
+        """Whether a GPU would run the networks on the fused kernels, as configured."""
+        speed = self.config.speed
+        return bool(speed.fused) and not speed.compile and cannot_fuse(self.shapes.unet) is None
+
+    def _on_a_gpu(self, checkpointing):
         unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
-        if checkpointing:
+        if self.fused:
+            unet = fuse(pass_layout(unet), "flash", checkpointing)
+            with without_launches():
+                repack(unet)
+        elif checkpointing:
             unet.train().enable_gradient_checkpointing()
         return unet
 
     def _measure(self, checkpointing):
         unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
+        self.packed = [packed_bytes(unet) for unet in unets.values()]
         g, device = self.config.guidance, unets["teacher"].device
         objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(device), self.shapes.prediction_type,
                               g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
@@ -205,12 +222,12 @@ class Planner:
 
 
 def recommend(options, limit):
-    """The Option to take among those that need at most MARGIN of `limit` bytes, or None.
+    """The Option to take among those that fit into a GPU of `limit` bytes beside what CUDA takes, or None.
 
     Least sharding and no recomputation first, for both cost time; then the largest micro-batch up to 32, for beyond
     that a GPU gains little.
     """
-    fitting = [o for o in options if o.bytes <= limit * MARGIN and o.micro_batch <= 32]
+    fitting = [o for o in options if o.bytes <= limit - CONTEXT and o.micro_batch <= 32]
     order = [s[0] for s in STAGES if s[0] != "0"] + ["0"]                        # stage 1 costs nothing over stage 0
     best = sorted(fitting, key=lambda o: (o.offload, o.checkpointing and o.micro_batch < 4, order.index(o.label),
                                           o.checkpointing, -o.micro_batch))
