@@ -11,7 +11,8 @@ train: $(READY)
 	$(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -1,11 +1,15 @@
 """Shared fixtures: a tiny teacher, a configuration for it, and training in processes of their own."""
 
+import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                 # before Triton is imported: kernels run in its interpreter
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
+
+
+SLOWEST = ("zero", "faults", "studies", "plan", "synthetic", "resume", "evaluate", "fused", "fused_decoder", "fit",
+           "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no long one is begun last while the other processes have nothing left."""
+    order = {f"test_{name}.py": k for k, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +109,71 @@ def start_training(config, out, port, *args):
                             text=True)
 
 
-def run_jobs(jobs, folder, processes, port, gpu=False, script="tests/jobs.py"):
-    """Run a list of training jobs (see tests/jobs.py), or what another script makes of them, under the
-    launcher."""
+@functools.cache
+def forks():
+    """The process of tests/forks.py, which ends with this one; and a folder for what its processes say."""
+    process = subprocess.Popen([sys.executable, "tests/forks.py"], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, env=environment(0) | {"DS_ACCELERATOR": "cpu"})
+    return process, Path(process.stdout.readline().rstrip())
+
+
+class Forked:
+    """What tests use of a `subprocess.Popen`, of a command that is forked: "train", "cli", or the path of a script."""
+
+    def __init__(self, program, arguments, port, **more):
+        server, folder = forks()
+        self._said = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("output", "errors")]
+        output, errors = map(str, self._said)
+        server.stdin.write(json.dumps({"program": program, "arguments": [str(a) for a in arguments], "output": output,
+                                       "errors": errors, "environment": environment(port) | more}) + "\n")
+        server.stdin.flush()
+        self.pid, self.returncode = int(server.stdout.readline()), None
+        self._code = Path(f"{errors}.code")
+
+    @property
+    def stderr(self):
+        return self._said[1].open()
+
+    def poll(self):
+        if self.returncode is None and self._code.exists():
+            self.returncode = int(self._code.read_text())
+        return self.returncode
+
+    def wait(self, timeout=1800):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+    def communicate(self, timeout=1800):
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self._said)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_training(config, out, port, *args):
+    """The same as `start_training`, without the seconds that it takes to load PyTorch and DeepSpeed."""
+    return Forked("train", ["--config", config, "--out", out, *args], port)
+
+
+def run_jobs(jobs, folder, processes, port, gpu=False, script="tests/jobs.py", launcher=False):
+    """Run a list of training jobs (see tests/jobs.py), or what another script makes of them: under DeepSpeed's
+    launcher, or as a process of its own where one on the CPU is enough."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"jobs-{port}.json"
     file.write_text(json.dumps(jobs))
+    if processes == 1 and not gpu and not launcher:
+        done = Forked(script, [file], port)
+        assert done.wait() == 0, done.stderr.read()[-3000:]
+        return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
                "--master_port", str(port), script, str(file)]

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment
+from conftest import ROOT, Forked
 from helpers_evaluate import ASSETS, shapes_judge
 from PIL import Image
 from random_judges import write_inception
@@ -172,11 +170,11 @@ def test_fid_equals_the_formula(stored, result):
 def test_two_processes_agree_with_one(stored, result):
     """Each takes its share of the blocks; a cache of their own, so the reference is shared out too."""
     out = stored / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29871", "-m",
-               "sidfast.cli", *arguments(options(stored, metrics=ALL, cache=stored / "cache2"), out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(29871) | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = arguments(options(stored, metrics=ALL, cache=stored / "cache2"), out)
+    both = [Forked("cli", command, 29871, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1") for rank in range(2)]                # as torchrun does
+    for process in both:
+        assert process.wait(300) == 0, process.stderr.read()[-3000:]
     two = json.loads(out.read_text())
     assert two["processes"] == 2
     for name, value in result["metrics"].items():

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, environment, losses, run_jobs
+from conftest import ROOT, Forked, environment, losses, run_jobs
 
 from sidfast.errors import RunError, UserError
 from sidfast.publishing import export
@@ -285,10 +285,11 @@ def test_second_job_waits_then_says_who_is_there(tmp_path):
 # ---- all of it together
 
 def run_chaos(*args):
-    done = subprocess.run([sys.executable, "tests/chaos.py", *args], cwd=ROOT, capture_output=True, text=True,
-                          timeout=3000, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    done = Forked("tests/chaos.py", args, 0)
+    code = done.wait(3000)
+    text, errors = done.communicate()
+    assert code == 0, text[-3000:] + errors[-3000:]
+    return text
 
 
 def test_a_little_chaos():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import free_port, losses, start_training
+from conftest import fork_training, free_port, losses
 
 from sidfast.config import build_config
 from sidfast.errors import UserError
@@ -69,7 +69,7 @@ def test_a_run(write_config, tmp_path):
     port = free_port()
     for name, size in (("auto", "auto"), ("given", 4)):
         config = write_config(f"{name}.json", **{"train.micro_batch": size, "train.steps": 2})
-        done = start_training(config, tmp_path / name, port)
+        done = fork_training(config, tmp_path / name, port)
         assert done.wait() == 0, done.stderr.read()
     kept = json.loads((tmp_path / "auto" / "config.json").read_text())
     assert kept["config"]["train"]["micro_batch"] == 4

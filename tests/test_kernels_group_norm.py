@@ -15,8 +15,9 @@ CASES = {                                                # x, channels of `other
     "odd, image": ((2, 9, 15, 21), 0, 7),
     "odd, seam in a group": ((2, 135, 40), 26, 6),
     "one group": ((2, 70, 33), 1, 1),
-    "sd": ((1, 8, 8, 320), 0, 32),
-    "sd, skip": ((1, 4, 4, 320), 160, 32),
+    "sd": ((1, 8, 8, 160), 0, 16),                       # groups as large as those of Stable Diffusion, half as many
+    "sd, skip": ((1, 4, 4, 160), 80, 16),
+    "even": ((1, 4, 4, 128), 0, 16),                     # whole blocks
 }
 ALL = [(case, torch.float32) for case in CASES] + [
     (case, dtype) for case in ("odd, seam in a group", "sd, skip") for dtype in DTYPES[1:]]

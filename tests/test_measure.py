@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start_training
+from conftest import ROOT, fork_training
 from PIL import Image
 
 from sidfast import cli, train
@@ -60,7 +60,7 @@ def test_a_run_measures_and_keeps_the_best(config, tmp_path, place):
     """One real run: numbers in metrics.jsonl, TensorBoard, evaluation.json, report; equal to the command's."""
     out = tmp_path / "run"
     path = config(metrics="fid,clip,kid")
-    process = start_training(path, out, 30111, "--set", "train.steps=4", "--set", "train.save_every=4")
+    process = fork_training(path, out, 30111, "--set", "train.steps=4", "--set", "train.save_every=4")
     try:
         _, errors = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:

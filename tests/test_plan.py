@@ -24,7 +24,7 @@ from sidfast.training import footprint, memory
 from sidfast.training.engines import build_engine, engine_config
 from sidfast.training.plan import measured_throughput, parse_memory, parse_throughput
 from sidfast.training.plan_text import scaling_table
-from sidfast.training.planner import GIB, Option, load_shapes, recommend
+from sidfast.training.planner import GIB, Option, Planner, load_shapes, recommend
 
 SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
 LATENT, TEXT = (4, 8, 8), (32, 128)
@@ -210,7 +210,24 @@ def test_recommendation():
     assert recommend(options, 6 * GIB) is options[4] and recommend(options, 5 * GIB) is None
 
 
-def test_the_recommended_settings_are_valid(capsys, write_config, tmp_path):
+@pytest.fixture(scope="module")
+def measured_once():
+    """The same updates are counted once for all tests of this file that plan whole runs."""
+    known, measure = {}, Planner._measure
+
+    def measured(self, checkpointing):
+        key = (checkpointing, self.dtype, self.latent_shape, self.shapes.text_length, self.shapes.prediction_type,
+               self.shapes.unet.to_json_string(), self.config.guidance.model_dump_json(), self.config.loss.alpha)
+        if key not in known:
+            known[key] = measure(self, checkpointing)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Planner, "_measure", measured)
+        yield
+
+
+def test_the_recommended_settings_are_valid(capsys, write_config, tmp_path, measured_once):
     config = write_config()
     args = ["--memory", "24G", "--throughput", "10 images/s", "--gpus", "2", "--bandwidth", "1"]
     assert cli.main(["plan", "--config", str(config), *args]) == 0
@@ -222,7 +239,7 @@ def test_the_recommended_settings_are_valid(capsys, write_config, tmp_path):
     assert found.train.micro_batch == 2 and found.deepspeed["zero_optimization"]["stage"] == 1
 
 
-def test_a_study(capsys, write_config, tmp_path):
+def test_a_study(capsys, write_config, tmp_path, measured_once):
     """Each of its runs, and all together; runs of one kind are counted once."""
     study = tmp_path / "study.json"
     study.write_text(json.dumps({
@@ -238,7 +255,7 @@ def test_a_study(capsys, write_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_speed_is_invented(capsys, write_config):
+def test_no_speed_is_invented(capsys, write_config, measured_once):
     assert cli.main(["plan", "--config", str(write_config())]) == 0
     assert "ASSUMED" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, losses, start_training
+from conftest import ROOT, environment, fork_training, losses, start_training
 
 from sidfast.errors import UserError
 from sidfast.training.checkpoint import choose_checkpoint, read_tensors
@@ -51,7 +51,7 @@ def config(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """A run that was never interrupted."""
+    """A run that was never interrupted, started as a user does; the others are forked."""
     out = tmp_path_factory.mktemp("whole") / "run"
     finish(start_training(config, out, 29721))
     return out
@@ -70,12 +70,12 @@ def killed(config, tmp_path_factory):
         return any(checkpoints.glob(".partial-*/*")) if checkpoints.exists() else False
 
     for moment in (lambda: lines() >= 2, saving, lambda: (checkpoints / "step-00000016").exists()):
-        process = start_training(config, out, 29722)
+        process = fork_training(config, out, 29722)
         wait_for(moment, process)
         if moment is not saving:
             time.sleep(chance.random() * 0.5)
         kill(process)
-    finish(start_training(config, out, 29722))
+    finish(fork_training(config, out, 29722))
     return out
 
 
@@ -107,7 +107,7 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(config, whole, tmp_pa
     shutil.copytree(whole, run)
     file = next((run / "checkpoints" / "step-00000024").glob("generator.ema-*"))
     file.write_bytes(file.read_bytes()[:-1000])
-    errors = finish(start_training(config, run, 29723))
+    errors = finish(fork_training(config, run, 29723))
     assert f"{file.name} has " in errors and "falling back" in errors
     assert "resuming from" in errors and "step-00000020" in errors
     assert losses(run) == losses(whole)
@@ -148,8 +148,8 @@ def test_no_pickle_anywhere(whole):
 def test_average_equals_its_definition(config, tmp_path):
     """The average of method.md, section 8, recomputed from the weights of every step."""
     run = tmp_path / "run"
-    finish(start_training(config, run, 29724, "--set", "train.steps=4", "--set", "train.save_every=1", "--set",
-                          "train.keep=9", "--set", "train.samples=0", "--set", "ema.half_life=9"))
+    finish(fork_training(config, run, 29724, "--set", "train.steps=4", "--set", "train.save_every=1", "--set",
+                         "train.keep=9", "--set", "train.samples=0", "--set", "ema.half_life=9"))
     from sidfast.networks.loading import load_teacher
 
     folder = json.loads(config.read_text())["model"]["teacher"]

@@ -3,13 +3,11 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, Forked
 from scipy import stats
 
 from sidfast import cli
@@ -247,7 +245,7 @@ def smoke(tiny_config, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("study")
     base = json.loads(json.dumps(tiny_config))
-    base["model"]["teacher"] = str(write_tiny_teacher(folder / "teacher", levels=4))
+    base["model"]["teacher"] = str(write_tiny_teacher(folder / "teacher", levels=5, side=4))
     base["train"] |= {"save_every": 2, "log_every": 2, "sample_every": 1000}
     (folder / "base.json").write_text(json.dumps(base))
     path = folder / "smoke.json"
@@ -259,9 +257,7 @@ def smoke(tiny_config, tmp_path_factory):
 
 
 def start(path, out, *args):
-    command = [sys.executable, "-m", "sidfast.cli", "ablate", str(path), "--out", str(out), *args]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(29821), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    return Forked("cli", ["ablate", path, "--out", out, *args], 29821)
 
 
 def finish(process, code=0, timeout=500):

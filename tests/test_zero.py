@@ -37,19 +37,19 @@ def runs(tiny_config, tmp_path_factory):
                                deepspeed__bf16={"enabled": True}), "out": str(folder / f"bf16-{stage}")}
             for stage in STAGES]
     others = [{"config": changed(tiny_config, train__micro_batch=4), "out": str(folder / "one-pass")},
-              {"config": changed(tiny_config, train__fake_score_factor=2), "out": str(folder / "wide-0")},
-              {"config": changed(tiny_config, train__steps=10), "out": str(folder / "short")}]
-    sharded = {"config": changed(tiny_config, train__fake_score_factor=2,
+              {"config": changed(tiny_config, train__fake_score_factor=2), "out": str(folder / "wide-0")}]
+    sharded = {"config": changed(tiny_config, train__fake_score_factor=2, train__steps=5,
                                  deepspeed__zero_optimization={"stage": 3}), "out": str(folder / "wide-3")}
     one_step = [{"config": changed(tiny_config, train__steps=1, deepspeed__zero_optimization={"stage": stage}),
                  "out": str(folder / f"one-step-{stage}")} for stage in STAGES]
-    run_jobs([*stages(tiny_config, folder, 1), *bf16, *others, *one_step, sharded], folder, 1, 29711)
+    run_jobs([*stages(tiny_config, folder, 1), *bf16, *others, *one_step, sharded], folder, 1, 29711, launcher=True)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pairs(tiny_config, runs):
     """The same folder, with the runs on two processes; one goes on from ten steps on one process, in another stage."""
+    run_jobs([{"config": changed(tiny_config, train__steps=10), "out": str(runs / "short")}], runs, 1, 29713)
     resumed = {"config": changed(tiny_config, deepspeed__zero_optimization={"stage": 3}), "out": str(runs / "resumed"),
                "resume": str(runs / "short" / "checkpoints" / "step-00000010")}
     run_jobs([*stages(tiny_config, runs, 2), resumed], runs, 2, 29712)
@@ -116,7 +116,8 @@ def test_same_curve_on_two_processes(pairs, stage):
 @pytest.mark.parametrize("name", ["one-pass", "wide-0", "wide-3"])
 def test_accumulation_equals_one_pass(runs, name):
     """Of both updates, or of the fake score's alone."""
-    assert_same_curve(losses(runs / name), losses(runs / "stage-0-of-1"), 1e-4)
+    want = losses(runs / "stage-0-of-1")
+    assert_same_curve(losses(runs / name), want[:5] if name == "wide-3" else want, 1e-4)
 
 
 @pytest.mark.slow
@@ -127,7 +128,7 @@ def test_resume_with_other_stage_and_process_count(pairs):
 @pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)
 def test_bf16_stays_near_fp32(runs, stage):
     """Networks in bf16: the first steps agree to bf16's accuracy, and masters and average are kept in fp32."""
-    for (_, *a), (_, *b) in zip(losses(runs / f"bf16-{stage}"), losses(runs / "short")[:3], strict=True):
+    for (_, *a), (_, *b) in zip(losses(runs / f"bf16-{stage}"), losses(runs / "stage-0-of-1")[:3], strict=True):
         assert a[0] == pytest.approx(b[0], rel=0.02)
     average = read_tensors(runs / f"bf16-{stage}" / "checkpoints" / "step-00000003", "generator", "ema")
     rounded = [v for v in average.values() if not torch.equal(v, v.bfloat16().float())]

@@ -7,8 +7,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sidfast.teacher.tokenizer import build_tokenizer
 
 
-def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2):
-    """Write a randomly initialised Stable Diffusion to `folder`, of 16 x 16 images, or 64 x 64 with 4 levels."""
+def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2, side=8):
+    """Write a randomly initialised Stable Diffusion to `folder`: latents of side x side, twice as large by each level
+    of the VAE but the first."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     text = CLIPTextModel(CLIPTextConfig(
@@ -17,9 +18,9 @@ def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * levels,
                         up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(8,) * levels,
-                        norm_num_groups=4, sample_size=8 * 2 ** (levels - 1), mid_block_add_attention=False)
+                        norm_num_groups=4, sample_size=side * 2 ** (levels - 1), mid_block_add_attention=False)
     unet = UNet2DConditionModel(
-        sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        sample_size=side, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         block_out_channels=(16,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)

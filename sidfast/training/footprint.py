@@ -6,9 +6,11 @@ update runs at two micro-batches: the events are the same ones, so at event i th
 known for every m.
 """
 
+import json
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -66,8 +68,18 @@ def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
     """
     from sidfast.method.guidance import passes
 
+    forward, frozen, trained = _pass_flops(type(unet), unet.to_json_string(), tuple(latent_shape), tuple(text_shape))
+    both = passes(kappas[:1])
+    denoisers = passes(kappas[1:3]) + passes(kappas[3:])
+    return forward * (2 - shared + both + denoisers) + trained * (1 + both) + frozen * denoisers
+
+
+@lru_cache
+def _pass_flops(kind, config, latent_shape, text_shape):
+    """FLOPs of a pass for one image, of its backward pass when frozen, and of that when trained. `kind`: the UNet's
+    class, `config`: its configuration as JSON. Counted once for all runs of a process (those of a study)."""
     with torch.device("meta"):
-        unet = type(unet).from_config(unet.config).requires_grad_(False)
+        unet = kind.from_config(json.loads(config)).requires_grad_(False)
     x = torch.zeros(1, *latent_shape, device="meta", requires_grad=True)
     inputs = torch.zeros(1, device="meta"), torch.zeros(1, *text_shape, device="meta")
     forward, frozen, trained = Ledger(), Ledger(), Ledger()
@@ -80,9 +92,7 @@ def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
         y = unet(x.detach(), *inputs, return_dict=False)[0]
         with trained:
             y.sum().backward()
-    both = passes(kappas[:1])
-    denoisers = passes(kappas[1:3]) + passes(kappas[3:])
-    return (forward.flops * (2 - shared + both + denoisers) + trained.flops * (1 + both) + frozen.flops * denoisers)
+    return forward.flops, frozen.flops, trained.flops
 
 
 def count_flops(config, teacher, latent_shape):
