@@ -6,9 +6,11 @@ PYTHON ?= python3
 CONFIG ?= configs/ddpm.json
 VENV := .venv
 READY := $(VENV)/.ready
+# Where PyTorch sees no GPU, this keeps DeepSpeed from looking for one and warning; asked once the installation is there.
+ACCELERATOR = $(shell $(VENV)/bin/python -c "import torch; torch.cuda.is_available() or print('DS_ACCELERATOR=cpu')")
 
 train: $(READY)
-	$(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
+	$(ACCELERATOR) $(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile \

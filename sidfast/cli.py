@@ -7,8 +7,9 @@ from pathlib import Path
 from sidfast.errors import Parser, UserError, check_paths, one_line
 from sidfast.quiet import quieten
 
-_PATHS = ("config", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
+_PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
+_CALLED = {"study": "STUDY.json", "folder": "--run"}
 
 
 def main(argv=None):
@@ -17,7 +18,8 @@ def main(argv=None):
     quieten()
     args = _parser().parse_args(argv)
     try:
-        check_paths({f"--{name}": getattr(args, name) for name in _PATHS if getattr(args, name, None)})
+        check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
+                     for name in _PATHS if getattr(args, name, None) is not None})
         if getattr(args, "out", None) is not None and not Path(args.out).name:
             raise UserError(f"--out {args.out or repr('')}: must name a file or folder")
         return args.run(args) or 0
@@ -159,6 +161,8 @@ def _teacher(args):
     from sidfast.teacher.build import build_teacher
     from sidfast.teacher.train import Recipe
 
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     recipe = replace(Recipe(), seed=args.seed)
     if args.steps is not None:
         if args.steps < 1:

@@ -23,6 +23,12 @@ _INSTEAD = {"train_batch_size": "train.batch_size", "train_micro_batch_size_per_
             "scheduler": "optimizer.generator.warmup"}
 _DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "gradient_clipping", "communication_data_type",
                    "activation_checkpointing", "prescale_gradients", "zero_allow_untested_optimizer")
+# Types that DeepSpeed does not look at, or turns into others: "yes" is true to it, and stage "3" is 3.
+_TRUTH = ((bool,), "true or false")
+_DEEPSPEED_TYPES = {"bf16.enabled": _TRUTH, "fp16.enabled": _TRUTH, "prescale_gradients": _TRUTH,
+                    "zero_allow_untested_optimizer": _TRUTH, "gradient_clipping": ((int, float), "a number"),
+                    "zero_optimization.stage": ((int,), "0, 1, 2 or 3")}
+_NO_SECTION = ("model_type", "dict_type")                # pydantic's names of that fault
 
 
 class Model(Section):
@@ -227,6 +233,12 @@ def _check_deepspeed(section, name):
     for key in ("bf16", "fp16", "zero_optimization"):
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
+    for place, (kinds, words) in _DEEPSPEED_TYPES.items():
+        value, keys = section, place.split(".")
+        while keys and keys[0] in value:
+            value = value[keys.pop(0)]
+        if not keys and type(value) not in kinds:        # (True is an int to isinstance)
+            raise ValueError(f"{name}.{place}: must be {words}, not {value!r}")
 
 
 def load_config(path, overrides=()):
@@ -262,7 +274,7 @@ def build_config(values, source):
     except RecursionError:
         raise UserError(f"{source}: sections are nested too deep") from None
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error.errors()[0])}") from None
+        raise UserError(f"{source}: {explain(error)}") from None
 
 
 def _override(values, text):
@@ -286,8 +298,10 @@ def set_key(values, key, value, source):
     values[last] = value
 
 
-def explain(error, of=Config):
-    """One line out of one of pydantic's errors about a Section."""
+def explain(validation, of=Config):
+    """One line out of pydantic's ValidationError about a Section: its first fault, or a section that is none."""
+    errors = validation.errors()
+    error = next((e for e in errors if e["type"] in _NO_SECTION), errors[0])
     key = ".".join(str(part) for part in _place(error["loc"], of))
     if error["type"] == "extra_forbidden":
         near = _nearest(error["loc"], of)
@@ -296,6 +310,8 @@ def explain(error, of=Config):
         return f"{key} is missing"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] in _NO_SECTION:
+        return f"{key}: must be a section, not {_short(error['input'])}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: {message}, not {_short(error['input'])}"
 

@@ -49,8 +49,11 @@ def one_line(error, limit=1000):
 
 
 def check_paths(names):
-    """Raise UserError for names {option: text or None} that no file system takes: too long, or a null character."""
+    """Raise UserError for names {option: text or None} that are empty, or that no file system takes: too long, or with
+    a null character."""
     for option, name in names.items():
+        if name == "":
+            raise UserError(f"{option} '': is empty")
         try:
             os.stat(name or ".")
         except (OSError, ValueError) as error:           # (ValueError: a null character, or half a surrogate pair)

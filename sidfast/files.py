@@ -1,6 +1,10 @@
 """Files that are whole or absent, also after a power cut."""
 
 import os
+import tempfile
+from pathlib import Path
+
+from sidfast.errors import UserError, check_paths
 
 
 def write_atomically(path, text):
@@ -26,3 +30,22 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_folder(path, option="--out"):
+    """Raise UserError unless a folder is there and takes files, or can be made; nothing is left behind."""
+    path, what = Path(path), f"{option} {path}"
+    place = next((p for p in (path, *path.parents) if os.path.lexists(p)), Path())       # (the nearest that is there)
+    if not os.path.isdir(place):
+        raise UserError(f"{what}: is a file; a folder is needed" if path.is_file() else f"{what}: {place} is no folder")
+    for name in path.parts[len(place.parts):]:
+        check_paths({option: place / name})
+    check_writable(place, what)
+
+
+def check_writable(folder, what):
+    """Raise UserError, which begins with `what`, unless a folder takes files: tried with one that has no name."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()       # (os.access says that root may write to /proc)
+    except OSError as error:
+        raise UserError(f"{what}: nothing can be written to {folder} ({error.strerror})") from None

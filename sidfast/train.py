@@ -76,14 +76,16 @@ def run(args):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import comm
 
+    from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
     from sidfast.training.checkpoint import check_fits, choose_checkpoint
-    from sidfast.training.engines import compute_dtype, engine_config
+    from sidfast.training.engines import compute_dtype, engine_config, zero_stages
     from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
     from sidfast.training.measure import check_measures
     from sidfast.training.probe import probe_engines
     from sidfast.training.run import open_run
+    from sidfast.training.speed import check_speed
     from sidfast.training.trainer import train
 
     engine_config(config, "generator", processes)
@@ -91,6 +93,8 @@ def run(args):
     open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher)
     check_teacher_fits(config, teacher, args.config)
+    check_speed(config.speed, teacher, zero_stages(config),
+                torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
     if first:
         check_measures(config, teacher)
     claim(out, first, warn=_tell)

@@ -5,9 +5,17 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from sidfast import cli, train
+from sidfast import cli, files, train
+from sidfast.config import load_config
+from sidfast.evaluation.attributes import AttributeChecker
+from sidfast.teacher import build
+from sidfast.training import run as run_module
+from sidfast.training import speed
+from sidfast.training.run import RunDirectory, open_run
 
 
 def fails(capsys, main, *args):
@@ -51,6 +59,10 @@ def edit(name, **values):
     ("noise.t_init=5000", ["noise.t_init (5000)", "1000"]),
     ("noise.t_max=5000", ["noise.t_max"]),
     ("deepspeed.bf16=true", ["deepspeed.bf16", "section"]),
+    ("deepspeed.bf16.enabled=yes", ["deepspeed.bf16.enabled", "true or false", "'yes'"]),
+    ("deepspeed.fp16.enabled=1", ["deepspeed.fp16.enabled", "true or false", "1"]),
+    ("deepspeed.generator.gradient_clipping=true", ["deepspeed.generator.gradient_clipping", "a number", "True"]),
+    ('deepspeed.zero_optimization.stage="3"', ["deepspeed.zero_optimization.stage", "0, 1, 2 or 3", "'3'"]),
     ("noise.std=2", ["noise.std", "ddpm"]),
     ("optimizer.generator.lr=-1", ["optimizer.generator.lr", "-1"]),
     ("deepspeed.optimizer={}", ["deepspeed.optimizer", "optimizer"]),
@@ -75,6 +87,8 @@ def test_config_that_is_no_json(capsys, tmp_path):
     (tmp_path / "c.json").write_text('{"model": {\n"teacher": }')
     assert "c.json, line 2" in fails(capsys, train.main, "--config", tmp_path / "c.json")
     assert "no such file" in fails(capsys, train.main, "--config", tmp_path / "d.json")
+    (tmp_path / "c.json").write_text('{"train": "x"}')
+    assert "train: must be a section, not 'x'" in fails(capsys, train.main, "--config", tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("content, words", [
@@ -173,8 +187,6 @@ def test_teacher(capsys, write_config, broken_teacher, tmp_path, change, words):
 def test_folder_of_another_run(capsys, write_config, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    from sidfast.config import load_config
-
     first = load_config(write_config())
     (run / "config.json").write_text(json.dumps({"config": first.model_dump()}))
     before = {p: p.read_bytes() for p in run.iterdir()}
@@ -193,6 +205,128 @@ def test_folder_that_is_no_run(capsys, write_config, tmp_path):
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
 
 
+@pytest.mark.parametrize("out, words", [
+    ("/dev/null/x", "/dev/null is no folder"), ("FILE", "is a file"), ("/proc/foo/bar", "written to /proc ("),
+    ("FILE/x/y", "FILE is no folder"), ("LINK", "LINK is no folder"), ("new/" + "x" * 300, "File name too long"),
+    ("", "--out '': is empty")], ids=lambda v: v[:20])
+def test_out_that_takes_no_folder(capsys, write_config, tmp_path, out, words):
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    config = write_config(**{"train.steps": 1})
+    line = fails(capsys, train.main, "--config", config, "--out", tmp_path / out if out else "")
+    assert words in line
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, config])
+
+
+def test_folder_without_permission(capsys, write_config, tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)                 # (root is refused nothing)
+    line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
+    assert f"nothing can be written to {tmp_path} (Permission denied)" in line
+
+
+@pytest.mark.parametrize("where", ["describe", "claim", "write", "after"])
+def test_run_killed_as_it_begins_can_begin_again(write_config, tmp_path, monkeypatch, where):
+    """config.json is the first file there, or none but those that say nothing."""
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    def kill_writing(path, text):
+        path.with_name(f".{path.name}.partial").write_text(text[:9])
+        raise Killed
+
+    config, run = load_config(write_config()), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        name, what = {"describe": ("_git_commit", kill), "claim": ("claim", kill), "after": ("LineFile", kill),
+                      "write": ("write_atomically", kill_writing)}[where]
+        patch.setattr(run_module, name, what)
+        with pytest.raises(Killed):
+            RunDirectory(run, config, 0)
+    assert run.exists() == (where != "describe") and (run / "config.json").exists() == (where == "after")
+    open_run(run, config, "auto")
+    RunDirectory(run, config, 0).close()
+    assert {"config.json", "samples", "tensorboard"} <= {p.name for p in run.iterdir()}
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("metrics.jsonl", '{"step": 1}\n5\n', "metrics.jsonl, line 2"),
+    ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2"),
+    ("metrics.jsonl", '{"step": "1"}\n', "metrics.jsonl, line 1"),
+    ("spikes.jsonl", "[]\n", "spikes.jsonl, line 1"),
+    ("evaluation.json", '{"start": {', "evaluation.json: is damaged"), ("evaluation.json", "5", "evaluation.json"),
+    ("evaluation.json", '{"start": 5}', "evaluation.json"), ("evaluation.json", "[" * 100_000, "evaluation.json")],
+    ids=["number", "middle", "text", "list", "broken", "no-section", "no-values", "deep"])
+def test_damaged_run(capsys, write_config, tmp_path, name, content, words):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"config": load_config(write_config()).model_dump()}))
+    (run / name).write_text(content)
+    before = {p: p.read_bytes() for p in run.iterdir()}
+    assert words in fails(capsys, train.main, "--config", write_config(), "--out", run)
+    assert {p: p.read_bytes() for p in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("setting", ["speed.fused=true", "speed.cuda_graphs=true", "speed.attention=flash"])
+def test_speed_that_needs_a_gpu(capsys, write_config, tmp_path, monkeypatch, setting):
+    monkeypatch.setattr(speed, "INTERPRETED", False)
+    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: False)
+    line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run", "--set", setting)
+    assert setting.partition("=")[0] in line and "there is no GPU here" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content, refused", [
+    ({"teacher/model_index.json": "{}", "teacher/unet/config.json": "{}"}, "teacher"),      # someone else's pipeline
+    ({"clip/config.json": "{}", "clip/preprocessor_config.json": '{"size": {"shortest_edge": 224}}'}, "clip"),
+    ({"checker/model.safetensors": "x"}, "checker"), ({"checker/notes.txt": "x"}, "checker"), ({"clip": "x"}, "clip")],
+    ids=["pipeline", "clip", "checker", "notes", "file"])
+def test_teacher_replaces_nothing_else(capsys, tmp_path, monkeypatch, content, refused):
+    monkeypatch.setattr(build.train, "train_checker", None)                      # nothing is trained
+    for name, text in content.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    line = fails(capsys, cli.main, "teacher", "--out", tmp_path, "--steps", "1")
+    assert f"{tmp_path / refused} would be replaced" in line
+    assert {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == content
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--out", "/dev/null/x"], "/dev/null is no folder"), (["--out", "/proc/x"], "written to /proc ("),
+    (["--out", __file__], "is a file"), (["--seed", "-1"], "--seed must be"),
+    (["--seed", str(2**63)], "--seed must be at least 0 and below 2^63"),
+], ids=["null", "proc", "file", "negative", "large"])
+def test_teacher_finds_it_before_training(capsys, tmp_path, monkeypatch, args, words):
+    monkeypatch.setattr(build.train, "train_checker", None)
+    assert words in fails(capsys, cli.main, "teacher", "--steps", "1", "--out", tmp_path / "t", *args)
+    assert not (tmp_path / "t").exists()
+
+
+def test_teacher_replaces_its_own(tiny_teacher, tmp_path):
+    build.check_out(ROOT / "assets")
+    build.check_out(tmp_path / "new")
+    (tmp_path / "teacher").mkdir()
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_teacher)
+    clip = build.networks.build_clip(build.build_tokenizer())
+    for text in ("first", "second"):
+        build.check_out(tmp_path)
+        build._write(tmp_path, pipe, clip, AttributeChecker(), build.build_tokenizer(), {}, text)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checker", "clip", "teacher"]
+        assert (tmp_path / "teacher" / "README.md").read_text() == text
+
+
+def test_names_that_are_empty(capsys, tiny_teacher, tmp_path):
+    assert "--config '': is empty" in fails(capsys, train.main, "--config", "")
+    assert "--config '': is empty" in fails(capsys, cli.main, "plan", "--config", "")
+    assert "--model '': is empty" in fails(capsys, cli.main, "sample", "--model", "", "--prompt", "x", "--out", "x.png")
+    assert "STUDY.json '': is empty" in fails(capsys, cli.main, "ablate", "")
+
+
 def test_resume_from_nothing(capsys, write_config, tmp_path):
     line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run", "--resume", tmp_path / "x")
     assert "--resume" in line and "state.json" in line
@@ -204,6 +338,7 @@ def test_resume_from_nothing(capsys, write_config, tmp_path):
     (["--prompt", "x", "-n", "0"], "-n"),
     (["--prompt", "x", "--out", "picture.jpg"], ".png"),
     (["--prompt", "x", "--out", "/nowhere/x.png"], "/nowhere"),
+    (["--prompt", "x", "--out", "/proc/x.png"], "--out /proc/x.png: nothing can be written to /proc ("),
     (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
     (["--prompt", "x", "--steps", "0"], "--steps (0) must be at least 1 and at most 1000"),
     (["--prompt", "x", "--steps", "1001"], "--steps (1001)"),

@@ -59,8 +59,10 @@ def test_page(export, tiny_teacher):
 
 @pytest.mark.parametrize("args, words", [
     (["--model", "/nowhere"], "/nowhere"), (["--model", "EXPORT", "--teacher", "/nowhere"], "/nowhere"),
-    (["--model", "TEACHER", "--teacher", "TEACHER"], "takes several steps itself")],
-    ids=["model", "teacher", "several"])
+    (["--model", "TEACHER", "--teacher", "TEACHER"], "takes several steps itself"),
+    (["--model", "/nowhere", "--port", "99999999"], "--port must be at least 1 and at most 65535"),
+    (["--model", "/nowhere", "--port", "-1"], "--port")],
+    ids=["model", "teacher", "several", "port", "negative-port"])
 def test_bad_input(export, tiny_teacher, capsys, args, words):
     pytest.importorskip("gradio")
     places = {"EXPORT": str(export), "TEACHER": str(tiny_teacher)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Forked
+from conftest import Forked
 from helpers_evaluate import ASSETS, shapes_judge
 from PIL import Image
 from random_judges import write_inception

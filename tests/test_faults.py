@@ -60,6 +60,8 @@ def test_a_process_that_never_spoke_is_silent():
     for beat, now in enumerate((4.0, 8.0, 12.0), 1):
         found = judge(seen, {0: {"beat": beat, "count": 1, "place": "step 2", "patient": False}}, now, 10)
     assert found == ([1], "has not answered for 10 s", "start")
+    assert judge(dict.fromkeys(range(2), (start, 0.0, 0.0)), {}, 12.0, 10) == (
+        [0, 1], "have not answered for 10 s", "start")
 
 
 def test_a_process_that_says_nothing_is_at_fault():

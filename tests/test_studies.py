@@ -12,11 +12,13 @@ from scipy import stats
 
 from sidfast import cli
 from sidfast.errors import UserError
+from sidfast.studies import ablate
 from sidfast.studies.plots import plots
 from sidfast.studies.record import claimed
 from sidfast.studies.results import interval, metric_names
 from sidfast.studies.study import Run, load_study, read_study
 from sidfast.studies.table import label, markdown
+from sidfast.training import speed
 
 STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
 
@@ -124,6 +126,40 @@ def test_no_file_no_json_no_jobs(capsys, study_file, tmp_path):
     assert "no such file" in fails(capsys, tmp_path / "none.json")
     assert "line 1: not JSON" in fails(capsys, study_file("{"))
     assert "--jobs" in fails(capsys, study_file(), "--jobs", "0", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], ["logs/x.log", "results.json"], ["src/a.py", "runs/a/b"]], ids=str)
+def test_folder_that_is_no_study(capsys, study_file, tmp_path, names):
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("x")
+    before = sorted(out.rglob("*"))
+    assert "holds no study" in fails(capsys, study_file(), "--out", out)
+    assert sorted(out.rglob("*")) == before
+    assert "is no folder" in fails(capsys, study_file(), "--out", out / names[0] / "x")
+    assert "written to /proc" in fails(capsys, study_file(), "--out", "/proc/x")
+
+
+@pytest.mark.parametrize("names", [[], ["logs/worker-0.log", "notes.txt"], ["runs/a/x", "teacher/y", "logs/z"],
+                                   ["costs.json", "table.md", "thesis.tex"]], ids=str)
+def test_folder_of_a_study(study_file, tmp_path, names, monkeypatch):
+    """A study that was begun, or is done, goes on; it may have company."""
+    for name in names:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("x")
+    monkeypatch.setattr(ablate, "_work", lambda *_: None)
+    monkeypatch.setattr(ablate, "write_results", lambda *_: None)
+    assert cli.main(["ablate", str(study_file()), "--out", str(tmp_path / "out")]) == 1
+
+
+@pytest.mark.parametrize("setting", [{"speed.fused": True}, {"speed.cuda_graphs": True}, {"speed.attention": "flash"}])
+def test_speed_that_needs_a_gpu(capsys, study_file, tmp_path, setting, monkeypatch):
+    monkeypatch.setattr(speed, "INTERPRETED", False)
+    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: False)
+    line = fails(capsys, study_file(variants={"a": {}, "b": setting}), "--out", tmp_path / "out")
+    assert next(iter(setting)) in line and "there is no GPU here" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -103,6 +103,8 @@ def build_demo(student, teacher):
 
 def run_demo(model, teacher, port, device):
     """Serve the page on this machine alone until interrupted. Raises UserError for whatever is at fault."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port must be at least 1 and at most 65535, not {port}")
     gr = _gradio()
     page = build_demo(*open_models(model, teacher, device))
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

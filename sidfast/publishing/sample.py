@@ -1,12 +1,12 @@
 """`sidfast sample`: images of one or many prompts, as one picture."""
 
-import os
 from pathlib import Path
 
 import torch
 
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
+from sidfast.files import check_writable
 from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
 
@@ -26,8 +26,9 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
         raise UserError(f"--out {out}: must end in .png")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: {'is a folder' if out.is_dir() else 'no file can be written there'}")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder")
+    check_writable(out.parent, f"--out {out}")
     if not 0 <= seed < 2**63 - n:
         raise UserError(f"--seed must be at least 0 and below 2^63, not {seed}")
     if n * len(prompts) > _MOST:

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 from sidfast.errors import UserError
-from sidfast.files import write_atomically
+from sidfast.files import check_folder, write_atomically
 from sidfast.studies.plots import encode, plots
 from sidfast.studies.record import check_record, is_final, read_record
 from sidfast.studies.report import page
 from sidfast.studies.results import collect, costs
 from sidfast.studies.study import read_study
 from sidfast.studies.table import markdown
+
+_FOLDERS = {"runs", "teacher", "logs", "cache"}          # all that is there before the first results
 
 
 def ablate(path, out, jobs=1):
@@ -27,8 +29,8 @@ def ablate(path, out, jobs=1):
     study, out = read_study(path), Path(out or Path("runs") / "ablations" / Path(path).stem)
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {jobs}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; a folder is needed")
+    check_folder(out)
+    _check_ours(out)
     for run in study.runs:
         check_record(out, study, run)
     left = _left(study, out)
@@ -61,16 +63,28 @@ def write_results(study, out):
     write_atomically(out / "report.html", page(study, out, results, cost, figures))
 
 
+def _check_ours(out):
+    """UserError for a folder that holds anything, but nothing by which a study is known."""
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    begun = (out / "logs" / "worker-0.log").is_file() or (out / "costs.json").is_file()
+    if not begun and set(names) - _FOLDERS:
+        raise UserError(f"--out {out}: the folder is not empty and holds no study; choose another")
+
+
 def _left(study, out):
     return [item for item in study.items if not is_final(read_record(out, item))]
 
 
 def _check_inputs(study, path):
     """What a run would otherwise stumble over after hours, or one after the other."""
+    import torch
+
     from sidfast.data.diversity import training_prompts
+    from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
     from sidfast.train import check_teacher_fits
-    from sidfast.training.engines import compute_dtype, engine_config
+    from sidfast.training.engines import compute_dtype, engine_config, zero_stages
+    from sidfast.training.speed import check_speed
 
     measures = study.file.evaluation
     features = measures.features.partition(":")[2] if measures.features else None
@@ -80,6 +94,7 @@ def _check_inputs(study, path):
         if place is not None and not Path(place).exists():
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
     teacher, checked = load_teacher(study.runs[0].config.model.teacher), set()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for run in study.runs:
         config, where = run.config, f"{path}: variants.{run.variant}"
         if config.train.micro_batch == "auto":
@@ -87,6 +102,7 @@ def _check_inputs(study, path):
         engine_config(config, "generator", 1)
         compute_dtype(config.deepspeed)
         check_teacher_fits(config, teacher, where)
+        check_speed(config.speed, teacher, zero_stages(config), device, cannot_capture(config.synthetic))
         prompts = (config.data.prompts, config.synthetic.model_dump_json())
         if prompts not in checked:
             checked.add(prompts)

@@ -156,7 +156,7 @@ def read_study(path):
     try:
         file = StudyFile.model_validate(read_values(path))
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error.errors()[0], StudyFile)}") from None
+        raise UserError(f"{path}: {explain(error, StudyFile)}") from None
     base = path.parent / file.base
     values = read_values(base)
     runs = tuple(Run(variant, seed, _config(values, file, variant, seed, f"{path}: variants.{variant}"))

@@ -134,11 +134,11 @@ class Worker:
         from sidfast.studies.record import COST, RESULT, has_other_config
         from sidfast.training.checkpoint import choose_checkpoint
         from sidfast.training.lock import claim
-        from sidfast.training.run import open_run
+        from sidfast.training.run import BEGUN, open_run
         from sidfast.training.trainer import train
 
         folder = self.out / run.folder
-        begun = folder.is_dir() and {p.name for p in folder.iterdir()} <= {RESULT, COST, "samples"}
+        begun = folder.is_dir() and {p.name for p in folder.iterdir()} <= BEGUN | {RESULT, COST}
         if begun or has_other_config(self.out, run):     # failed at once, or with a setting that was mended since
             shutil.rmtree(folder)
         open_run(folder, run.config, "auto")
@@ -181,9 +181,12 @@ def _lines(path):
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:                               # the line that was being written when the run was killed
             break
+        if not isinstance(line, dict):                   # (damage, of which `open_run` has told)
+            break
+        lines.append(line)
     return lines
 
 

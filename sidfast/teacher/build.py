@@ -1,6 +1,7 @@
 """`sidfast teacher`: train the embedded teacher, judge it, and write it as diffusers and transformers folders."""
 
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,12 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessor
 
 from sidfast.data import shapes
-from sidfast.evaluation.attributes import correct, save_checker
+from sidfast.errors import UserError
+from sidfast.evaluation.attributes import correct, load_checker, save_checker
 from sidfast.evaluation.evaluate import evaluate, pipeline_generator
 from sidfast.evaluation.features import ClipFeatures
 from sidfast.evaluation.judge import Judge
+from sidfast.files import check_folder
 from sidfast.publishing.export import save_module
 from sidfast.teacher import networks, train
 from sidfast.teacher.card import model_card
@@ -29,8 +32,10 @@ def build_teacher(out, recipe, device, images=5000):
 
     `images` is the number of held-out captions behind each number of the model card. Returns those numbers. Folders of
     an earlier teacher are replaced only once the new ones are complete. Raises RuntimeError if the VAE loses more
-    attributes than GATE allows in a run of full length: no teacher can be better than its VAE.
+    attributes than GATE allows in a run of full length: no teacher can be better than its VAE; UserError, before
+    anything is trained, if `out` cannot take the folders, or holds others of their names.
     """
+    check_out(out)
     out, started = Path(out), time.time()
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
@@ -56,6 +61,41 @@ def build_teacher(out, recipe, device, images=5000):
     numbers |= _judge(pipe, clip, checker, tokenizer, images, device)
     _write(out, pipe, clip, checker, tokenizer, numbers, model_card(recipe, numbers, device))
     return numbers
+
+
+def check_out(out):
+    """Raise UserError unless `out` can take a teacher, its CLIP and its checker; what is there of them must be an
+    earlier build's."""
+    check_folder(out)
+    for name, written in _WRITTEN.items():
+        folder = Path(out) / name
+        if os.path.lexists(folder) and not (folder.is_dir() and (not any(folder.iterdir()) or written(folder))):
+            raise UserError(f"--out {out}: {folder} would be replaced, and `sidfast teacher` did not write it; choose "
+                            "another --out, or move it")
+
+
+def _is_teacher(folder):
+    return all((folder / name).is_file() for name in ("model_index.json", "numbers.json"))
+
+
+def _is_clip(folder):                                    # (no other CLIP sees images so small)
+    try:
+        size = json.loads((folder / "preprocessor_config.json").read_text())["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return size == _SIDE and (folder / "config.json").is_file()
+
+
+def _is_checker(folder):
+    try:
+        load_checker(folder)
+    except UserError:
+        return False
+    return True
+
+
+_SIDE = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
+_WRITTEN = {"teacher": _is_teacher, "clip": _is_clip, "checker": _is_checker}
 
 
 def _judge(pipe, clip, checker, tokenizer, images, device):
@@ -103,13 +143,13 @@ def _write(out, pipe, clip, checker, tokenizer, numbers, card):
         save_module(getattr(pipe, name), partial / "teacher" / name)            # so the text encoder stays in fp32
     save_module(clip, partial / "clip")
     tokenizer.save_pretrained(partial / "clip")
-    side = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
-    CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    CLIPImageProcessor(size=_SIDE, crop_size=_SIDE, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
                        ).save_pretrained(partial / "clip")
     save_checker(checker, partial / "checker")
     (partial / "teacher" / "README.md").write_text(card)
     (partial / "teacher" / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    for folder in partial.iterdir():
-        shutil.rmtree(out / folder.name, ignore_errors=True)
-        folder.rename(out / folder.name)
-    partial.rmdir()
+    for name in _WRITTEN:
+        if os.path.lexists(out / name):
+            (out / name).rename(partial / f"old-{name}")
+        (partial / name).rename(out / name)
+    shutil.rmtree(partial)

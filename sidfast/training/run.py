@@ -16,17 +16,20 @@ import torch
 
 from sidfast.config import build_config
 from sidfast.errors import UserError
-from sidfast.files import write_atomically
+from sidfast.files import check_folder, write_atomically
 from sidfast.publishing.grid import save_grid
 from sidfast.training.checkpoint import checkpoint_fault
 from sidfast.training.lock import NAME as LOCK
 from sidfast.training.lock import claim
 from sidfast.training.saver import WRITE_ERRORS, describe
 
+LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
          "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
          "train.spike", "evaluation", "speed", "deepspeed")
+_UNWRITTEN = ".config.json.partial"                      # what a run killed as it began may leave, beside its lock
+BEGUN = {LOCK, _UNWRITTEN}
 _SHARED = "speed.share_generator_forward"                # a variant of the method
 _BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
 
@@ -35,17 +38,18 @@ def open_run(out, config, resume):
     """Check that a run may start or go on in `out`; nothing is written yet.
 
     `resume`: "auto" (go on where this run stopped), "never", or the path of a checkpoint, also of another run. Raises
-    UserError if `out` holds a run with another configuration, or anything but a run.
+    UserError if nothing can be written there, or if `out` holds a run with another configuration or with damaged
+    files, or anything but a run.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file")
+    check_folder(out)
     previous = out / "config.json"
-    occupied = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
+    occupied = out.is_dir() and any(path.name not in BEGUN for path in out.iterdir())
     if occupied and not previous.is_file():
         raise UserError(f"--out {out}: the folder is not empty and holds no run; choose another")
     if occupied:
         _check_same(previous, config)
+        _check_kept(out)
     if occupied and resume != "auto" and resume not in _read_command(previous):
         raise UserError(f"--out {out}: holds a run already; choose another folder, or --resume auto to go on with it")
     if resume not in ("auto", "never") and (Path(resume) / "checkpoints").is_dir():
@@ -67,14 +71,22 @@ def _check_same(path, config):
                             f"{old.get(key)!r} there and {new.get(key)!r} here); choose another --out")
 
 
+def _check_kept(out):
+    """UserError, naming the file, for what a run left and cannot go on with; a run does not leave that by itself."""
+    for name in LINES:
+        for _ in read_lines(out / name):
+            pass
+    read_evaluations(out)
+
+
 def _is_free(key):
     return not _BOUND.fullmatch(key) and any(key == f or key.startswith(f + ".") for f in _FREE)
 
 
 def _read_command(path):
     """The words of the command that a run was last started with: the same command again goes on."""
-    command = json.loads(path.read_text()).get("command", [])
-    return [word.removeprefix("--resume=") for word in command if word != "never"]
+    command = json.loads(path.read_text()).get("command") or []
+    return [str(word).removeprefix("--resume=") for word in command if word != "never"]
 
 
 def _flatten(values, prefix=""):
@@ -104,11 +116,12 @@ class RunDirectory:
         `facts`: JSON values that config.json keeps beside the configuration.
         """
         self.out, self.lost = Path(out), []
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        about = json.dumps(_describe(config) | facts, indent=2) + "\n"
+        self.out.mkdir(parents=True, exist_ok=True)
         claim(self.out, first=True)
-        write_atomically(self.out / "config.json", json.dumps(_describe(config) | facts, indent=2) + "\n")
-        self._metrics = LineFile(self.out / "metrics.jsonl", step)
-        self._spikes = LineFile(self.out / "spikes.jsonl", step)
+        write_atomically(self.out / "config.json", about)          # the first file: by it `open_run` knows a run
+        (self.out / "samples").mkdir(exist_ok=True)
+        self._metrics, self._spikes = (LineFile(self.out / name, step) for name in LINES)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
@@ -153,11 +166,10 @@ class RunDirectory:
 
     def evaluation(self, name, values=None):
         """Get (without `values`) or set the evaluation called `name`; kept in evaluation.json."""
-        path = self.out / "evaluation.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = read_evaluations(self.out)
         if values is not None:
             with self.attempt("an evaluation"):
-                write_atomically(path, json.dumps(known | {name: values}, indent=2) + "\n")
+                write_atomically(self.out / EVALUATIONS, json.dumps(known | {name: values}, indent=2) + "\n")
         return known.get(name) if values is None else values
 
     def close(self):
@@ -173,7 +185,7 @@ class LineFile:
         """Go on with a file at `step`: later lines are dropped, and one that was being written when the run ended."""
         self.path, self._waiting = path, b""
         if path.is_file():
-            kept = [line for line in self._lines() if line["step"] <= step]
+            kept = [line for line in read_lines(path) if line["step"] <= step]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, values):
@@ -190,12 +202,36 @@ class LineFile:
                 raise
         self._waiting = b""
 
-    def _lines(self):
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except ValueError:
+
+def read_lines(path):
+    """The lines of a LineFile, each a dictionary with its step, without one that was being written when the run ended;
+    none without a file. Raises UserError for any other that is damaged."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            if number == len(lines):
                 return
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            shown = text[:40].decode(errors="replace")
+            raise UserError(f"{path}, line {number}: is damaged ({shown!a}); mend or remove it")
+        yield line
+
+
+def read_evaluations(out):
+    """{name: values} of a run's evaluation.json, {} without one. Raises UserError for one that is damaged."""
+    path = Path(out) / EVALUATIONS
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(values, dict) for values in known.values()):
+        raise UserError(f"{path}: is damaged; mend it, or remove it and the run measures again")
+    return known
 
 
 def _describe(config):

@@ -56,6 +56,21 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
     Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here,
     RuntimeError if no implementation of attention works.
     """
+    fused, graphs, notes = check_speed(section, teacher, stages, device, capturing)
+    attention, timed = section.attention, {}
+    if fused and attention == "auto":
+        shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
+        timed = _timed_attention(tuple(shapes), dtype, device)
+        attention = next(iter(timed))
+        if isinstance(timed[attention], str):
+            raise RuntimeError(f"no implementation of attention works here: {timed}")
+    packed = fused and 3 not in stages                   # (of stage 3's weights, only parts are here)
+    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing,
+                 section.share_generator_forward, packed, timed, notes)
+
+
+def check_speed(section, teacher, stages, device, capturing=None):
+    """What of a Speed follows without running anything: (fused, cuda_graphs, notes). Raises the same UserErrors."""
     notes, gpu, sharded = [], device.type == "cuda", 3 in stages
     kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
     reason = cannot_fuse(teacher.unet) if kernels_run else "there is no GPU here"
@@ -70,16 +85,7 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
     if not fused and section.attention != "auto":
         raise UserError(f"speed.attention ({section.attention}) chooses for the fused kernels, which do not run here"
                         f"{': ' + notes[0] if notes else ''}; leave it at auto")
-    attention, timed = section.attention, {}
-    if fused and attention == "auto":
-        shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
-        timed = _timed_attention(tuple(shapes), dtype, device)
-        attention = next(iter(timed))
-        if isinstance(timed[attention], str):
-            raise RuntimeError(f"no implementation of attention works here: {timed}")
-    packed = fused and not sharded                       # (of stage 3's weights, only parts are here)
-    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing,
-                 section.share_generator_forward, packed, timed, tuple(notes))
+    return fused, graphs, tuple(notes)
 
 
 @functools.cache

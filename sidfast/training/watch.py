@@ -98,11 +98,15 @@ def judge(seen, reports, now, timeout):
                       now if report["count"] != old.get("count") else moved)
     silent = [rank for rank, (_, beat, _) in seen.items() if now - beat > timeout]
     if silent:
-        return silent, f"has not answered for {timeout:g} s", seen[silent[0]][0]["place"]
+        return silent, f"{_have(silent)} not answered for {timeout:g} s", seen[silent[0]][0]["place"]
     if any(report["patient"] or now - beat > timeout / 2 for report, beat, _ in seen.values()):
         return [], "", ""                                # (one that fell silent may have been ahead: soon it is named)
     if seen and all(now - moved > timeout for *_, moved in seen.values()):
         least = min(report["count"] for report, *_ in seen.values())
         stuck = [rank for rank, (report, *_) in seen.items() if report["count"] == least]
-        return stuck, f"has made no progress for {timeout:g} s", seen[stuck[0]][0]["place"]
+        return stuck, f"{_have(stuck)} made no progress for {timeout:g} s", seen[stuck[0]][0]["place"]
     return [], "", ""
+
+
+def _have(ranks):
+    return "has" if len(ranks) == 1 else "have"
