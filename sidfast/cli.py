@@ -21,7 +21,7 @@ def main(argv=None):
         check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
                      for name in _PATHS if getattr(args, name, None) is not None})
         if getattr(args, "out", None) is not None and not Path(args.out).name:
-            raise UserError(f"--out {args.out or repr('')}: must name a file or folder")
+            raise UserError(f"--out {args.out}: must name a file or folder")
         return args.run(args) or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:          # several processes have one voice

@@ -158,7 +158,8 @@ def test_arguments(results, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("out", ["", ".", "/"])
-def test_out_needs_a_name(results, capsys, out):
+@pytest.mark.parametrize("out, words", [("", "is empty"), (".", "must name a file or folder"),
+                                        ("/", "must name a file or folder")])
+def test_out_needs_a_name(results, capsys, out, words):
     assert cli.main(["compare", str(results[0]), "--out", out]) == 2
-    assert "must name a file or folder" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
