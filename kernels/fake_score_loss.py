@@ -52,7 +52,7 @@ def _fake_score_loss_kernel(p_output, p_target, p_w, p_partial, p_done, p_loss, 
 @triton.jit
 def _fake_score_loss_backward_kernel(p_dloss, DLOSS, p_finite, p_output, p_target, p_w, p_doutput, N, D, kappa1,
                                      DOUBLED: tl.constexpr, BD: tl.constexpr):
-    i_n = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)               # (what came last is in the cache yet)
+    i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
     b_error = _load_error(p_output, p_target, i_n, o, m, N, D, kappa1, DOUBLED)

@@ -84,7 +84,7 @@ def _sid_loss_kernel(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_partial, p_do
 def _sid_loss_backward_kernel(p_dloss, DLOSS, p_omega, p_finite, p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, p_dx_g,
                               p_dx_t, p_do_real, p_do_fake, N, D, kappa2, kappa3, kappa4, alpha, REAL: tl.constexpr,
                               FAKE: tl.constexpr, BD: tl.constexpr):
-    i_n = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)               # (what came last is in the cache yet)
+    i_n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BD + tl.arange(0, BD)
     m = o < D
     b_x_g, b_x, b_real, b_2, b_3 = _load(p_x_g, p_x_t, p_o_real, p_o_fake, p_A, p_B, i_n, o, m, N, D,

@@ -166,7 +166,8 @@ def _check_tokenizer(folder, tokenizer, text_encoder):
     if not 1 <= length <= most:
         raise UserError(f"model.teacher: {folder}/tokenizer gives up to {length:.3g} tokens, its text encoder takes "
                         f"{most}: its files are not all there, or another model's")
-    if len(tokenizer) > text_encoder.config.vocab_size or len(tokenizer) < text_encoder.config.vocab_size // 2:
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if not words or len(tokenizer) > text_encoder.config.vocab_size:
         raise UserError(f"model.teacher: {folder}/tokenizer knows {len(tokenizer)} tokens, its text encoder "
                         f"{text_encoder.config.vocab_size}: its files are not all there, or another model's")
 
