@@ -22,10 +22,10 @@ from sidfast.publishing import export
 from sidfast.train import Unfailing
 from sidfast.training import checkpoint, lock
 from sidfast.training.channel import Channel
+from sidfast.training.progress import Progress
 from sidfast.training.run import LineFile
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
-from sidfast.training.trainer import Progress, _count_skipped
 from sidfast.training.watch import judge
 
 
@@ -147,10 +147,10 @@ class NoSaver:
 def test_too_many_skipped_updates_end_the_run():
     progress = Progress()
     for skipped in (1, 1, 0, 1, 1):
-        _count_skipped(progress, "generator", skipped, 3, NoSaver())
+        progress.count_skipped("generator", skipped, 3, NoSaver())
     assert progress.skipped == 4 and progress.in_a_row == {"generator": 2, "fake_score": 0}
     with pytest.raises(RunError, match=r"last 3 updates of the generator .* The last good checkpoint is none"):
-        _count_skipped(progress, "generator", 1, 3, NoSaver())
+        progress.count_skipped("generator", 1, 3, NoSaver())
 
 
 # ---- loss spikes

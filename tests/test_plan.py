@@ -178,7 +178,7 @@ def test_moments(beta1, stage, offload, on_gpu, on_host):
     assert memory.resident(zero, 1000)["moments"] == 1000 * on_gpu and memory.on_host(zero, 1000) == 1000 * on_host
 
 
-@pytest.mark.parametrize("stage, sent", [(0, 4), (1, 6), (2, 6), (3, 4 * 9)])
+@pytest.mark.parametrize("stage, sent", [(0, 4), (1, 6), (2, 6), (3, 4 * 11)])
 def test_communication(stage, sent):
     """In units of a network's bytes, at half of them per ring of two: 4 micro-batches."""
     zero = memory.Zero(stage, 2, 2, False, 10, 10)

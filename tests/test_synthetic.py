@@ -31,7 +31,7 @@ from sidfast.method.synthetic import DEGRADATIONS, SOURCES, build_source, cannot
 from sidfast.networks.loading import load_teacher
 from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.checkpoint import read_tensors
-from sidfast.training.trainer import _with_images
+from sidfast.training.loop import with_images
 
 
 def source_of(networks, objective=None, copies=None, **options):
@@ -72,7 +72,7 @@ def test_shared_images_are_those_of_the_generator_s_update(poisoned, size):
             images = sums.images
             assert sums.non_finite == len(poisoned)
             assert [x.isfinite().all().item() for x in images].count(False) == spoilt
-            batches = _with_images(batches, images)
+            batches = with_images(batches, images)
         source = build_source(Synthetic(), networks, objective, {}, None, shared)
         curves.append((fake_score_update(networks, objective, source)(batches), networks.fake_score))
     (a, fake_a), (b, fake_b) = curves

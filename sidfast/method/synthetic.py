@@ -105,10 +105,11 @@ class TeacherShare:
 
     capturable = False                                   # which rows are the teacher's depends on values
 
-    def __init__(self, inner, teacher, scheduler, share, steps, guidance):
+    def __init__(self, inner, teacher, scheduler, share, steps, guidance, sharded=False):
         """`inner`: the Source; `teacher`: the teacher's UNet; `scheduler`: a diffusers DDIMScheduler, run for `steps`
-        steps; `share`: the probability of each image; `guidance`: kappa of eq. 3."""
-        self.inner, self.teacher, self.scheduler = inner, teacher, scheduler
+        steps; `share`: the probability of each image; `guidance`: kappa of eq. 3; `sharded`: whether the teacher's
+        passes are collective calls."""
+        self.inner, self.teacher, self.scheduler, self.sharded = inner, teacher, scheduler, sharded
         self.share, self.guidance, self.noises = share, guidance, inner.noises
         scheduler.set_timesteps(steps)
 
@@ -117,7 +118,9 @@ class TeacherShare:
         x = self.inner(batch)
         rows = (batch.chance < self.share).nonzero().flatten()
         if len(rows):
-            x = x.index_copy(0, rows, self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype))
+            return x.index_copy(0, rows, self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype))
+        if self.sharded:                                 # (others may have rows: this process must take part)
+            self._sample(batch.z[:1], batch.text[:1], batch.null)
         return x
 
     def _sample(self, x, text, null):
@@ -185,11 +188,12 @@ class Degraded:
         return self.degradation(self.inner(batch), batch.noise[:, self.inner.noises:])
 
 
-def build_source(section, networks, objective, copies, scheduler, shared=False):
+def build_source(section, networks, objective, copies, scheduler, shared=False, sharded=False):
     """What draws the images of one run: a Source, or what stands around one and is called alike.
 
     `section`: the configuration's `synthetic`; `copies`: {kind: UNet} of the copies that its source draws with;
-    `scheduler()`: a diffusers DDIMScheduler for the teacher; `shared`: take the images of the generator's update.
+    `scheduler()`: a diffusers DDIMScheduler for the teacher; `shared`: take the images of the generator's update;
+    `sharded`: whether the teacher's weights are (ZeRO stage 3).
     """
     cls = Shared if shared else SOURCES[section.source]
     unet = copies[cls.copy] if cls.copy else networks.generator.module.unet
@@ -197,7 +201,7 @@ def build_source(section, networks, objective, copies, scheduler, shared=False):
     if section.teacher_share:
         guidance = objective.kappa4 if section.teacher_guidance is None else section.teacher_guidance
         source = TeacherShare(source, networks.teacher, scheduler(), section.teacher_share, section.teacher_steps or 50,
-                              guidance)
+                              guidance, sharded)
     if section.degradation:
         source = Degraded(source, DEGRADATIONS[section.degradation](section.strength))
     return source

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sidfast.errors import UserError
 from sidfast.files import flush
-from sidfast.networks.fused import unfuse
 from sidfast.networks.loading import first_reason, load_network, load_teacher
 from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
@@ -33,12 +33,13 @@ def one_step_pipeline(teacher, unet, t_init):
 
 
 def student_unet(teacher, weights, resolution=None):
-    """A copy of a teacher's UNet in fp32, as diffusers has it, with other weights ({name: tensor}).
+    """A UNet like a teacher's, as diffusers has it, that takes over other weights ({name: fp32 tensor}).
 
     `resolution`: of its images in pixels, unless the teacher's. Raises RuntimeError for weights of another network.
     """
-    unet = unfuse(copy.deepcopy(teacher.unet)).float()
-    unet.load_state_dict(weights)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(teacher.unet.config)
+    unet.requires_grad_(False).eval().load_state_dict(weights, assign=True)
     if resolution:
         unet.register_to_config(sample_size=resolution * unet.config.sample_size // teacher.resolution)
     return unet

@@ -99,6 +99,14 @@ def build_engine(unet, adam, section, device):
     return engine
 
 
+def shard(unet, section):
+    """Deal the weights of a frozen network out to the processes, as ZeRO stage 3 does: each block is gathered for its
+    passes. In place; a collective call. `section`: that of an engine at stage 3."""
+    set_z3_leaf_modules(unet, BLOCKS, raise_if_not_found=False)
+    zero = {k: v for k, v in section["zero_optimization"].items() if k != "offload_optimizer"}
+    deepspeed.initialize(model=unet.requires_grad_(False), config=section | {"zero_optimization": zero})
+
+
 def set_learning_rate(engine, adam, step, total):
     """The learning rate of step 0, 1, 2, ... of `total`: linear warm-up, constant, linear decay."""
     factor = min(1.0, (step + 1) / max(1, adam.warmup), (total - step) / max(1, adam.decay))

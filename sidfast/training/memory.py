@@ -90,12 +90,12 @@ def sent_per_step(zero, P, accumulation, factor=1):
     step, stage 3 after each of `accumulation` micro-batches (of the fake score, after every `factor` of them).
     DeepSpeed reduces by all-reduce in stages 1 and 2, and by reduce-scatter in stage 3, which also gathers weights for
     every pass of a network: of the trained one forward and backward, of the generator for the fake score's update, and
-    of the fake score, twice, for the generator's.
+    of the fake score and the teacher, twice each, for the generator's.
     """
     ring, size = (zero.gpus - 1) / zero.gpus, zero.width * P
     if zero.stage == 0:
         return 2 * 2 * size * ring
     if zero.stage == 3:
-        fake_score, generator = (1 + 2 + 1) * size, (1 + 2 + 2) * size
+        fake_score, generator = (1 + 2 + 1) * size, (1 + 2 + 2 + 2) * size
         return accumulation * (fake_score / factor + generator) * ring
     return 2 * (2 * size + size) * ring

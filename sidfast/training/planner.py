@@ -150,19 +150,19 @@ class Planner:
         sizes = self.shapes.parameters()
         P, prints = sizes["unet"], self.footprints(checkpointing)
         zeros = {name: self._zero(name, stage, offload, gpus) for name in ENGINES}
-        width = zeros["generator"].width
+        width, teacher = zeros["generator"].width, max(zeros.values(), key=lambda zero: zero.stage)
         parts = {}
         for zero in zeros.values():
             for part, size in memory.resident(zero, P).items():
                 parts[part] = parts.get(part, 0) + size
         ema = zeros["generator"]
         parts["average"] = 4 * P * ema.share(1) * (not ema.offload)
-        parts["teacher"] = width * P
+        parts["teacher"] = width * P * teacher.share(3)
         parts["text encoder and VAE"] = 4 * (sizes["vae"] + sizes["text_encoder"])
         parts["sums of gradients"] = max(memory.sums(zero, P) for zero in zeros.values())
         at_once = {"generator": micro_batch, "fake_score": micro_batch * factor}
         passes = max(prints[name].peak(at_once[name], gradients=False)
-                     + sum(memory.gathered(zero, P) for zero in zeros.values()) for name in ENGINES)
+                     + sum(memory.gathered(zero, P) for zero in (*zeros.values(), teacher)) for name in ENGINES)
         steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
         parts["update"] = passes + steps if self._graphed(zeros.values()) else max(passes, steps)

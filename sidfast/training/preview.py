@@ -1,6 +1,9 @@
 """What a run shows of itself: sample grids, exports, and measures. First process only."""
 
+import copy
+import dataclasses
 import json
+import threading
 
 import torch
 
@@ -8,7 +11,7 @@ from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.report import write_report
 from sidfast.publishing.card import write_card
-from sidfast.publishing.export import one_step_pipeline, student_unet, write_export
+from sidfast.publishing.export import one_step_pipeline, read_distillation, student_unet, write_export
 from sidfast.publishing.grid import image_grid
 from sidfast.training.measure import Measuring
 from sidfast.training.run import describe_distillation
@@ -29,8 +32,12 @@ class Preview:
         self.prompts = [prompts[n] for n in range(config.train.samples)]
         self._rows = {}
         self.side = config.model.resolution or teacher.resolution
-        device = teacher.unet.device
-        self._measuring = Measuring(config, run, self.side, device, memo) if config.evaluation.images else None
+        self._device = teacher.vae.device
+        self._measuring = Measuring(config, run, self.side, self._device, memo) if config.evaluation.images else None
+        halves = {name: torch.nn.Module.to(copy.deepcopy(getattr(teacher, name)), "cpu", torch.float16)
+                  for name in ("vae", "text_encoder")}
+        self._exported = dataclasses.replace(teacher, **halves)                  # so that exports leave the GPU alone
+        self._thread = self._error = None
 
     def begin(self, step):
         """Everything that shows the teacher, before training casts it to its own type."""
@@ -48,8 +55,8 @@ class Preview:
             self._measuring.measure("teacher", self._teacher_pipeline(), None, **teacher)
 
     def student(self, weights):
-        """A UNet of the teacher's architecture with the weights {name: fp32}."""
-        return student_unet(self.teacher, weights, self.config.model.resolution)
+        """A UNet of the teacher's architecture with the weights {name: fp32}, on the teacher's device."""
+        return student_unet(self.teacher, weights, self.config.model.resolution).to(self._device)
 
     def sample(self, step, unet):
         """Save a grid: the teacher in 50 steps, the student at the start of the run, the student now."""
@@ -57,9 +64,36 @@ class Preview:
             now = {f"student after {step} updates, 1 step": self._images(self._pipeline(unet))}
             self.run.sample(step, image_grid(self._rows | now, self.prompts))
 
-    def export(self, unet, folder, step):
-        """Write the one-step pipeline of a UNet."""
-        write_export(self._pipeline(unet), folder, distillation=describe_distillation(self.config, step))
+    def export(self, weights, folder, step):
+        """Begin to write the one-step pipeline of the weights {name: fp32, on the CPU}, once the one before is written;
+        a thread does it. A failure of the disk is told of, anything else that went wrong is raised by `wait`."""
+        self.wait()
+        self._thread = threading.Thread(target=self._export, args=(weights, folder, step))
+        self._thread.start()
+
+    def wait(self):
+        """Wait until no export is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def end(self, weights, folder, step):
+        """The export of the last step, if a run that was killed has not written it yet; returns once it is there."""
+        self.wait()
+        if read_distillation(folder).get("step") != step:
+            self.export(weights, folder, step)
+            self.wait()
+
+    def _export(self, weights, folder, step):
+        try:
+            with self.run.attempt("the export"):
+                unet = student_unet(self.teacher, weights, self.config.model.resolution)
+                pipe = one_step_pipeline(self._exported, unet, self.config.noise.t_init)
+                write_export(pipe, folder, distillation=describe_distillation(self.config, step))
+        except Exception as error:                       # raised where training can see it
+            self._error = error
 
     def finish(self):
         """The model cards of the exports, and the report, once everything else is there."""

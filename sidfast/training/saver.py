@@ -38,6 +38,15 @@ class Saver:
             checkpoint.sweep(self.folder)
         torch.distributed.barrier()
 
+    @staticmethod
+    def warm_up(engines, ema, further=None):
+        """Take the host memory that a save needs, and give it back to PyTorch, which keeps it; a collective call.
+        A GPU's driver locks its pages, which takes seconds: the first save would wait for that otherwise."""
+        if torch.cuda.is_initialized():
+            first = torch.distributed.get_rank() == 0
+            held = checkpoint.snapshot(engines, ema, further), ema.gather(lambda name: first)
+            del held
+
     def save(self, step, engines, ema, extra, further=None):
         """Begin to save; a collective call that returns when the state has been copied to host memory.
 

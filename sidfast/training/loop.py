@@ -1,0 +1,154 @@
+"""The training loop: fake score and generator take turns; between steps come logs, samples, measures, checkpoints."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from deepspeed import comm
+from tqdm import tqdm
+
+from sidfast.training.engines import ENGINES, set_learning_rate
+from sidfast.training.observe import Observer, Profiler
+from sidfast.training.saver import Saver
+from sidfast.training.spikes import Spikes
+from sidfast.training.stop import Stop
+from sidfast.training.watch import Watch
+
+
+@dataclass
+class Beside:
+    """What accompanies a run: against faults, and to tell of it."""
+
+    stop: Stop
+    watch: Watch
+    saver: Saver
+    spikes: Spikes
+    observer: Observer
+    profiler: Profiler
+
+
+class Loop:
+    """Steps of a run until its end, or until a signal; all processes run it alike.
+
+    `engines`: {network: engine}; `copies`: of the generator (training/copies.py); `updates`: {network: Update}, in the
+    order they take turns; `run`, `preview`: on the first process, None on others; `out`: the run directory.
+    """
+
+    def __init__(self, config, engines, ema, copies, batches, updates, progress, run, preview, out, speed, beside):
+        self.config, self.engines, self.ema, self.copies, self.batches = config, engines, ema, copies, batches
+        self.updates, self.progress, self.run, self.preview, self.out = updates, progress, run, preview, out
+        self.speed, self.beside, self.rank = speed, beside, comm.get_rank()
+        self.watch, self.phase = beside.watch, beside.observer.clock
+        size, total = config.train.batch_size, config.train.total_steps
+        self.bar = tqdm(total=total * size, initial=progress.images, unit="img", unit_scale=True, desc="distil",
+                        disable=self.rank != 0, mininterval=1, smoothing=0.1)
+        self._clock, self._timed, self._warm = time.perf_counter(), progress.step, not config.train.save_every
+
+    def __call__(self):
+        """Train. Returns the name of the signal that ended the run early, or None. Raises Diverged."""
+        train, progress, stopped = self.config.train, self.progress, None
+        while progress.step < train.total_steps and not stopped:
+            self._step()
+            last = progress.step == train.total_steps
+            if progress.step % train.log_every == 0 or last:
+                self._log()
+            stopped = self.beside.stop.agreed()
+            stopped = None if last else stopped
+            saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
+            if saving or (stopped and train.save_every):
+                self._save()
+            self._show(last, saving)
+            self.beside.profiler.step()
+        self.bar.close()
+        return stopped
+
+    def _step(self):
+        """One update of each network, and of the averages."""
+        config, progress, sums = self.config, self.progress, {}
+        for name in ENGINES:
+            set_learning_rate(self.engines[name], getattr(config.optimizer, name), progress.step,
+                              config.train.total_steps)
+        for one in self.copies:
+            one.follow(progress.step)
+            self.speed.repack(one.unet)
+        for name, update in self.updates.items():
+            self.watch.at(f"step {progress.step + 1}, data of the {name} update")
+            with self.phase("data"):
+                batch = self.batches(progress.step, name)
+                if self.speed.share_generator_forward and name == "fake_score":
+                    batch = with_images(batch, sums["generator"].images)
+            self.watch.at(f"step {progress.step + 1}, {name} update")
+            before = self.engines[name].skipped_steps
+            with self.phase(name):
+                sums[name] = update(batch)
+                self.speed.repack(self.engines[name].module.unet)
+            progress.count_skipped(name, self.engines[name].skipped_steps - before, config.train.max_skipped,
+                                   self.beside.saver)
+        self.watch.at(f"step {progress.step + 1}, average")
+        self.beside.spikes.add(progress.step, {name: (s.losses, s.t) for name, s in sums.items()})
+        progress.step += 1
+        progress.images += config.train.batch_size
+        with self.phase("average"):
+            self.ema.update(config.train.batch_size, progress.images)
+        progress.add(sums["fake_score"], sums["generator"])
+        self.bar.update(config.train.batch_size)
+        if not self._warm:                               # (after the first step: capturing graphs gives it back)
+            self._warm = True
+            self.watch.at(f"step {progress.step}, memory for checkpoints")
+            with self.phase("checkpoint"):
+                self.beside.saver.warm_up(self.engines, self.ema, self._further())
+
+    def _log(self):
+        step = self.progress.step
+        self.watch.at(f"step {step}, log")
+        values, spikes = self.progress.reduce(self.config.train.batch_size), self.beside.spikes.take()
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        values |= self.beside.observer.read(step - self._timed, seconds)
+        self._timed = step
+        if self.rank == 0:
+            self.run.spikes(spikes)
+            self.run.log(step, values | {"images": self.progress.images})
+            self.bar.set_postfix(fake=f"{values['fake_score_loss']:.4g}", gen=f"{values['generator_loss']:.4g}",
+                                 refresh=False)
+
+    def _save(self):
+        """Begin to save a checkpoint."""
+        self.watch.at(f"step {self.progress.step}, checkpoint")
+        with self.phase("checkpoint"):
+            self.beside.saver.save(self.progress.step, self.engines, self.ema, self.progress.describe(),
+                                   self._further())
+
+    def _further(self):
+        """What checkpoints hold besides engines and average."""
+        return {"generator": {kind: tensors for one in self.copies for kind, tensors in one.state().items()}}
+
+    def _show(self, last, saving):
+        """The export that goes with a checkpoint, samples, and measures, if it is time for them."""
+        train, step, every = self.config.train, self.progress.step, self.config.evaluation.every
+        sampling = bool(train.samples) and (step % train.sample_every == 0 or last)
+        measuring = bool(every) and step % every == 0 and not last
+        if not (sampling or saving or measuring):
+            return
+        with self.watch.patiently(f"step {step}, samples, measures and export"):
+            with self.phase("checkpoint" if saving else "sampling"):
+                weights = self.ema.gather(lambda name: self.rank == 0)
+                if saving and self.rank == 0:
+                    self.preview.export(weights, f"{self.out}/export", step)
+            if self.rank == 0 and (sampling or measuring):
+                self._look(self.preview.student(weights), sampling, measuring)
+            comm.barrier()
+        self._clock, self._timed = time.perf_counter(), step                     # speed is that of training alone
+
+    def _look(self, student, sampling, measuring):
+        if sampling:
+            with self.phase("sampling"):
+                self.preview.sample(self.progress.step, student)
+        if measuring:
+            with self.phase("evaluation"):
+                self.preview.evaluate(f"step {self.progress.step}", student, self.progress.step, again=True)
+
+
+def with_images(batches, images):
+    """Micro-batches of the fake score's update on images that are there already (method/synthetic.py, Shared)."""
+    images = torch.cat(images).split(len(batches[0].t))  # (the generator's micro-batches may be smaller)
+    return [b._replace(noise=torch.cat((x[:, None], b.noise[:, 1:]), 1)) for b, x in zip(batches, images, strict=True)]
