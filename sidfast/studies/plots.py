@@ -54,6 +54,7 @@ def _styles(results):
 def _against(results, x, y):
     """A point for each variant with the intervals of both means, and a small one for each seed."""
     figure, axes = _figure()
+    heights = [point["summary"][y]["mean"] for point in results["teacher"]]
     drawn = False
     for name, (color, marker) in _styles(results).items():
         variant = results["variants"][name]
@@ -62,6 +63,7 @@ def _against(results, x, y):
         points = [(run["metrics"][x], run["metrics"][y]) for run in variant["runs"].values() if run["status"] == "done"]
         axes.plot(*zip(*points, strict=True), ".", color=color, markersize=4, alpha=0.6)
         means, spread = _means([variant["summary"]], x, y)
+        heights += means[1]
         axes.errorbar(*means, **spread, color=color, marker=marker, markersize=7, linewidth=0.8, capsize=2, label=name)
         drawn = True
     if not drawn:
@@ -73,6 +75,8 @@ def _against(results, x, y):
         for point, *place in zip(results["teacher"], *means, strict=True):
             axes.annotate(f"{point['guidance']:g}", place, textcoords="offset points", xytext=(5, 5), color="gray")
     axes.set(xlabel=f"{label(x)} (higher is better)", ylabel=f"{label(y)} (lower is better)")
+    if 0 < 10 * min(heights) < max(heights):
+        axes.set(yscale="log")
     return _finish(figure, axes)
 
 
