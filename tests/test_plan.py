@@ -105,7 +105,9 @@ def device():
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
             patch.delenv(name, raising=False)
+        gc.freeze()                                      # (`storages` looks through what comes from now on)
         yield train.join()
+        gc.unfreeze()
         if torch.distributed.is_initialized():           # (a whole run in between ends it)
             comm.destroy_process_group()
 
