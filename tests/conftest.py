@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny teacher, a configuration for it, and training in processes of their own."""
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -39,6 +40,10 @@ def pytest_collection_modifyitems(items):
     """The slowest files first, so that no long one is begun last while the other processes have nothing left."""
     order = {f"test_{name}.py": k for k, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish():
+    gc.freeze()                                          # the libraries need not be looked through ever again
 
 
 @pytest.fixture(scope="session")

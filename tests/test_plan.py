@@ -36,7 +36,7 @@ def unets(device, dtype=torch.float32, checkpointing=False):
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(
-            sample_size=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+            sample_size=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
             block_out_channels=(32,), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
             norm_num_groups=8).to(dtype)
     if checkpointing:
