@@ -28,9 +28,13 @@ bench: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 
+# Most modules of the libraries are never loaded, so none is compiled beforehand: Python keeps what it compiles at the
+# first import, if it may.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[test]"
 	touch $(READY)
 
 clean:

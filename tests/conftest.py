@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny teacher, a configuration for it, and training in processes of their own."""
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,9 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                 # before Triton is imported: kernels run in its interpreter
+    import interpreter
+
+    interpreter.patch_once()
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
 
@@ -36,6 +40,10 @@ def pytest_collection_modifyitems(items):
     """The slowest files first, so that no long one is begun last while the other processes have nothing left."""
     order = {f"test_{name}.py": k for k, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish():
+    gc.freeze()                                          # the libraries need not be looked through ever again
 
 
 @pytest.fixture(scope="session")
@@ -102,11 +110,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_training(config, out, port, *args):
-    """Start sidfast/train.py as one process."""
-    command = [sys.executable, "sidfast/train.py", "--config", str(config), "--out", str(out), *args]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(port), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+def start_launcher(script, *args, processes=1, port, gpu=False):
+    """Start DeepSpeed's launcher, as a user does."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
+               "--master_port", str(port), script, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 @functools.cache
@@ -160,26 +170,36 @@ class Forked:
 
 
 def fork_training(config, out, port, *args):
-    """The same as `start_training`, without the seconds that it takes to load PyTorch and DeepSpeed."""
+    """Training as one process, without the seconds that it takes to load PyTorch and DeepSpeed."""
     return Forked("train", ["--config", config, "--out", out, *args], port)
 
 
-def run_jobs(jobs, folder, processes, port, gpu=False, script="tests/jobs.py", launcher=False):
+def run_jobs(jobs, folder, processes, port, gpu=False, script="tests/jobs.py"):
     """Run a list of training jobs (see tests/jobs.py), or what another script makes of them: under DeepSpeed's
-    launcher, or as a process of its own where one on the CPU is enough."""
+    launcher, or on the CPU as forked processes."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"jobs-{port}.json"
     file.write_text(json.dumps(jobs))
-    if processes == 1 and not gpu and not launcher:
-        done = Forked(script, [file], port)
-        assert done.wait() == 0, done.stderr.read()[-3000:]
-        return
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
-               "--master_port", str(port), script, str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path}, capture_output=True,
-                          text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if gpu:
+        started = [start_launcher(script, file, processes=processes, port=port, gpu=True)]
+    else:
+        started = [Forked(script, [file], port, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                          LOCAL_SIZE=str(processes), MASTER_ADDR="127.0.0.1") for rank in range(processes)]
+    wait_for_all(started)
+
+
+def wait_for_all(processes, timeout=1800):
+    """Until all of them have ended well; if one has not, the others, which may wait for it, are ended."""
+    deadline, codes = time.monotonic() + timeout, [None]
+    try:
+        while None in codes and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process in processes:
+        assert process.wait() == 0, process.stderr.read()[-3000:]
 
 
 def losses(out):

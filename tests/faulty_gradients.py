@@ -5,6 +5,7 @@ Writes {"STAGE DTYPE BETA1": [one [updates left out, weights changed, weights fi
 process]}.
 """
 
+import copy
 import itertools
 import json
 import sys
@@ -28,14 +29,14 @@ def weights(engine):
     return torch.cat([v.flatten() for v in gather(engine, masters(engine)).values()])
 
 
-def updates(teacher, stage, dtype, beta1, device):
+def updates(unet, stage, dtype, beta1, device):
     """Two micro-batches an update; in the second update the last process's second loss is infinite."""
-    values = {"model": {"teacher": teacher}, "data": {"prompts": "shapes:train"},
+    values = {"model": {"teacher": "x"}, "data": {"prompts": "shapes:train"},
               "train": {"steps": 1, "batch_size": 2 * comm.get_world_size(), "micro_batch": 1},
               "deepspeed": {"zero_optimization": {"stage": stage}} | ({dtype: {"enabled": True}} if dtype else {})}
     config = build_config(values, "test")
     section = engine_config(config, "generator", comm.get_world_size())
-    engine = build_engine(load_teacher(teacher).unet, Adam(lr=1e-3, beta1=beta1), section, device)
+    engine = build_engine(copy.deepcopy(unet), Adam(lr=1e-3, beta1=beta1), section, device)
     x, text = (torch.randn(shape, dtype=compute_dtype(config.deepspeed)) for shape in ((1, 4, 8, 8), (1, 77, 16)))
     rows = []
     for update in range(4):
@@ -49,11 +50,12 @@ def updates(teacher, stage, dtype, beta1, device):
 
 
 device, job, result = join(), json.loads(Path(sys.argv[-1]).read_text()), {}
+unet = load_teacher(job["teacher"]).unet
 for dtype in ("", "bf16"):
     for stage, beta1 in itertools.product(range(4), (0.0, 0.5)):
         torch.manual_seed(comm.get_rank())
         everyone = [None] * comm.get_world_size()
-        torch.distributed.all_gather_object(everyone, updates(job["teacher"], stage, dtype, beta1, device))
+        torch.distributed.all_gather_object(everyone, updates(unet, stage, dtype, beta1, device))
         result[f"{stage} {dtype or 'fp32'} {beta1}"] = everyone
 if comm.get_rank() == 0:
     Path(job["out"]).write_text(json.dumps(result))

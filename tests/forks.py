@@ -5,6 +5,7 @@ or the path of a script, "arguments", "environment", "output": path, "errors": p
 and writes the exit code to ERRORS.code in the end.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -20,7 +21,9 @@ from sidfast.quiet import quieten  # noqa: E402
 
 quieten()
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 (DeepSpeed loads it with its first engine: seconds)
 import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402
 
 import sidfast.cli  # noqa: E402
 import sidfast.train  # noqa: E402
@@ -85,4 +88,5 @@ def main():
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="forks-") as folder:
         print(folder, flush=True)
+        gc.freeze()                                      # (forked processes need not look through the libraries)
         main()

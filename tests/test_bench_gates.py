@@ -1,12 +1,11 @@
 """The benchmarks' gates: they hold for what they were set for, and a slowed kernel makes its gate fail the run."""
 
 import json
-import subprocess
-import sys
 
 import plots
 import pytest
-from conftest import ROOT, environment
+import pytest.__main__
+from conftest import ROOT, Forked
 from harness import check_gates, load_gates
 
 GATE = {"where": "cpu", "group": "sum", "fast": "fused", "slow": ["eager", "compiled"], "ratio": 1.5}
@@ -58,12 +57,11 @@ def test_a_slowed_kernel_fails_the_run(tmp_path, seconds, code):
     (tmp_path / "conftest.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n" + (ROOT / "bench" / "conftest.py").read_text())
     (tmp_path / "gates.json").write_text(json.dumps([GATE]))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path), "--gates",
-               str(tmp_path / "gates.json"), "--results", str(tmp_path / "results.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(0) | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
-    assert ("ok   sum" if code == 0 else "FAIL sum: fused against ['eager', 'compiled']") in done.stdout
+    done = Forked(pytest.__main__.__file__, ["-p", "no:cacheprovider", tmp_path, "--gates", tmp_path / "gates.json",
+                                             "--results", tmp_path / "results.json"], 0)
+    output, errors = done.communicate()
+    assert done.returncode == code, output[-2000:] + errors[-2000:]
+    assert ("ok   sum" if code == 0 else "FAIL sum: fused against ['eager', 'compiled']") in output
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["machine"] == "CPU" and kept["results"]["sum"]["eager"]["ms"] > 19
 

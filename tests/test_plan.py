@@ -36,7 +36,7 @@ def unets(device, dtype=torch.float32, checkpointing=False):
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(
-            sample_size=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+            sample_size=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
             block_out_channels=(32,), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
             norm_num_groups=8).to(dtype)
     if checkpointing:
@@ -105,7 +105,9 @@ def device():
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
             patch.delenv(name, raising=False)
+        gc.freeze()                                      # (`storages` looks through what comes from now on)
         yield train.join()
+        gc.unfreeze()
         if torch.distributed.is_initialized():           # (a whole run in between ends it)
             comm.destroy_process_group()
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, fork_training, losses, start_training
+from conftest import ROOT, environment, fork_training, losses, start_launcher
 
 from sidfast.errors import UserError
 from sidfast.training.checkpoint import choose_checkpoint, read_tensors
@@ -51,9 +51,9 @@ def config(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """A run that was never interrupted, started as a user does; the others are forked."""
+    """A run that was never interrupted, under DeepSpeed's launcher; the others are forked."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(start_training(config, out, 29721))
+    finish(start_launcher("sidfast/train.py", "--config", config, "--out", out, port=29721))
     return out
 
 

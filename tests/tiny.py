@@ -6,8 +6,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidfast.teacher.tokenizer import build_tokenizer
 
+MIDDLE = {"down_block_types": ("DownBlock2D",), "mid_block_type": "UNetMidBlock2DCrossAttn"}
+NO_MIDDLE = {"down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None}    # fewer layers
 
-def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2, side=8):
+
+def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2, side=8, unet_blocks=MIDDLE):
     """Write a randomly initialised Stable Diffusion to `folder`: latents of side x side, twice as large by each level
     of the VAE but the first."""
     torch.manual_seed(seed)
@@ -20,8 +23,8 @@ def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2, side
                         up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(8,) * levels,
                         norm_num_groups=4, sample_size=side * 2 ** (levels - 1), mid_block_add_attention=False)
     unet = UNet2DConditionModel(
-        sample_size=side, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(16,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8)
+        sample_size=side, up_block_types=("UpBlock2D",), block_out_channels=(16,), layers_per_block=1,
+        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8, **unet_blocks)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
     StableDiffusionPipeline(

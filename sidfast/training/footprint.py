@@ -6,6 +6,7 @@ update runs at two micro-batches: the events are the same ones, so at event i th
 known for every m.
 """
 
+import gc
 import json
 import weakref
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
         unet.requires_grad_(role != "teacher")
         unet.zero_grad(set_to_none=True)
     ledger = Ledger()
-    with gpu_attention(), without_launches(), ledger:
+    with gpu_attention(), without_launches(), without_collection(), ledger:
         update([batch])
     grads = [p.grad for p in unets[name].parameters() if p.grad is not None]
     timeline = ledger.timeline(grads)
@@ -191,6 +192,18 @@ class Ledger(TorchDispatchMode):
                 alive += size
             rows.append((alive, gradients))
         return rows
+
+
+@contextmanager
+def without_collection():
+    """No garbage collection, which would come at another event each time and make two runs incomparable."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
