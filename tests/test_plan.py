@@ -125,7 +125,7 @@ def storages():
 
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("beta1", [0.0, 0.5])
+@pytest.mark.parametrize("beta1", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_memory_of_an_engine(device, stage, bf16, beta1):
     """All tensors that a DeepSpeed engine leaves in memory after a step, and with a step's gradients."""
     config = build_config({"model": {"teacher": "x"}, "data": {"prompts": "shapes:train"},

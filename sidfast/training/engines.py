@@ -46,6 +46,7 @@ def engine_section(config, name):
     section = copy.deepcopy({k: v for k, v in config.deepspeed.items() if k not in ENGINES})
     _merge(section, config.deepspeed.get(name, {}))
     section.setdefault("steps_per_print", 2**31)         # the trainer prints its own progress
+    section.setdefault("timers", {"throughput": {"enabled": False}})             # it waits for the GPU, twice a step
     section.setdefault("gradient_clipping", 0.0)         # DeepSpeed clips to norm 1 unless told; the method does not
     return section
 
