@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from sidfast.environment import prepare_environment
 from sidfast.errors import Parser, UserError, check_paths, one_line
-from sidfast.quiet import quieten
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
@@ -15,7 +15,7 @@ _CALLED = {"study": "STUDY.json", "folder": "--run"}
 def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
     stderr)."""
-    quieten()
+    prepare_environment()
     args = _parser().parse_args(argv)
     try:
         check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)

@@ -16,9 +16,9 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 def main(argv=None):
     """Parse, build, loop. Returns the exit code: 0 done or stopped in order, 1 the run failed, 2 the user's input is at
     fault (one line on stderr)."""
-    from sidfast.quiet import quieten
+    from sidfast.environment import prepare_environment
 
-    quieten()
+    prepare_environment()
     from sidfast.errors import RunError, UserError, one_line
 
     args = _parser().parse_args(argv)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from sidfast.quiet import quieten  # noqa: E402
+from sidfast.environment import prepare_environment  # noqa: E402
 
-quieten()
+prepare_environment()
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import torch  # noqa: E402

@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sidfast.quiet import quieten
+from sidfast.environment import prepare_environment
 
-quieten()
+prepare_environment()
 
 import torch  # noqa: E402
 import triton  # noqa: E402

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from sidfast.quiet import quieten
+from sidfast.environment import prepare_environment
 
-quieten()
+prepare_environment()
 if "PYTEST_XDIST_WORKER" in os.environ:                  # read as PyTorch loads: the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from sidfast.quiet import quieten
+from sidfast.environment import prepare_environment
 
-quieten()
+prepare_environment()
 
 import torch  # noqa: E402
 from deepspeed import comm  # noqa: E402

@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from sidfast.quiet import quieten  # noqa: E402
+from sidfast.environment import prepare_environment  # noqa: E402
 
-quieten()
+prepare_environment()
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 (DeepSpeed loads it with its first engine: seconds)
 import torch  # noqa: E402

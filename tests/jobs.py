@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from sidfast.quiet import quieten
+from sidfast.environment import prepare_environment
 
-quieten()
+prepare_environment()
 
 from sidfast.config import build_config  # noqa: E402
 from sidfast.networks.loading import load_teacher  # noqa: E402

@@ -15,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-from sidfast.quiet import quieten
+from sidfast.environment import prepare_environment
 
 _SIDE = 192                                              # pixels, of an image in the report
 _PATIENCE = 10                                           # seconds to wait for a lock whose holder may be ending
@@ -26,7 +26,7 @@ def main(argv=None):
 
     JOBS: processes that share the device; THREADS: of PyTorch on the CPU. Raises UserError for a file that is no study.
     """
-    quieten()
+    prepare_environment()
     path, out, jobs, threads = argv or sys.argv[1:]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
