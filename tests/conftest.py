@@ -133,6 +133,8 @@ class Forked:
     def __init__(self, program, arguments, port, **more):
         server, folder = forks()
         self._said = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("output", "errors")]
+        for path in self._said:
+            path.touch()                                 # (a process killed at once would leave none)
         output, errors = map(str, self._said)
         server.stdin.write(json.dumps({"program": program, "arguments": [str(a) for a in arguments], "output": output,
                                        "errors": errors, "environment": environment(port) | more}) + "\n")
