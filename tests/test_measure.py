@@ -92,6 +92,27 @@ def test_a_run_measures_and_keeps_the_best(config, tmp_path, place):
     assert result["model"]["distillation"]["step"] == best["step"] and result["model"]["steps"] == 1
 
 
+@pytest.mark.slow
+def test_measures_of_a_run_killed_after_its_checkpoint(config, tmp_path):
+    """They come when it goes on, and are those of a run that was left alone."""
+    out, path = tmp_path / "run", config(metrics="fid,clip")
+    args = [path, out, 30112, "--set", "train.steps=4", "--set", "train.save_every=2"]
+    known = []
+    for _ in range(2):
+        process = fork_training(*args)
+        assert process.wait() == 0, process.stderr.read()[-2000:]
+        curve = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+                 if "evaluation/fid_small_clip" in line]
+        known.append((json.loads((out / "evaluation.json").read_text()),
+                      [(line["step"], line["evaluation/fid_small_clip"]) for line in curve]))
+        shutil.rmtree(out / "checkpoints" / "step-00000004")
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (out / "metrics.jsonl").write_text("".join(line for line in lines if "evaluation/" not in line
+                                                   or json.loads(line)["step"] == 0))
+        (out / "evaluation.json").write_text(json.dumps({"start": known[0][0]["start"]}))
+    assert known[0] == known[1] and [step for step, _ in known[0][1]] == [0, 2, 4]
+
+
 def numbers(protocol="p", **values):
     return {"images": 130, "protocol": protocol, "intervals": {}, **values}
 

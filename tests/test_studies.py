@@ -386,7 +386,7 @@ def test_diverging_variant_stops_no_other(smoke, tmp_path):
     path, out = smoke.parent / "diverging.json", tmp_path / "out"
     path.write_text(json.dumps(values))
     errors = finish(start(path, out, "--jobs", "2"), code=1)
-    assert "broken, seed 0: failed" in errors and "1 of 3" in errors
+    assert "broken, seed 0: failed" in errors and "1 of 4" in errors
     runs = {name: v["runs"]["0"] for name, v in json.loads((out / "results.json").read_text())["variants"].items()}
     assert runs["burst"]["status"] == "diverged" and "diverged" in runs["burst"]["message"]
     assert runs["calm"]["status"] == "done" and runs["calm"]["metrics"]["fid_small_clip"] > 0

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from sidfast.training.engines import ENGINES, set_learning_rate
 from sidfast.training.observe import Observer, Profiler
+from sidfast.training.run import read_lines
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
 from sidfast.training.stop import Stop
@@ -47,6 +48,7 @@ class Loop:
     def __call__(self):
         """Train. Returns the name of the signal that ended the run early, or None. Raises Diverged."""
         train, progress, stopped = self.config.train, self.progress, None
+        self._catch_up()
         while progress.step < train.total_steps and not stopped:
             self._step()
             last = progress.step == train.total_steps
@@ -138,6 +140,21 @@ class Loop:
                 self._look(self.preview.student(weights), sampling, measuring)
             comm.barrier()
         self._clock, self._timed = time.perf_counter(), step                     # speed is that of training alone
+
+    def _catch_up(self):
+        """The measures of the step that training goes on from: a run killed after its checkpoint may lack them."""
+        step, every = self.progress.step, self.config.evaluation.every
+        if not (step and every) or step % every or step == self.config.train.total_steps:
+            return
+        with self.watch.patiently(f"step {step}, measures"):
+            weights = self.ema.gather(lambda name: self.rank == 0)
+            if self.rank == 0:
+                lines = read_lines(self.run.out / "metrics.jsonl")
+                known = any(line["step"] == step and any(key.startswith("evaluation/") for key in line)
+                            for line in lines)
+                self.preview.evaluate(f"step {step}", self.preview.student(weights), step, again=not known)
+            comm.barrier()
+        self._clock = time.perf_counter()
 
     def _look(self, student, sampling, measuring):
         if sampling:
