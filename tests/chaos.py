@@ -28,11 +28,10 @@ prepare_environment()
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import torch  # noqa: E402
+from forks import fork  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tiny import write_tiny_teacher  # noqa: E402
 
-import sidfast.train  # noqa: E402
-import sidfast.training.trainer  # noqa: E402 (loaded once, for all that are forked)
 from sidfast.training.checkpoint import checkpoint_fault, checksum, read_state, read_tensors  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +56,10 @@ class Job:
         if launcher:
             self._launch(command, port, ranks)
         else:
-            self.pids = [_fork(command, rank, ranks, port, self.log) for rank in range(ranks)]
+            common = os.environ | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                                   "MASTER_PORT": str(port)}
+            self.pids = [fork("train", command, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, self.log,
+                              self.log) for rank in range(ranks)]
 
     def _launch(self, command, port, ranks):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -124,30 +126,6 @@ class Job:
 
     def text(self):
         return self.log.read_text(errors="replace")
-
-
-def _fork(command, rank, ranks, port, log):
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        file = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.chdir(ROOT)
-        code = sidfast.train.main(command)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 class Run:

@@ -40,6 +40,8 @@ def run(program, arguments):
 
 
 def fork(program, arguments, environment, output, errors):
+    """The process id of `program`, which writes to the ends of two files."""
+    sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid

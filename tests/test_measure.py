@@ -94,9 +94,10 @@ def test_a_run_measures_and_keeps_the_best(config, tmp_path, place):
 
 @pytest.mark.slow
 def test_measures_of_a_run_killed_after_its_checkpoint(config, tmp_path):
-    """They come when it goes on, and are those of a run that was left alone."""
+    """They come when it goes on, and are those of a run that was left alone; sample grids come too."""
     out, path = tmp_path / "run", config(metrics="fid,clip")
-    args = [path, out, 30112, "--set", "train.steps=4", "--set", "train.save_every=2"]
+    args = [path, out, 30112, "--set", "train.steps=4", "--set", "train.save_every=2", "--set", "train.samples=1",
+            "--set", "train.sample_every=2"]
     known = []
     for _ in range(2):
         process = fork_training(*args)
@@ -104,7 +105,9 @@ def test_measures_of_a_run_killed_after_its_checkpoint(config, tmp_path):
         curve = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
                  if "evaluation/fid_small_clip" in line]
         known.append((json.loads((out / "evaluation.json").read_text()),
-                      [(line["step"], line["evaluation/fid_small_clip"]) for line in curve]))
+                      [(line["step"], line["evaluation/fid_small_clip"]) for line in curve],
+                      (out / "samples" / "step-00000002.png").read_bytes()))
+        (out / "samples" / "step-00000002.png").unlink()
         shutil.rmtree(out / "checkpoints" / "step-00000004")
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         (out / "metrics.jsonl").write_text("".join(line for line in lines if "evaluation/" not in line

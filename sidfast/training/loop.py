@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from sidfast.training.engines import ENGINES, set_learning_rate
 from sidfast.training.observe import Observer, Profiler
-from sidfast.training.run import read_lines
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
 from sidfast.training.stop import Stop
@@ -48,7 +47,8 @@ class Loop:
     def __call__(self):
         """Train. Returns the name of the signal that ended the run early, or None. Raises Diverged."""
         train, progress, stopped = self.config.train, self.progress, None
-        self._catch_up()
+        if progress.step:
+            self._show(saving=False, again=False)        # a run killed after its checkpoint may lack what belongs to it
         while progress.step < train.total_steps and not stopped:
             self._step()
             last = progress.step == train.total_steps
@@ -59,7 +59,7 @@ class Loop:
             saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
             if saving or (stopped and train.save_every):
                 self._save()
-            self._show(last, saving)
+            self._show(saving)
             self.beside.profiler.step()
         self.bar.close()
         return stopped
@@ -124,9 +124,11 @@ class Loop:
         """What checkpoints hold besides engines and average."""
         return {"generator": {kind: tensors for one in self.copies for kind, tensors in one.state().items()}}
 
-    def _show(self, last, saving):
-        """The export that goes with a checkpoint, samples, and measures, if it is time for them."""
+    def _show(self, saving, again=True):
+        """The export that goes with a checkpoint, samples, and measures, if it is time for them; unless `again`, only
+        those samples and measures that are not there."""
         train, step, every = self.config.train, self.progress.step, self.config.evaluation.every
+        last = step == train.total_steps
         sampling = bool(train.samples) and (step % train.sample_every == 0 or last)
         measuring = bool(every) and step % every == 0 and not last
         if not (sampling or saving or measuring):
@@ -137,32 +139,19 @@ class Loop:
                 if saving and self.rank == 0:
                     self.preview.export(weights, f"{self.out}/export", step)
             if self.rank == 0 and (sampling or measuring):
-                self._look(self.preview.student(weights), sampling, measuring)
+                self._look(self.preview.student(weights), sampling and (again or not self.run.has_sample(step)),
+                           measuring, again or not self.run.has_measures(step))
             comm.barrier()
         self._clock, self._timed = time.perf_counter(), step                     # speed is that of training alone
 
-    def _catch_up(self):
-        """The measures of the step that training goes on from: a run killed after its checkpoint may lack them."""
-        step, every = self.progress.step, self.config.evaluation.every
-        if not (step and every) or step % every or step == self.config.train.total_steps:
-            return
-        with self.watch.patiently(f"step {step}, measures"):
-            weights = self.ema.gather(lambda name: self.rank == 0)
-            if self.rank == 0:
-                lines = read_lines(self.run.out / "metrics.jsonl")
-                known = any(line["step"] == step and any(key.startswith("evaluation/") for key in line)
-                            for line in lines)
-                self.preview.evaluate(f"step {step}", self.preview.student(weights), step, again=not known)
-            comm.barrier()
-        self._clock = time.perf_counter()
-
-    def _look(self, student, sampling, measuring):
+    def _look(self, student, sampling, measuring, again):
+        step = self.progress.step
         if sampling:
             with self.phase("sampling"):
-                self.preview.sample(self.progress.step, student)
+                self.preview.sample(step, student)
         if measuring:
             with self.phase("evaluation"):
-                self.preview.evaluate(f"step {self.progress.step}", student, self.progress.step, again=True)
+                self.preview.evaluate(f"step {step}", student, step, again)
 
 
 def with_images(batches, images):

@@ -160,9 +160,21 @@ class RunDirectory:
         with self.attempt("a sample grid"):
             try:
                 save_grid(picture, partial)
-                partial.replace(self.out / "samples" / f"step-{step:08d}.png")
+                partial.replace(self._sample_of(step))
             finally:
                 partial.unlink(missing_ok=True)
+
+    def has_sample(self, step):
+        """Whether the sample grid of a step is there."""
+        return self._sample_of(step).is_file()
+
+    def has_measures(self, step):
+        """Whether metrics.jsonl has the evaluation of a step."""
+        return any(line["step"] == step and any(key.startswith("evaluation/") for key in line)
+                   for line in read_lines(self.out / "metrics.jsonl"))
+
+    def _sample_of(self, step):
+        return self.out / "samples" / f"step-{step:08d}.png"
 
     def evaluation(self, name, values=None):
         """Get (without `values`) or set the evaluation called `name`; kept in evaluation.json."""
