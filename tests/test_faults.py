@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import ROOT, Forked, environment, losses, run_jobs
+from tiny import NO_MIDDLE, write_tiny_teacher
 
 from sidfast.errors import RunError, UserError
 from sidfast.publishing import export
@@ -126,9 +127,10 @@ def test_stopped_process_is_named(write_config, tmp_path, rank):
 # ---- gradients that are not finite
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_non_finite_gradient_skips_the_update_everywhere(tiny_teacher, tmp_path, processes):
+def test_non_finite_gradient_skips_the_update_everywhere(tmp_path, processes):
+    teacher = write_tiny_teacher(tmp_path / "teacher", unet_blocks=NO_MIDDLE)
     out = tmp_path / "result.json"
-    run_jobs({"teacher": str(tiny_teacher), "out": str(out)}, tmp_path, processes, 29904 + processes,
+    run_jobs({"teacher": str(teacher), "out": str(out)}, tmp_path, processes, 29904 + processes,
              script="tests/faulty_gradients.py")
     result = json.loads(out.read_text())
     assert len(result) == 16

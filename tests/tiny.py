@@ -20,11 +20,11 @@ def write_tiny_teacher(folder, prediction_type="epsilon", seed=0, levels=2, side
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * levels,
-                        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(8,) * levels,
-                        norm_num_groups=4, sample_size=side * 2 ** (levels - 1), mid_block_add_attention=False)
+                        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(4,) * levels,
+                        norm_num_groups=2, sample_size=side * 2 ** (levels - 1), mid_block_add_attention=False)
     unet = UNet2DConditionModel(
         sample_size=side, up_block_types=("UpBlock2D",), block_out_channels=(16,), layers_per_block=1,
-        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8, **unet_blocks)
+        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4, **unet_blocks)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
     StableDiffusionPipeline(
