@@ -146,6 +146,25 @@ def test_packed_weights():
     assert not any(hasattr(m, "kept") for m in unfuse(unet).modules())
 
 
+@pytest.mark.parametrize("frozen", (False, True))
+def test_a_pass_saves_no_copies_of_weights(frozen):
+    """For its backward pass: ZeRO stage 3 could not take back the memory of weights between the two."""
+    unet = fuse(unet_of("sd21, half")).requires_grad_(not frozen)
+    x, t, text, _, dy = inputs_of(unet)
+
+    def saved_bytes(kept):
+        taken = {v.untyped_storage().data_ptr() for v in (*unet.parameters(), *kept)}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+            unet(x.requires_grad_(), t, text).sample.backward(dy)
+        sizes = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in saved}
+        return sum(size for place, size in sizes.items() if place not in taken)
+
+    made_in_passes = saved_bytes(())
+    repack(unet)
+    assert made_in_passes == saved_bytes([v for m in unet.modules() if isinstance(m, Packed) for v in m.kept])
+
+
 def test_pass_layout_saves_the_copies():
     """Of convolutions without an upsampling before them; output and input gradient stay the same."""
     unet, want = fuse(unet_of("small").requires_grad_(False)), result_of("small")

@@ -19,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from sidfast.kernels.upsample import combine_taps
 from sidfast.networks.attention import IMPLEMENTATIONS
-from sidfast.networks.fused_ops import conv, geglu, group_norm, layer_norm, linear, projections, upsample_conv
+from sidfast.networks.fused_ops import (
+    conv,
+    geglu,
+    group_norm,
+    joint_linear,
+    layer_norm,
+    linear,
+    projections,
+    upsample_conv,
+)
 from sidfast.networks.packed import Packed, channels_last, joined
 
 
@@ -36,7 +45,7 @@ class FusedResnet(Packed, ResnetBlock2D):
 
         conv1's bias and the time embedding shift whole channels: the second GroupNorm takes them as numbers.
         """
-        packed1, packed2 = self.packed()
+        packed1, packed2 = self.kept or (None, None)
         y, x, skip = group_norm(x, stats, self.norm1, silu=True, skip=skip, skip_stats=skip_stats)
         h, h_stats = conv(y, self.conv1.weight, packed1)
         if temb is None:
@@ -46,10 +55,7 @@ class FusedResnet(Packed, ResnetBlock2D):
         y, *_ = group_norm(h, h_stats, self.norm2, silu=True, shift=shift)
         if self.conv_shortcut is None:
             return conv(y, self.conv2.weight, packed2, self.conv2.bias, x)
-        weight, C1 = self.conv_shortcut.weight.flatten(1), x.shape[-1]
-        residual = F.linear(x, weight[:, :C1])
-        if skip is not None:
-            residual = torch.addmm(residual.flatten(0, 2), skip.flatten(0, 2), weight[:, C1:].t()).view_as(residual)
+        residual = joint_linear(x, skip, self.conv_shortcut.weight)
         return conv(y, self.conv2.weight, packed2, self.conv2.bias + self.conv_shortcut.bias, residual)
 
 
@@ -59,12 +65,12 @@ class FusedTransformer(Transformer2DModel):
     def forward(self, x, stats, text):
         """x [N, H, W, C] and its statistics, text [N, L, D] -> y [N, H, W, C] and its statistics."""
         y, x, _ = group_norm(x, stats, self.norm)
-        h = F.linear(y.flatten(1, 2), self.proj_in.weight.flatten(1), self.proj_in.bias.detach())
+        h = linear(y.flatten(1, 2), self.proj_in.weight, self.proj_in.bias.detach())
         bias, residual = self.proj_in.bias, None
         for block in self.transformer_blocks:
             h, bias, residual = block(h, bias, residual, text)
         out = self.proj_out
-        return conv((h + residual).view_as(x), out.weight, out.weight, out.bias, x)
+        return conv((h + residual).view_as(x), out.weight, None, out.bias, x)
 
 
 class FusedTransformerBlock(Packed, BasicTransformerBlock):
@@ -87,21 +93,21 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
 
         `bias_of_x`: the bias that x contains and that has no gradient yet (see `layer_norm`); None for the result's.
         """
-        own, of_text = self.packed()
+        own, of_text = self.kept or (None, None)
         h, y = layer_norm(x, self.norm1, bias_of_x, residual)
         a = self._attention(self.attn1, *projections(y, own, *self._own_weights()))
         h, y = layer_norm(a, self.norm2, self.attn1.to_out[0].bias, h)
-        a = self._attention(self.attn2, F.linear(y, self.attn2.to_q.weight), *projections(
+        a = self._attention(self.attn2, linear(y, self.attn2.to_q.weight), *projections(
             text, of_text, *self._text_weights()))
         h, y = layer_norm(a, self.norm3, self.attn2.to_out[0].bias, h)
         up, down = self.ff.net[0].proj, self.ff.net[2]
-        y = geglu(F.linear(y, up.weight, up.bias.detach()), up.bias)
+        y = geglu(linear(y, up.weight, up.bias.detach()), up.bias)
         return linear(y, down.weight, down.bias), None, h
 
     def _attention(self, attn, q, k, v):
         o = self.attend(*(t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v)))
         out = attn.to_out[0]
-        return F.linear(o.flatten(2), out.weight, out.bias.detach())
+        return linear(o.flatten(2), out.weight, out.bias.detach())
 
 
 class FusedDownsample(Packed, Downsample2D):
@@ -113,7 +119,7 @@ class FusedDownsample(Packed, Downsample2D):
 
     def forward(self, x):
         """x [N, H, W, C] -> y [N, H/2, W/2, K], sizes rounded up, and its statistics."""
-        return conv(x, self.conv.weight, *self.packed(), self.conv.bias, stride=2)
+        return conv(x, self.conv.weight, *(self.kept or (None,)), self.conv.bias, stride=2)
 
 
 class FusedUpsample(Packed, Upsample2D):
@@ -127,9 +133,9 @@ class FusedUpsample(Packed, Upsample2D):
         """x [N, H, W, C] -> y [N, height, width, K] and its statistics."""
         weight, bias = self.conv.weight, self.conv.bias
         if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
-            return upsample_conv(x, weight, *self.packed(), bias)
+            return upsample_conv(x, weight, *(self.kept or (None,)), bias)
         x = F.interpolate(x.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)
-        return conv(x.contiguous(), weight, channels_last(weight.detach()), bias)
+        return conv(x.contiguous(), weight, None, bias)
 
 
 class FusedConvIn(Packed, nn.Conv2d):
@@ -141,7 +147,7 @@ class FusedConvIn(Packed, nn.Conv2d):
 
     def forward(self, x):
         """x [N, C, H, W] -> y [N, H, W, K] and its statistics."""
-        return conv(x.permute(0, 2, 3, 1).contiguous(), self.weight, *self.packed(), self.bias)
+        return conv(x.permute(0, 2, 3, 1).contiguous(), self.weight, *(self.kept or (None,)), self.bias)
 
 
 class FusedNormOut(nn.GroupNorm):

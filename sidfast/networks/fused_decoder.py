@@ -29,10 +29,10 @@ class FusedDecoderAttention(Packed, Attention):
         projections."""
         y, x, _ = group_norm(x, stats, self.group_norm)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for t in F.linear(y.flatten(1, 2), *self.packed()).chunk(3, -1))
+                   for t in F.linear(y.flatten(1, 2), *(self.kept or self.make_packed())).chunk(3, -1))
         a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.to_out[0]
-        return conv(a.reshape(x.shape), out.weight, out.weight, out.bias, x)
+        return conv(a.reshape(x.shape), out.weight, None, out.bias, x)
 
 
 class FusedDecoder(Decoder):

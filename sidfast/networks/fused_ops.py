@@ -8,6 +8,7 @@ Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes 
 - The bias of a product is added where the product is; its gradient is left to the kernel that reads the product's
   gradient anyway (`bias_of_x`).
 - Frozen weights (requires_grad False) save no activation for a gradient that nobody wants.
+- What is saved of a weight is the parameter itself: ZeRO stage 3 takes its memory back between the passes.
 
 "Statistics" are those of `add_channel_stats`, fp32 [N, chunks, 2, C]. For shapes or strides that they do not take, the
 kernels raise ValueError.
@@ -20,16 +21,17 @@ from sidfast.kernels.channel_stats import add_channel_stats, column_sums
 from sidfast.kernels.geglu import geglu_backward, geglu_forward
 from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
 from sidfast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
-from sidfast.kernels.upsample import interleave, separate, separate_taps
+from sidfast.kernels.upsample import combine_taps, interleave, separate, separate_taps
+from sidfast.networks.packed import channels_last, joined
 
 _aten = torch.ops.aten
 
 
-def conv(x, weight, packed, bias=None, residual=None, stride=1):
+def conv(x, weight, packed=None, bias=None, residual=None, stride=1):
     """y = conv(x) + bias + residual [N, H', W', K], and its statistics for the next GroupNorm.
 
-    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; `packed`: the same channels last; bias [K];
-    residual like y. `stride` applies to 3x3 kernels alone.
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; `packed`: the same channels last, made in
+    either pass if None; bias [K]; residual like y. `stride` applies to 3x3 kernels alone.
     """
     return _Conv.apply(x, weight, packed, bias, residual, stride)
 
@@ -37,8 +39,8 @@ def conv(x, weight, packed, bias=None, residual=None, stride=1):
 def upsample_conv(x, weight, packed, bias):
     """conv of x at twice the size, nearest neighbour, plus bias; and its statistics for the next GroupNorm.
 
-    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it; bias [K]. The result is
-    [N, 2H, 2W, K].
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it, made in either pass if None; bias
+    [K]. The result is [N, 2H, 2W, K].
     """
     return _UpsampleConv.apply(x, weight, packed, bias)
 
@@ -65,13 +67,20 @@ def geglu(x, bias_of_x):
     return _Geglu.apply(x, bias_of_x)
 
 
-def linear(x, weight, bias):
-    """x [..., C], weight [K, C], bias [K] -> [..., K]; the gradient of the bias by a kernel of our own."""
+def linear(x, weight, bias=None):
+    """x [..., C], weight [K, C] or [K, C, 1, 1], bias [K] -> [..., K]; the gradient of the bias by a kernel of our
+    own."""
     return _Linear.apply(x, weight, bias)
 
 
+def joint_linear(x, skip, weight):
+    """x [N, H, W, C1] and skip [N, H, W, C2] (or None), as if concatenated, through weight [K, C1 + C2, 1, 1]."""
+    return _JointLinear.apply(x, skip, weight)
+
+
 def projections(x, packed, *weights):
-    """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]. `packed`: the weights as one."""
+    """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]. `packed`: the weights as one,
+    made of them if None."""
     return _Projections.apply(x, packed, *weights)
 
 
@@ -103,19 +112,20 @@ def _convolve_backward(dy, x, x_shape, weight, stride, need_x, need_weight):
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, packed, bias, residual, stride):
-        y = _convolve(x, packed, stride)
+        y = _convolve(x, channels_last(weight) if packed is None else packed, stride)
         y, stats = add_channel_stats(y, residual, bias, out=y)
-        ctx.save_for_backward(x if weight.requires_grad else None, packed)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, packed)
         ctx.stride, ctx.x_shape = stride, x.shape
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx, dy, _):
-        x, weight = ctx.saved_tensors
+        x, weight, packed = ctx.saved_tensors
         need_x, need_weight, _, need_bias, need_residual, _ = ctx.needs_input_grad
         dy = dy.contiguous()
-        dx, dweight = _convolve_backward(dy, x, ctx.x_shape, weight, ctx.stride, need_x, need_weight)
+        packed = channels_last(weight) if packed is None else packed
+        dx, dweight = _convolve_backward(dy, x, ctx.x_shape, packed, ctx.stride, need_x, need_weight)
         dbias = column_sums(dy.flatten(0, -2), weight.dtype) if need_bias else None
         return dx, dweight, None, dbias, dy if need_residual else None, None
 
@@ -123,17 +133,18 @@ class _Conv(torch.autograd.Function):
 class _UpsampleConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, packed, bias):
-        y, stats = interleave(_convolve(x, packed), bias)
-        ctx.save_for_backward(x if weight.requires_grad else None, packed)
+        y, stats = interleave(_convolve(x, combine_taps(weight) if packed is None else packed), bias)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, packed)
         ctx.x_shape = x.shape
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx, dy, _):
-        x, packed = ctx.saved_tensors
+        x, weight, packed = ctx.saved_tensors
         need_x, need_weight, _, need_bias = ctx.needs_input_grad
         dy = dy.contiguous()
+        packed = combine_taps(weight) if packed is None else packed
         dx, dpacked = _convolve_backward(separate(dy), x, ctx.x_shape, packed, 1, need_x, need_weight)
         dbias = column_sums(dy.flatten(0, -2), packed.dtype) if need_bias else None
         return dx, separate_taps(dpacked) if need_weight else None, None, dbias
@@ -143,15 +154,38 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.flatten(1), bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         flat = dy.contiguous().flatten(0, -2)
-        dweight = flat.t() @ x.flatten(0, -2) if need_weight else None
-        return dy @ weight if need_x else None, dweight, column_sums(flat, weight.dtype) if need_bias else None
+        dx = dy @ weight.flatten(1) if need_x else None
+        dweight = (flat.t() @ x.flatten(0, -2)).view_as(weight) if need_weight else None
+        return dx, dweight, column_sums(flat, weight.dtype) if need_bias else None
+
+
+class _JointLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, weight):
+        matrix, C1 = weight.flatten(1), x.shape[-1]
+        y = x @ matrix[:, :C1].t()
+        if skip is not None:
+            y = torch.addmm(y.flatten(0, 2), skip.flatten(0, 2), matrix[:, C1:].t()).view_as(y)
+        ctx.save_for_backward(*((x, skip) if weight.requires_grad else (None, None)), weight)
+        ctx.C1 = C1
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *inputs, weight = ctx.saved_tensors
+        need_x, need_skip, need_weight = ctx.needs_input_grad
+        dy, matrix, dweight = dy.contiguous(), weight.flatten(1), None
+        if need_weight:
+            flat = dy.flatten(0, 2).t()
+            dweight = torch.cat([flat @ v.flatten(0, 2) for v in inputs if v is not None], 1).view_as(weight)
+        return (dy @ matrix[:, :ctx.C1] if need_x else None, dy @ matrix[:, ctx.C1:] if need_skip else None, dweight)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -210,6 +244,7 @@ class _Projections(torch.autograd.Function):
     def forward(ctx, x, packed, *weights):
         ctx.save_for_backward(x if weights[0].requires_grad else None, *weights)
         ctx.x_shape = x.shape
+        packed = joined(weights) if packed is None else packed
         return (x @ packed.t()).split([len(w) for w in weights], -1)
 
     @staticmethod

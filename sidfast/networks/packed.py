@@ -9,22 +9,16 @@ import torch
 
 
 class Packed:
-    """A module that reads `make_packed()`, a tuple of tensors, instead of its parameters.
-
-    Until `repack` is first called they are made anew in every pass. From then on they are kept, and must be made again
-    after every change of a parameter: in place, so that CUDA graphs may hold them.
+    """A module whose passes read `kept` instead of its parameters, once `repack` was called; until then they make what
+    they need themselves. `repack` must be called after every change of a parameter: it writes in place, so that CUDA
+    graphs may hold what is kept.
     """
 
     kept = None
 
     def make_packed(self):
-        """The tensors that passes read, out of the parameters."""
+        """The tensors that passes read, a tuple, out of the parameters."""
         raise NotImplementedError
-
-    @torch.no_grad()
-    def packed(self):
-        """What this module's passes read."""
-        return self.make_packed() if self.kept is None else self.kept
 
     @torch.no_grad()
     def repack(self):
@@ -60,7 +54,8 @@ def packed_bytes(unet):
 
 def channels_last(weight):
     """A convolution's weight [K, C, h, w] as cuDNN reads it beside activations that are channels last."""
-    return weight if weight.shape[2:] == (1, 1) else weight.contiguous(memory_format=torch.channels_last)
+    return weight if weight.ndim == 2 or weight.shape[2:] == (1, 1) else weight.contiguous(
+        memory_format=torch.channels_last)
 
 
 def joined(weights):
