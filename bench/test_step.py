@@ -15,9 +15,10 @@ PLAIN = {"speed": {"fused": False, "cuda_graphs": False}}
 FAST = {"speed": {"fused": True, "cuda_graphs": True}}
 BF16, FP16 = ({name: {"enabled": True}, "zero_optimization": {"stage": 1}} for name in ("bf16", "fp16"))
 VARIANTS = {
-    **{f"fused, micro-batch {m}": ({"deepspeed": BF16, **FAST}, m) for m in (4, 8, 16, 32)},
-    "plain bf16": ({"deepspeed": BF16, **PLAIN}, 16), "plain fp16": ({"deepspeed": FP16, **PLAIN}, 16),
-    "plain fp32": ({"deepspeed": {}, "speed": PLAIN["speed"] | {"tf32": False}}, 4)}
+    **{f"fused, micro-batch {m}": ({"deepspeed": BF16, **FAST}, m, 1) for m in (4, 8, 16, 32)},
+    "fused, generator 8, fake score 16": ({"deepspeed": BF16, **FAST}, 8, 2),
+    "plain bf16": ({"deepspeed": BF16, **PLAIN}, 16, 1), "plain fp16": ({"deepspeed": FP16, **PLAIN}, 16, 1),
+    "plain fp32": ({"deepspeed": {}, "speed": PLAIN["speed"] | {"tf32": False}}, 4, 1)}
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +33,11 @@ def teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_step(name, teacher, machine, record, tmp_path):
-    changes, micro_batch = VARIANTS[name]
+    changes, micro_batch, factor = VARIANTS[name]
     if not machine.gpu and name != "plain fp32":
         pytest.skip("needs a GPU")
     size = 128 if machine.gpu else 4
-    rows = run_training(tmp_path, teacher, changes, size, min(micro_batch, size), steps=4)
+    rows = run_training(tmp_path, teacher, changes, size, min(micro_batch, size), steps=4, factor=factor)
     speed = median_speed(rows)
     numbers = {"ms": 1e3 / speed, "images_per_s": speed}
     if machine.gpu:

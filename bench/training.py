@@ -10,16 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, config="sd15", save_every=0):
+def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, config="sd15", save_every=0, factor=1):
     """The lines of metrics.jsonl of a run, the first step's left out: it warms up.
 
     `changes`: sections of the configuration; `size`: global batch; `gpus`: how many, all unless given; `save_every`:
-    steps between checkpoints, 0 for none.
+    steps between checkpoints, 0 for none; `factor`: train.fake_score_factor.
     """
     values = json.loads((ROOT / "configs" / f"{config}.json").read_text()) | {
         "model": {"teacher": str(teacher)}, "data": {"prompts": "shapes:train"},
-        "train": {"steps": steps, "batch_size": size, "micro_batch": micro_batch, "log_every": 1,
-                  "save_every": save_every, "samples": 0}} | changes
+        "train": {"steps": steps, "batch_size": size, "micro_batch": micro_batch, "fake_score_factor": factor,
+                  "log_every": 1, "save_every": save_every, "samples": 0}} | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -159,7 +159,8 @@ class Evaluation(Section):
     (docs/evaluation.md). The first process measures, the others wait."""
 
     images: int = Field(0, ge=0, description="how many; 0 for no evaluation")
-    every: int = Field(0, ge=0, description="steps between further evaluations, for curves; 0 for none")
+    every: int = Field(0, ge=0, description="steps between further evaluations, for curves; 0 for none. None is made "
+                                      "within a tenth of that before the end, which is measured anyway")
     best: str | None = Field(None, description="the metric by which RUN/best keeps the best generator so far, as it is "
                                                "called in evaluation.json; FID unless given")
     teacher: bool = Field(False, description="measure the teacher too, in 50 steps at guidance.kappa4")

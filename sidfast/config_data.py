@@ -105,7 +105,8 @@ class Synthetic(Section):
     strength: float | None = Field(None, gt=0, description="of the degradation: blur's deviation in latent pixels, "
                                                            "noise's deviation")
     temperature: float = Field(1.0, gt=0, description="factor on z")
-    unique_prompts: int | None = Field(None, ge=1, description="different prompts in all; all there are unless given")
+    unique_prompts: int | None = Field(None, ge=1, description="only the first so many prompts of the source (of a "
+                                                        "file: drawn at random); all there are unless given")
     prompt_share: float | None = Field(None, gt=0, le=1, description="the same as a share of the lines of a file")
     prompt_repeats: int = Field(1, ge=1, description="how often a prompt comes in a row, each time with another z")
     z_per_prompt: int | None = Field(None, ge=1, description="different z of a prompt; without end unless given")

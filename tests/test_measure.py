@@ -16,6 +16,7 @@ from sidfast.config import load_config
 from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.export import load_pipeline, read_distillation
+from sidfast.training.loop import is_measured
 from sidfast.training.measure import Measuring, check_measures
 from sidfast.training.preview import Preview
 from sidfast.training.run import RunDirectory
@@ -186,3 +187,9 @@ def test_exports_make_images_of_the_resolution_of_the_run(config, tiny_teacher, 
     run.close()
     assert load_pipeline(tmp_path / "export", "cpu")[0]("x").images[0].size == (32, 32)
     shutil.rmtree(tmp_path / "export")
+
+
+@pytest.mark.parametrize("every, total, steps", [(1600, 6400, [1600, 3200, 4800]), (2133, 6400, [2133, 4266]),
+                                                 (3000, 6400, [3000, 6000]), (0, 10, []), (1, 3, [1, 2])])
+def test_when_measures_are_made_along_a_run(every, total, steps):
+    assert [step for step in range(1, total + 1) if is_measured(step, every, total)] == steps

@@ -10,8 +10,6 @@ import torch
 from sidfast.data.prompts import PromptFile, open_prompts
 from sidfast.errors import UserError
 
-_TRIES = 50
-
 
 def training_prompts(source, seed, section):
     """The prompts of a run, to be indexed with any n >= 0.
@@ -53,17 +51,11 @@ class Repeated:
 
 
 def _first(prompts, count, source):
-    """The first `count` different prompts of a source: of a file, that many lines, drawn at random."""
-    if isinstance(prompts, PromptFile):
-        if count > len(prompts):
-            raise UserError(f"synthetic.unique_prompts ({count}): {source} has {len(prompts)} prompts")
-        return [prompts[n] for n in range(count)]
-    found = {}                                           # keeps the order in which they came
-    for n in range(_TRIES * count):
-        found[prompts[n]] = None
-        if len(found) == count:
-            return list(found)
-    raise UserError(f"synthetic.unique_prompts ({count}): {source} has hardly more than {len(found)} different prompts")
+    """The first `count` prompts of a source; of a file, lines drawn at random. Those of the shapes world repeat as they
+    do in it: if each came once, short captions, of which there are few, would all but vanish."""
+    if isinstance(prompts, PromptFile) and count > len(prompts):
+        raise UserError(f"synthetic.unique_prompts ({count}): {source} has {len(prompts)} prompts")
+    return [prompts[n] for n in range(count)]
 
 
 def fixed_z(prompts, which, seed, shape):

@@ -130,7 +130,7 @@ class Loop:
         train, step, every = self.config.train, self.progress.step, self.config.evaluation.every
         last = step == train.total_steps
         sampling = bool(train.samples) and (step % train.sample_every == 0 or last)
-        measuring = bool(every) and step % every == 0 and not last
+        measuring = is_measured(step, every, train.total_steps)
         if not (sampling or saving or measuring):
             return
         with self.watch.patiently(f"step {step}, samples, measures and export"):
@@ -152,6 +152,12 @@ class Loop:
         if measuring:
             with self.phase("evaluation"):
                 self.preview.evaluate(f"step {step}", student, step, again)
+
+
+def is_measured(step, every, total):
+    """Whether an evaluation is made after a step other than the last: every `every` steps (0: never), but not within a
+    tenth of that before the end, which is measured anyway."""
+    return bool(every) and step % every == 0 and step < total and 10 * (total - step) >= every
 
 
 def with_images(batches, images):
