@@ -51,7 +51,7 @@ def test_graphs_and_zero_3_exclude_each_other(teacher):
 def test_auto_falls_back_and_says_why(teacher):
     decided = decide(teacher, fused="auto", cuda_graphs="auto")
     assert not decided.fused and not decided.cuda_graphs
-    assert decided.notes == ("no fused: there is no GPU here", "no cuda graphs: there is no GPU here")
+    assert decided.notes == ("no fused kernels: there is no GPU here", "no CUDA graphs: there is no GPU here")
     assert decide(teacher) == decided
     assert not decide(teacher, fused=False, cuda_graphs=False).notes
 

@@ -11,6 +11,8 @@ from sidfast.networks.attention import choose_attention
 from sidfast.networks.fused import attention_shapes, cannot_fuse, fuse
 from sidfast.networks.packed import pass_layout, repack
 
+_NAMES = {"fused": "fused kernels", "cuda_graphs": "CUDA graphs"}
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -102,7 +104,7 @@ def _wanted(key, value, reason, notes):
     if value is True and reason:
         raise UserError(f"speed.{key}: impossible, {reason}; leave it at auto")
     if value == "auto" and reason:
-        notes.append(f"no {key.replace('_', ' ')}: {reason}")
+        notes.append(f"no {_NAMES[key]}: {reason}")
     return value is True or (value == "auto" and not reason)
 
 

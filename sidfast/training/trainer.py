@@ -64,7 +64,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     speed = decide_speed(config.speed, teacher, latent_shape, 2 * config.train.micro_batch, stages, dtype, device,
                          cannot_capture(config.synthetic))
     torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
-    if rank == 0 and speed.notes and device.type == "cuda":                      # (on a CPU they go without saying)
+    if rank == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
     run = RunDirectory(out, config, progress.step, speed=speed.describe()) if rank == 0 else None
     preview = Preview(config, teacher, run, {} if memo is None else memo) if rank == 0 else None
