@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 from sidfast.networks import flat as module
 from sidfast.networks.flat import Flat
 from sidfast.networks.packed import joined, pass_layout
+from sidfast.networks.trained import Trained
 
 
 def build():
@@ -35,6 +36,17 @@ def test_views(monkeypatch, chunk):
     flat.bfloat16()
     flat.bind()
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("flat", (False, True))
+def test_hooks_see_where_a_pass_begins(flat):
+    """Those of an engine at ZeRO stage 3, also for a pass that is not the engine's own."""
+    unet, begun = build(), []
+    trained = Trained(unet, flat)
+    trained.register_forward_pre_hook(lambda *_: begun.append(1))
+    x, text = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 12)
+    got = trained.denoiser(x, 5, encoder_hidden_states=text).sample
+    assert torch.equal(got, unet(x, 5, text).sample) and len(begun) == (not flat)
 
 
 def test_neighbours_are_one_matrix():

@@ -89,7 +89,7 @@ def denoise_at(network, x_t, level, text, objective):
 def fake_score_update(networks, objective, source=None, **options):
     """The fake score's Update (eq. 5) on the images x_g [N, C, H, W] of `source(batch)`, the generator's own (eq. 4)
     unless given. `options` of Update."""
-    source = source or (lambda batch: generate(networks.generator.module.unet, batch.z, batch.text, objective))
+    source = source or (lambda batch: generate(networks.generator.module.denoiser, batch.z, batch.text, objective))
 
     def compute(fake_score, *tensors):
         batch, keep = Batch(*tensors[:-1]), tensors[-1]
@@ -126,8 +126,9 @@ def generator_update(networks, objective, **options):
         finite, loss = finite & loss.isfinite(), torch.where(keep, loss, 0)
         return loss.mean(), finite, loss.detach(), x_g.detach()
 
-    fake_score = networks.fake_score.module.unet         # the engine itself would prepare for a backward of its own
-    return Update(networks.generator, compute, frozen=fake_score, **options)
+    trained = networks.fake_score.module                 # the engine itself would prepare for a backward of its own
+    fake_score = trained.denoiser
+    return Update(networks.generator, compute, frozen=trained.unet, **options)
 
 
 class Update:

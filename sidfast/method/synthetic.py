@@ -196,7 +196,7 @@ def build_source(section, networks, objective, copies, scheduler, shared=False, 
     `sharded`: whether the teacher's weights are (ZeRO stage 3).
     """
     cls = Shared if shared else SOURCES[section.source]
-    unet = copies[cls.copy] if cls.copy else networks.generator.module.unet
+    unet = copies[cls.copy] if cls.copy else networks.generator.module.denoiser
     source = cls(unet, objective, **{name: getattr(section, name) for name in cls.options})
     if section.teacher_share:
         guidance = objective.kappa4 if section.teacher_guidance is None else section.teacher_guidance

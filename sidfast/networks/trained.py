@@ -1,5 +1,7 @@
 """The network inside an engine."""
 
+import functools
+
 from torch import nn
 
 from sidfast.networks.flat import Flat
@@ -27,6 +29,16 @@ class Trained(nn.Module):
         """The UNet."""
         return self._held[0]
 
-    def forward(self, compute, *tensors):
-        """compute(unet, *tensors), whatever that returns."""
-        return compute(self.unet, *tensors)
+    @property
+    def denoiser(self):
+        """The UNet for passes that are not the engine's. At stage 3 they go through this module all the same, whose hook
+        tells DeepSpeed where a pass begins: it could not foresee which weights are wanted next otherwise."""
+        return self.unet if self.flat else functools.partial(self, _call)
+
+    def forward(self, compute, *tensors, **options):
+        """compute(unet, *tensors, **options), whatever that returns."""
+        return compute(self.unet, *tensors, **options)
+
+
+def _call(unet, *tensors, **options):
+    return unet(*tensors, **options)
