@@ -143,7 +143,8 @@ def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance):
     with torch.no_grad():
         for p in generator.parameters():
             p += 0.01
-    networks = SimpleNamespace(generator=SimpleNamespace(module=SimpleNamespace(denoiser=generator)), teacher=teacher.unet)
+    engine = SimpleNamespace(module=SimpleNamespace(denoiser=generator))
+    networks = SimpleNamespace(generator=engine, teacher=teacher.unet)
     objective = objective_of(kappa4=2.0)
     section = Synthetic(teacher_share=0.4, teacher_steps=4, teacher_guidance=guidance)
     got = build_source(section, networks, objective, {},

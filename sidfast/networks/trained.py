@@ -31,8 +31,8 @@ class Trained(nn.Module):
 
     @property
     def denoiser(self):
-        """The UNet for passes that are not the engine's. At stage 3 they go through this module all the same, whose hook
-        tells DeepSpeed where a pass begins: it could not foresee which weights are wanted next otherwise."""
+        """The UNet for passes that are not the engine's. At stage 3 they go through this module all the same: its hook
+        tells DeepSpeed where a pass begins, or it could not foresee which weights come next."""
         return self.unet if self.flat else functools.partial(self, _call)
 
     def forward(self, compute, *tensors, **options):
