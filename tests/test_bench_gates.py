@@ -2,6 +2,7 @@
 
 import json
 
+import peak
 import plots
 import pytest
 import pytest.__main__
@@ -79,3 +80,18 @@ def test_pictures(tmp_path):
         plots.main([str(file), "--out", str(tmp_path / str(number))])
     assert not list((tmp_path / "0").iterdir())
     assert {p.name for p in (tmp_path / "1").iterdir()} == {"time-by-kind.png", "micro-batch.png", "bandwidth.png"}
+
+
+def test_what_is_live_at_the_peak():
+    def frames(*names):
+        return [{"filename": f"/x/{name}.py", "line": 7, "name": "f"} for name in names]
+
+    def alloc(place, size, *names):
+        return {"action": "alloc", "addr": place, "size": size, "frames": frames(*names)}
+
+    ours = "sidfast/networks/fused"
+    trace = [alloc(1, 10, "torch/nn", ours), alloc(2, 50, "torch/nn"), {"action": "free_completed", "addr": 2},
+             alloc(2, 45, ours), alloc(3, 9, "other"), {"action": "free_requested", "addr": 2},
+             {"action": "free_completed", "addr": 2}, alloc(4, 20, "deepspeed/engine", ours)]
+    most, sizes = peak.live_at_peak(trace)
+    assert most == 64 and sizes == {"networks/fused.py:7 f": 55, "elsewhere": 9}
