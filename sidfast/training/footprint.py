@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sidfast.kernels.backend import without_launches
 from sidfast.method.distill import Batch, Networks, fake_score_update, generator_update
+from sidfast.networks.trained import Trained
 
 UPDATES = {"fake_score": fake_score_update, "generator": generator_update}
 _SIZES = (2, 3)                                          # (a single row makes some copies unnecessary)
@@ -131,11 +132,11 @@ class PlainEngine:
     """What `distill` needs of an engine, without DeepSpeed."""
 
     def __init__(self, unet):
-        self.module, self.unet, self.flat = self, unet, None
+        self.module = Trained(unet)
 
     def __call__(self, compute, *tensors):
         """compute(unet, *tensors)."""
-        return compute(self.unet, *tensors)
+        return self.module(compute, *tensors)
 
     def backward(self, loss):
         """Gradients of a scalar."""
