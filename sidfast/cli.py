@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sidfast.environment import prepare_environment
-from sidfast.errors import Parser, UserError, check_paths, one_line
+from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
@@ -14,7 +14,7 @@ _CALLED = {"study": "STUDY.json", "folder": "--run"}
 
 def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
-    stderr)."""
+    stderr), 130 Ctrl-C."""
     prepare_environment()
     args = _parser().parse_args(argv)
     try:
@@ -27,6 +27,9 @@ def main(argv=None):
         if int(os.environ.get("RANK", 0)) == 0:          # several processes have one voice
             print(f"sidfast: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sidfast: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser():

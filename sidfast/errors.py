@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+INTERRUPTED = 130                                        # exit code after Ctrl-C, as shells have it
+
 
 class UserError(Exception):
     """A mistake in the user's input: one line that says what is wrong, where, and what would be right (exit code 2)."""

@@ -19,7 +19,7 @@ def main(argv=None):
     from sidfast.environment import prepare_environment
 
     prepare_environment()
-    from sidfast.errors import RunError, UserError, one_line
+    from sidfast.errors import INTERRUPTED, RunError, UserError, one_line
 
     args = _parser().parse_args(argv)
     with contextlib.redirect_stderr(Unfailing(sys.stderr)):
@@ -28,6 +28,9 @@ def main(argv=None):
         except (UserError, RunError) as error:
             _tell(one_line(error))
             return 2 if isinstance(error, UserError) else 1
+        except KeyboardInterrupt:
+            _tell("interrupted; the same command goes on from the last checkpoint")
+            return INTERRUPTED
     return 0
 
 
@@ -84,7 +87,7 @@ def run(args):
     from sidfast.training.lock import claim
     from sidfast.training.measure import check_measures
     from sidfast.training.probe import probe_engines
-    from sidfast.training.run import open_run
+    from sidfast.training.run import check_inputs, describe_inputs, open_run
     from sidfast.training.speed import check_speed
     from sidfast.training.trainer import train
 
@@ -92,6 +95,7 @@ def run(args):
     compute_dtype(config.deepspeed)
     open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher)
+    check_inputs(out, describe_inputs(config, teacher))
     check_teacher_fits(config, teacher, args.config)
     check_speed(config.speed, teacher, zero_stages(config),
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
@@ -191,4 +195,7 @@ def _parser():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 130:                                      # at once: threads may still be writing
+        os._exit(code)
+    sys.exit(code)

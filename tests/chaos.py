@@ -36,8 +36,8 @@ from sidfast.training.checkpoint import checkpoint_fault, checksum, read_state, 
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, PATIENCE = 24, 4, 300                      # of a run; seconds that anything may take
-KINDS = ("kill a process", "kill during checkpoint", "kill during export", "SIGTERM", "SIGUSR1", "disk full",
-         "disk full at the end", "damaged checkpoint", "launcher")
+KINDS = ("kill a process", "kill during checkpoint", "kill during export", "SIGTERM", "SIGUSR1", "SIGINT",
+         "disk full", "disk full at the end", "damaged checkpoint", "launcher")
 KEPT = {"generator": ("weights", "exp_avg_sq", "ema"), "fake_score": ("weights", "exp_avg", "exp_avg_sq")}
 
 
@@ -152,7 +152,7 @@ class Run:
         if not job.wait_until(moment):
             return self._over(job)
         time.sleep(self.chance.random() * (0.02 if kind.startswith("kill during") else 1.0))
-        act = {"SIGTERM": self._stop, "SIGUSR1": self._stop, "disk full": self._fill,
+        act = {"SIGTERM": self._stop, "SIGUSR1": self._stop, "SIGINT": self._stop, "disk full": self._fill,
                "disk full at the end": self._fill, "launcher": self._launcher}.get(kind, self._kill)
         hit = act(job, kind)
         if hit:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from sidfast import cli, files, train
 from sidfast.config import load_config
 from sidfast.evaluation.attributes import AttributeChecker
+from sidfast.networks.loading import load_teacher
 from sidfast.teacher import build
 from sidfast.training import run as run_module
 from sidfast.training import speed
-from sidfast.training.run import RunDirectory, open_run
+from sidfast.training.run import RunDirectory, describe_inputs, open_run
 
 
 def fails(capsys, main, *args):
@@ -195,6 +196,36 @@ def test_folder_of_another_run(capsys, write_config, tmp_path):
     assert "guidance.kappa4 is 1.5 there and 3.0 here" in line
     assert "already" in fails(capsys, train.main, "--config", write_config(), "--out", run, "--resume", "never")
     assert {p: p.read_bytes() for p in run.iterdir()} == before
+
+
+@pytest.fixture
+def begun(write_config, tiny_teacher, tmp_path):
+    """(configuration, run directory) of a run with checkpoints and an export, as far as its start looks at them."""
+    teacher, prompts, run = tmp_path / "teacher", tmp_path / "prompts.txt", tmp_path / "run"
+    shutil.copytree(tiny_teacher, teacher)
+    prompts.write_text("a red circle\n")
+    path = write_config(**{"model.teacher": str(teacher), "data.prompts": str(prompts), "evaluation.images": 0})
+    config = load_config(path)
+    for name in ("checkpoints", "export", "samples"):
+        (run / name).mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({
+        "config": config.model_dump(), "inputs": describe_inputs(config, load_teacher(str(teacher)))}))
+    return path, run
+
+
+@pytest.mark.parametrize("change, words", [
+    (edit("../teacher/scheduler/scheduler_config.json", prediction_type="v_prediction"), "model.teacher is not what it"),
+    (lambda run: (run.parent / "prompts.txt").write_text("a blue circle\n"), "data.prompts is not what it was"),
+    (lambda run: (run / "checkpoints").rmdir(), "its checkpoints are gone"),
+    (lambda run: ((run / "checkpoints").rmdir(), (run / "checkpoints").symlink_to("/scratch/none")), "is not there"),
+    (lambda run: ((run / "samples").rmdir(), (run / "samples").write_text("x")), "is a file, where a run has a folder"),
+], ids=["teacher", "prompts", "no-checkpoints", "link", "file"])
+def test_run_whose_parts_were_exchanged(capsys, begun, change, words):
+    config, run = begun
+    change(run)
+    before = sorted(run.rglob("*"))
+    assert words in fails(capsys, train.main, "--config", config, "--out", run)
+    assert sorted(run.rglob("*")) == before
 
 
 def test_folder_that_is_no_run(capsys, write_config, tmp_path):

@@ -120,19 +120,26 @@ def test_export(run, tmp_path, capsys, dtype):
     assert cli.main(["export", "--run", str(out), "--out", str(target)]) == 0            # an export is replaced
 
 
-def test_export_of_bad_input(run, tiny_teacher, tmp_path, capsys):
+def test_export_of_bad_input(run, export, tiny_teacher, tmp_path, capsys):
     out, _ = run
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     broken = shutil.copytree(out, tmp_path / "broken")
+    shutil.copytree(tiny_teacher, tmp_path / "pipeline")
+    shutil.copytree(export, tmp_path / "exported")
+    (tmp_path / "exported" / "lora.txt").write_text("x")
+    (tmp_path / "link").symlink_to(export)
     next((broken / "checkpoints" / "step-00000007").glob("*.safetensors")).write_bytes(b"x")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for args, words in (
             (["--run", tmp_path, "--out", tmp_path / "e"], "no run directory"),
-            (["--run", out, "--out", tmp_path / "mine"], "holds no export"),
+            (["--run", out, "--out", tmp_path / "mine"], "is no export"),
+            (["--run", out, "--out", tmp_path / "pipeline"], "is no export"),
+            (["--run", out, "--out", tmp_path / "exported"], "holds more than one"),
+            (["--run", out, "--out", tmp_path / "link"], "is a link"),
             (["--run", out, "--out", tmp_path / "none" / "e"], "does not exist"),
             (["--run", out, "--checkpoint", tmp_path, "--out", tmp_path / "e"], "state.json is missing"),
             (["--run", broken, "--out", tmp_path / "e"], "no whole checkpoint is left")):
         assert cli.main(["export", *map(str, args)]) == 2
         assert words in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "mine"]
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -27,6 +27,7 @@ from sidfast.training.progress import Progress
 from sidfast.training.run import LineFile
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
+from sidfast.training.stop import Stop
 from sidfast.training.watch import judge
 
 
@@ -284,6 +285,21 @@ def test_second_job_waits_then_says_who_is_there(tmp_path):
     assert len(told) == 1 and "waiting" in told[0]
     lock.claim(tmp_path, True, patience=5)               # free once its holder is gone
     assert lock._held.pop((tmp_path / lock.NAME).resolve()).close() is None
+
+
+def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    stop = Stop()
+    try:
+        assert stop.agreed() is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)              # (a launcher sends it after)
+        assert stop.agreed() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ---- all of it together

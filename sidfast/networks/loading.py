@@ -1,5 +1,6 @@
 """From a Stable Diffusion pipeline in the diffusers layout to the parts that distillation needs."""
 
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.untrusted import refuse_pickles
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_SOME = 16                                               # values of a weight that tell it from another
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,6 +41,16 @@ class Teacher:
     def resolution(self):
         """The side of its images in pixels."""
         return self.unet.config.sample_size * self.latent_factor
+
+    def fingerprint(self):
+        """A hash that tells this teacher from others: of its kind of prediction, its noise levels, and some values of
+        each of its weights."""
+        levels = [f"{level:.4f}" for level in self.schedule.log_sigma.tolist()]
+        digest = hashlib.sha256(f"{self.prediction_type} {levels}".encode())
+        for module in (self.unet, self.vae, self.text_encoder):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:_SOME].tolist()}".encode())
+        return digest.hexdigest()
 
     def sampler(self):
         """A new DDIM scheduler for images in several steps, on Stable Diffusion's timesteps."""

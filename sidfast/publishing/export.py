@@ -22,6 +22,8 @@ from sidfast.publishing.pipeline import OneStepPipeline
 
 _CODE = "pipeline.py"
 _DISTILLATION = "distillation.json"
+_CONTENTS = {"vae", "text_encoder", "unet", "tokenizer", "scheduler", "model_index.json", _CODE, _DISTILLATION,
+             "README.md", "grid.png"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HERE, _RENAME_EXCHANGE = -100, 2                        # AT_FDCWD; linux/fs.h
 
@@ -60,6 +62,11 @@ def write_export(pipe, folder, dtype=torch.float16, distillation=None):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     replace_folder(partial, folder)
+
+
+def holds_export(folder):
+    """Whether a folder is an export of ours, and holds nothing that would be lost with it."""
+    return _is_one_step(Path(folder)) and {path.name for path in Path(folder).iterdir()} <= _CONTENTS
 
 
 def recover_export(folder):

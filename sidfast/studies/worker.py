@@ -134,7 +134,7 @@ class Worker:
         from sidfast.studies.record import COST, RESULT, has_other_config
         from sidfast.training.checkpoint import choose_checkpoint
         from sidfast.training.lock import claim
-        from sidfast.training.run import BEGUN, open_run
+        from sidfast.training.run import BEGUN, check_inputs, describe_inputs, open_run
         from sidfast.training.trainer import train
 
         folder = self.out / run.folder
@@ -146,6 +146,7 @@ class Worker:
         checkpoint = choose_checkpoint(folder, "auto", lambda text: print(f"sidfast: {text}", file=sys.stderr))
         if self.teacher is None:
             self.teacher = load_teacher(run.config.model.teacher)
+        check_inputs(folder, describe_inputs(run.config, self.teacher))
         result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, self.memo)
         if _lines(folder / "metrics.jsonl")[-1]["step"] < run.config.train.total_steps:
             sys.exit(1)                                  # stopped by a signal: the next call goes on from here

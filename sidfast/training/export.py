@@ -11,7 +11,7 @@ from sidfast.errors import UserError
 from sidfast.evaluation.metrics import title
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.card import write_card
-from sidfast.publishing.export import one_step_pipeline, student_unet, write_export
+from sidfast.publishing.export import holds_export, one_step_pipeline, student_unet, write_export
 from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_state, read_tensors
 from sidfast.training.run import describe_distillation
 
@@ -45,10 +45,11 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16"):
 
 
 def _check_out(out):
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; a folder is needed")
-    if out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
-        raise UserError(f"--out {out}: the folder is not empty and holds no export; choose another")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out {out}: is a {'link' if out.is_symlink() else 'file'}; a folder is needed")
+    if out.is_dir() and any(out.iterdir()) and not holds_export(out):
+        raise UserError(f"--out {out}: the folder is not empty and is no export, or holds more than one; choose "
+                        "another")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
 

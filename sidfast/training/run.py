@@ -18,7 +18,7 @@ from sidfast.config import build_config
 from sidfast.errors import UserError
 from sidfast.files import check_folder, write_atomically
 from sidfast.publishing.grid import save_grid
-from sidfast.training.checkpoint import checkpoint_fault
+from sidfast.training.checkpoint import checkpoint_fault, checksum
 from sidfast.training.lock import NAME as LOCK
 from sidfast.training.lock import claim
 from sidfast.training.saver import WRITE_ERRORS, describe
@@ -50,6 +50,7 @@ def open_run(out, config, resume):
     if occupied:
         _check_same(previous, config)
         _check_kept(out)
+        _check_folders(out)
     if occupied and resume != "auto" and resume not in _read_command(previous):
         raise UserError(f"--out {out}: holds a run already; choose another folder, or --resume auto to go on with it")
     if resume not in ("auto", "never") and (Path(resume) / "checkpoints").is_dir():
@@ -79,6 +80,20 @@ def _check_kept(out):
     read_evaluations(out)
 
 
+def _check_folders(out):
+    """UserError for what stands in the place of a run's folders, and for checkpoints that were taken away (or whose
+    disk is not there): to begin again would overwrite the export that they led to."""
+    for name in ("checkpoints", "samples", "tensorboard", "export", "best"):
+        path = out / name
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to {path.readlink()}, which is not there")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, where a run has a folder; move it away")
+    if (out / "export").is_dir() and not (out / "checkpoints").is_dir():
+        raise UserError(f"--out {out}: holds an export, but its checkpoints are gone; put them back, or choose another "
+                        "--out")
+
+
 def _is_free(key):
     return not _BOUND.fullmatch(key) and any(key == f or key.startswith(f + ".") for f in _FREE)
 
@@ -87,6 +102,23 @@ def _read_command(path):
     """The words of the command that a run was last started with: the same command again goes on."""
     command = json.loads(path.read_text()).get("command") or []
     return [str(word).removeprefix("--resume=") for word in command if word != "never"]
+
+
+def describe_inputs(config, teacher):
+    """{key of the configuration: fingerprint of what it names}: of the Teacher as loaded, and of a file of prompts."""
+    prompts = Path(config.data.prompts)
+    return {"model.teacher": teacher.fingerprint()} | (
+        {"data.prompts": checksum(prompts)} if prompts.is_file() else {})
+
+
+def check_inputs(out, inputs):
+    """Raise UserError if a run in `out` began with other inputs (of `describe_inputs`) under the same names."""
+    path = Path(out) / "config.json"
+    before = json.loads(path.read_text()).get("inputs", {}) if path.is_file() else {}
+    for key, fingerprint in inputs.items():
+        if before.get(key, fingerprint) != fingerprint:
+            raise UserError(f"--out {out}: {key} is not what it was when that run began, though its name is the same; "
+                            "put it back, or choose another --out")
 
 
 def _flatten(values, prefix=""):

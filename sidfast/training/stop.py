@@ -1,4 +1,4 @@
-"""An orderly stop: on SIGTERM or SIGUSR1 to any process, all of them end at the same step.
+"""An orderly stop: on SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any process, all of them end at the same step.
 
 Also the tie to DeepSpeed's launcher, whose processes must not train on without it: two jobs would write one folder.
 """
@@ -11,7 +11,7 @@ import time
 import psutil
 import torch
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -55,7 +55,9 @@ class Stop:
         return int(self._flag)
 
     def _ask(self, number, frame):
-        self._asked = number
+        if number == self._asked == signal.SIGINT:       # Ctrl-C for the second time: now
+            raise KeyboardInterrupt
+        self._asked = self._asked or number
 
     def _look_for_launcher(self):
         """A run whose `deepspeed` command was ended stops as if the signal had reached it."""

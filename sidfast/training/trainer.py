@@ -34,7 +34,7 @@ from sidfast.training.loop import Beside, Loop
 from sidfast.training.observe import Observer, Profiler
 from sidfast.training.preview import Preview
 from sidfast.training.progress import Progress
-from sidfast.training.run import RunDirectory
+from sidfast.training.run import RunDirectory, describe_inputs
 from sidfast.training.saver import Saver, last_good
 from sidfast.training.speed import decide_speed
 from sidfast.training.spikes import Spikes
@@ -57,6 +57,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     watch = Watch(channel, config.train.hang_timeout, lambda: last_good(folder))
 
     # the run so far, and what it starts from
+    inputs = describe_inputs(config, teacher) if rank == 0 else None
     progress = Progress.resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
     for module in (teacher.unet, teacher.vae, teacher.text_encoder):
         module.to(device)
@@ -66,7 +67,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
     torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
     if rank == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
-    run = RunDirectory(out, config, progress.step, speed=speed.describe()) if rank == 0 else None
+    run = RunDirectory(out, config, progress.step, speed=speed.describe(), inputs=inputs) if rank == 0 else None
     preview = Preview(config, teacher, run, {} if memo is None else memo) if rank == 0 else None
     with watch.patiently("the teacher's samples and measures"):
         if rank == 0:
