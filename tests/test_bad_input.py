@@ -214,7 +214,7 @@ def begun(write_config, tiny_teacher, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (edit("../teacher/scheduler/scheduler_config.json", prediction_type="v_prediction"), "model.teacher is not what it"),
+    (edit("../teacher/scheduler/scheduler_config.json", prediction_type="v_prediction"), "model.teacher is not what"),
     (lambda run: (run.parent / "prompts.txt").write_text("a blue circle\n"), "data.prompts is not what it was"),
     (lambda run: (run / "checkpoints").rmdir(), "its checkpoints are gone"),
     (lambda run: ((run / "checkpoints").rmdir(), (run / "checkpoints").symlink_to("/scratch/none")), "is not there"),
