@@ -1,7 +1,12 @@
 """Two GPUs against one, and what sharding saves: SD 1.5 with random weights through the trainer, bf16, fused.
 
-ZeRO 2 on one GPU and on two with a global batch of 256: images/s, and the same losses; peak memory of ZeRO 0 and 3.
+ZeRO 2 on one GPU and on two with a global batch of 256: images/s, and the same losses; peak memory of ZeRO 0 and 3. And
+what the GPUs of this machine send to one another, for the estimates of docs/scaling.md.
 """
+
+import os
+import socket
+import time
 
 import pytest
 import torch
@@ -46,3 +51,36 @@ def test_sharding_saves_memory(micro_batch, teacher, record, tmp_path):  # noqa:
         record(f"SD 1.5, two GPUs, micro-batch {micro_batch}", f"ZeRO {stage}", {
             "images_per_s": median_speed(rows), "peak_gib": peaks[stage], "reserved_gib": rows[-1]["reserved_gib"]})
     assert peaks[3] <= 0.65 * peaks[0]
+
+
+def test_bandwidth(record):
+    """Of a sum over all GPUs of as many bytes as SD 1.5's gradients have in bf16."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    gpus = torch.cuda.device_count()
+    seconds = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_sum_up, (gpus, port, seconds), gpus)
+    size, took = _ELEMENTS * 2, seconds.get()
+    record(f"all-reduce over {gpus} GPUs", "NCCL", {"ms": 1e3 * took, "gb": size / 1e9,
+                                                    "sent_gb_s": 2 * (gpus - 1) / gpus * size / took / 1e9})
+
+
+_ELEMENTS = 859_520_964
+
+
+def _sum_up(rank, gpus, port, seconds):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl", rank=rank, world_size=gpus)
+    gradients, taken = torch.ones(_ELEMENTS, dtype=torch.bfloat16, device="cuda"), []
+    for _ in range(8):
+        torch.distributed.barrier()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.distributed.all_reduce(gradients)
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begin)
+    if rank == 0:
+        seconds.put(sorted(taken)[len(taken) // 2])
+    torch.distributed.destroy_process_group()
