@@ -7,6 +7,7 @@ evaluation runs, so the same command goes on after an interruption and comes to 
 import json
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from sidfast.evaluation.intervals import of_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.rows import FolderRows, collect
+from sidfast.files import drop_lock, take_lock
 from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
@@ -66,7 +68,7 @@ def evaluate_model(request, device):
 
     A collective call where several processes were launched; the first one writes.
     """
-    with tf32(request.tf32), joined() as group:
+    with tf32(request.tf32), joined() as group, _alone(request, group):
         job = group.together(lambda: _Job(request, device))
         started = time.time()
         reference = job.protocol.measure_reference(group)
@@ -80,6 +82,28 @@ def evaluate_model(request, device):
             for rows in sets:
                 rows.remove()
             print(json.dumps(result, indent=2))
+
+
+@contextmanager
+def _alone(request, group):
+    """No other evaluation has the same --out meanwhile: they would take each other's blocks. A collective call."""
+    group.together(lambda: _check_numbers(request))
+    lock = group.together(lambda: _claim(request.out), first_only=True)
+    try:
+        yield
+    finally:
+        if lock:
+            drop_lock(lock)
+
+
+def _claim(out):
+    try:
+        lock = take_lock(out.with_name(f".{out.name}.lock"))
+    except OSError as error:
+        raise UserError(f"--out {out}: nothing can be written to {out.parent} ({error.strerror})") from None
+    if lock is None:
+        raise UserError(f"--out {out}: another `sidfast evaluate` is at work on it; wait for it, or give another name")
+    return lock
 
 
 def _measure(job, repeat, group):
@@ -102,7 +126,6 @@ class _Job:
     """
 
     def __init__(self, request, device):
-        _check_numbers(request)
         self.request, self.folder = request, _image_folder(request)
         self.protocol = Protocol(request, device, len(self.folder) if self.folder else None)
         if self.folder:
