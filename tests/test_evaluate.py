@@ -192,6 +192,11 @@ def test_result_says_what_it_means(stored, result):
     assert not list(stored.glob(".result*"))
 
 
+def test_a_result_is_replaced(stored, result, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(result | {"metrics": {"fid": float("nan")}}))
+    assert run(options(stored, metrics=ALL), tmp_path / "r.json")["metrics"] == result["metrics"]
+
+
 def test_reference_is_computed_once(stored, result, monkeypatch):
     """The second time its features come from the cache, under the hash of its contents."""
     from sidfast.evaluation import images

@@ -87,6 +87,20 @@ def test_folder_for_the_result(capsys, stored, tmp_path):
     assert "does not exist" in fails(capsys, stored, tmp_path / "none" / "r.json", cache=tmp_path)
 
 
+@pytest.mark.parametrize("name, content, words", [
+    ("prompts.txt", "a cat\n", "must end in .json"), ("config.json", '{"config": {}, "command": []}', "no result of"),
+    ("list.json", "[1]", "no result of"), ("empty.json", "", "no result of")])
+def test_a_file_that_is_no_result_is_kept(capsys, stored, tmp_path, name, content, words):
+    """Also before anything of --coco is prepared, and before a model is looked for."""
+    path = tmp_path / name
+    path.write_text(content)
+    for args in (["--model", "/nowhere"], ["--coco", "/nowhere", "--model", "/nowhere"]):
+        assert cli.main(["evaluate", *args, "--out", str(path)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"sidfast: --out {path}: ") and words in error and "\n" not in error
+    assert path.read_text() == content and [p.name for p in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("option", ["model", "reference"])
 @pytest.mark.parametrize("damage, words", [
     (lambda f: (f / "3.png").write_bytes(b"no image"), "3.png is no image or a broken one"),

@@ -22,6 +22,7 @@ from sidfast.evaluation.images import ImageFolder, image_files
 from sidfast.evaluation.intervals import of_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
+from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.files import drop_lock, take_lock
 from sidfast.networks.fused_pipeline import fuse_pipeline
@@ -53,6 +54,8 @@ def coco_options(folder, options):
 
     `options`: those that the user gave; they win where the protocol leaves a choice. Raises UserError for others.
     """
+    if "out" in options:
+        check_out(options["out"])
     for name in ("prompts", "reference", "resize"):
         if name in options:
             raise UserError(f"--{name}: --coco brings its own; give one of the two")
@@ -180,10 +183,19 @@ def _check_numbers(request):
             raise UserError(f"--{name.replace('_', '-')} ({value}) must be at least {least}")
     if request.seed_offset >= 2**62:
         raise UserError(f"--seed-offset ({request.seed_offset}) must be below 2^62")
-    if not request.out.parent.is_dir():
-        raise UserError(f"--out {request.out}: the folder {request.out.parent} does not exist")
-    if request.out.is_dir():
-        raise UserError(f"--out {request.out}: is a folder; a file is needed")
+    check_out(request.out)
+
+
+def check_out(out):
+    """Raise UserError unless a result can be written to `out`, and nothing but a result would be replaced by it."""
+    if out.suffix.lower() != ".json":
+        raise UserError(f"--out {out}: must end in .json")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; a file is needed")
+    if out.exists() and not is_result(out):
+        raise UserError(f"--out {out}: is no result of `sidfast evaluate` and is not replaced; choose another name")
 
 
 def _image_folder(request):

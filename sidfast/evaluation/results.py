@@ -64,6 +64,14 @@ def read_groups(arguments):
     return [Group(_name(files, names), curve, [result for _, result in files]) for curve, files in found]
 
 
+def is_result(path):
+    """Whether a file was written by `sidfast evaluate`, of this version or another."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).keys() >= {"model", "prompts", "images", "metrics"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def _split(argument):
     """(curve or None, path); a path that exists may have a `=` in it."""
     curve, equals, path = argument.partition("=")
