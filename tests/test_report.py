@@ -178,6 +178,15 @@ def test_in_a_browser(run, width, scheme):
         [url for url in requests if url.startswith("file:")]) == 1
 
 
+def with_teacher(run, copy, teacher):
+    """A copy of a run directory that names another teacher."""
+    shutil.copytree(run, copy)
+    described = json.loads((copy / "config.json").read_text())
+    described["config"]["model"]["teacher"] = teacher
+    (copy / "config.json").write_text(json.dumps(described))
+    return copy
+
+
 @pytest.mark.parametrize("head, words", [
     ("---\nlicense: creativeml-openrail-m\ntags: [x]\n---\n# SD\n",
      ["license: creativeml-openrail-m\n", "That of the teacher"]),
@@ -185,12 +194,10 @@ def test_in_a_browser(run, width, scheme):
 def test_model_card(run, tmp_path, head, words):
     from sidfast.publishing.card import write_card
 
-    copy, teacher = shutil.copytree(run, tmp_path / "run"), tmp_path / "teacher"
+    teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "README.md").write_text(head)
-    described = json.loads((copy / "config.json").read_text())
-    described["config"]["model"]["teacher"] = str(teacher)
-    (copy / "config.json").write_text(json.dumps(described))
+    copy = with_teacher(run, tmp_path / "run", str(teacher))
     write_card(copy, copy / "export", title)
     assert not (copy / "export").exists()                # nothing to describe
     (copy / "export").mkdir()
@@ -205,3 +212,38 @@ def test_model_card(run, tmp_path, head, words):
     write_card(copy, copy / "export", title)
     card = (copy / "export" / "README.md").read_text()
     assert "| after updates | 120 |" in card and "| chosen as the best of the run by | FID (small CLIP) |" in card
+
+
+@pytest.mark.parametrize("teacher, readme, words", [
+    ("someone/sd", "---\nlicense: openrail++\n---\n", ["license: openrail++\n", "`openrail++`, as its README.md"]),
+    ("someone/sd", "# SD\n", ["README.md on the hub states no licence"]),
+    ("someone/sd", None, ["`someone/sd`, whose README.md was not at hand"]),
+    ("../sd", None, ["`../sd`, whose README.md was not at hand"])], ids=["licence", "none", "unknown", "folder gone"])
+def test_licence_of_a_hub_teacher(run, tmp_path, monkeypatch, teacher, readme, words):
+    """From the hub's cache on this machine, as a download leaves it."""
+    from sidfast.publishing.card import write_card
+
+    cache = tmp_path / "hub" / "models--someone--sd"
+    (cache / "snapshots" / "0123").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    if readme:
+        (cache / "snapshots" / "0123" / "README.md").write_text(readme)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    copy = with_teacher(run, tmp_path / "run", teacher)
+    (copy / "export").mkdir()
+    write_card(copy, copy / "export", title)
+    card = (copy / "export" / "README.md").read_text()
+    assert all(word in card for word in words) and ("license:" in card) == ("license:" in (readme or ""))
+
+
+def test_a_download_brings_the_licence(monkeypatch, tmp_path):
+    from sidfast.networks.loading import find_teacher
+    from sidfast.publishing.export import find_pipeline
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, ignore_patterns: (
+        asked.append(allow_patterns), tmp_path)[1])
+    for find in (find_teacher, find_pipeline):
+        assert find("someone/sd") == tmp_path
+    assert all("README.md" in patterns for patterns in asked) and len(asked) == 2

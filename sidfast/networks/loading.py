@@ -14,6 +14,7 @@ from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.untrusted import refuse_pickles
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+README = "README.md"                                     # of the hub: what states the licence
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,11 +59,27 @@ def find_teacher(name):
 
     try:
         wanted = [f"{part}/*{end}" for part in _PARTS for end in (".json", ".txt", ".safetensors", ".model")]
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted],
+        return Path(snapshot_download(name, allow_patterns=["model_index.json", README, *wanted],
                                       ignore_patterns=["*.fp16.*", "*non_ema*"]))
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
         raise UserError(f"model.teacher: {name} is no folder here, and the hub did not give it "
                         f"({first_reason(error)})") from None
+
+
+def find_readme(name):
+    """The README.md of a teacher's folder, or of a hub id in the cache on this machine; None if it is not there."""
+    path = Path(name) / README
+    if path.is_file():
+        return path
+    if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, README)
+    except ValueError:                                   # no id after all, "../x" say
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def check_teacher(folder):

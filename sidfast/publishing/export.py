@@ -15,7 +15,7 @@ from torch import nn
 
 from sidfast.errors import UserError
 from sidfast.files import flush
-from sidfast.networks.loading import first_reason, load_network, load_teacher
+from sidfast.networks.loading import README, first_reason, load_network, load_teacher
 from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
@@ -171,7 +171,7 @@ def _download(model):
 
     wanted = [f"*/*{end}" for end in (".json", ".txt", ".safetensors", ".model")]
     try:
-        return Path(snapshot_download(model, allow_patterns=["model_index.json", *wanted],
+        return Path(snapshot_download(model, allow_patterns=["model_index.json", README, *wanted],
                                       ignore_patterns=["*.fp16.*", "*non_ema*"]))
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
         raise UserError(f"{model}: no folder here, and the hub did not give it ({first_reason(error)})") from None
