@@ -19,7 +19,7 @@ from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
 from sidfast.evaluation.images import ImageFolder, image_files
-from sidfast.evaluation.intervals import of_repeats
+from sidfast.evaluation.metrics import over_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.results import is_result
@@ -164,7 +164,7 @@ class _Job:
         """Metrics with their 95 % intervals: over images, or over repeats where there are several."""
         if len(each) == 1:
             return {"metrics": each[0][0], "intervals": {"of": "95 %, over images", **each[0][1]}}
-        both = {name: of_repeats([metrics[name] for metrics, _ in each]) for name in each[0][0]}
+        both = over_repeats([metrics for metrics, _ in each])
         return {"metrics": {name: mean for name, (mean, _) in both.items()},
                 "intervals": {"of": f"95 %, t over {len(each)} sets of seeds",
                               **{name: interval for name, (_, interval) in both.items()}},

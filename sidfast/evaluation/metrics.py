@@ -11,7 +11,7 @@ from torch import nn
 
 from sidfast.errors import UserError
 from sidfast.evaluation.attributes import ATTRIBUTES
-from sidfast.evaluation.intervals import of_mean, of_share
+from sidfast.evaluation.intervals import clipped, of_mean, of_repeats, of_share
 
 METRICS = ("fid", "kid", "clip", "precision", "recall", "diversity", "accuracy")
 OF_FEATURES = {"fid", "kid", "precision", "recall"}
@@ -65,6 +65,16 @@ def lower_is_better(name):
     return name.startswith(("fid", "kid"))
 
 
+def is_share(name):
+    """Whether a metric in a result is a share of the images, between 0 and 1."""
+    return name.startswith(("accuracy", "precision", "recall"))
+
+
+def over_repeats(each):
+    """{name: (mean, (low, high) or None)} of several {metric: value}, by Student's t."""
+    return {name: of_repeats([metrics[name] for metrics in each], is_share(name)) for name in each[0]}
+
+
 def title(name):
     """A metric's name in a result as people read it: "FID (small CLIP)"."""
     network = next((words for end, words in (("_small_clip", "small CLIP"), ("_clip", "CLIP")) if name.endswith(end)),
@@ -106,7 +116,8 @@ def intervals(rows, metrics, clip_suffix="", per_prompt=1):
         for name in ("all", *ATTRIBUTES):
             flags = rows.all(f"right_{name}")
             name = "accuracy" if name == "all" else f"accuracy_{name}"
-            found[name] = of_share(flags) if per_prompt == 1 else of_mean(_over_prompts(flags, per_prompt))
+            interval = of_share(flags) if per_prompt == 1 else of_mean(_over_prompts(flags, per_prompt))
+            found[name] = interval and clipped(interval)
     if "clip" in metrics:
         found["clip_score"] = of_mean(_over_prompts(rows.all("clip_cosine"), per_prompt))
     if "diversity" in metrics:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidfast.errors import UserError
-from sidfast.evaluation.intervals import of_repeats
+from sidfast.evaluation.metrics import over_repeats
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Group:
         own interval."""
         metrics = self.first["metrics"]
         if len(self.results) > 1:
-            return {name: of_repeats([result["metrics"][name] for result in self.results]) for name in metrics}
+            return over_repeats([result["metrics"] for result in self.results])
         intervals = self.first.get("intervals", {})
         return {name: (value, intervals.get(name)) for name, value in metrics.items()}
 
