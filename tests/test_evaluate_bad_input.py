@@ -1,5 +1,6 @@
 """A user's mistake in `sidfast evaluate`: one clear line, exit code 2, and nothing half-written."""
 
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli
+from sidfast.errors import UserError
+from sidfast.evaluation.reference import open_reference
 
 ASSETS = ROOT / "assets"
 
@@ -128,6 +131,28 @@ def test_too_few_images(capsys, stored, folder, tmp_path):
     for path in sorted(folder.iterdir())[3:]:
         path.unlink()
     assert "--reference: 3 images are too few" in fails(capsys, stored, tmp_path / "r.json", reference=folder)
+
+
+@pytest.mark.parametrize("sigma, words", [
+    (-np.eye(3), "negative eigenvalues (-1)"), (np.diag([1, 1, -0.01]), "negative eigenvalues (-0.01)"),
+    (np.eye(3) + 0.1 * np.eye(3, k=1), "not symmetric"), (np.eye(3) * 1j, "sigma is complex"),
+    (np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1]]), "negative eigenvalues (-1)")], ids=range(5))
+def test_statistics_that_no_features_have(tmp_path, sigma, words):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=sigma)
+    with pytest.raises(UserError, match=re.escape(f"--reference {tmp_path / 's.npz'}: ")) as error:
+        open_reference(tmp_path / "s.npz")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("samples", [64, 400])
+def test_statistics_with_rounding_pass(tmp_path, samples, dtype):
+    """Also those of fewer images than features, whose smallest eigenvalues are nothing but rounding."""
+    features = np.random.default_rng(0).lognormal(-2, 1, (samples, 256)).astype(np.float32)
+    mean = features.mean(0)
+    sigma = features.T @ features / np.float32(samples) - np.outer(mean, mean)                # the careless formula
+    np.savez(tmp_path / "s.npz", mu=mean.astype(dtype), sigma=sigma.astype(dtype))
+    assert open_reference(tmp_path / "s.npz")[0].statistics[1].dtype == torch.float64
 
 
 @pytest.mark.parametrize("content, words", [
