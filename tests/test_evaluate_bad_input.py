@@ -1,5 +1,6 @@
 """A user's mistake in `sidfast evaluate`: one clear line, exit code 2, and nothing half-written."""
 
+import json
 import re
 import shutil
 
@@ -51,6 +52,7 @@ def fails(capsys, stored, out, **changes):
 @pytest.mark.parametrize("changes, words", [
     ({"metrics": ","}, ["--metrics: none given"]),
     ({"metrics": "fdi"}, ["unknown metric fdi", "is fid meant"]),
+    ({"metrics": "FID"}, ["unknown metric FID", "is fid meant"]),
     ({"metrics": "fid,precison"}, ["unknown metric precison", "is precision meant"]),
     ({"metrics": "fid"}, ["8 are too few images for the covariance of 128 features", "129"]),
     ({"images": "9"}, ["8 prompts are too few for 9 images"]),
@@ -67,7 +69,8 @@ def fails(capsys, stored, out, **changes):
     ({"prompts": "shapes:train"}, ["shapes:held_out"]),
     ({"reference": "/nowhere"}, ["--reference /nowhere"]),
     ({"reference": None}, ["--reference", "kid"]),
-    ({"model": "/nowhere/at/all"}, ["/nowhere/at/all"]),
+    ({"model": "/nowhere/at/all"}, ["--model /nowhere/at/all: neither a folder nor a hub id"]),
+    ({"model": "missing"}, ["--model missing: neither a folder nor a hub id"]),
     ({"model": None}, ["--model is needed"]),
     ({"steps": "2"}, ["a folder of images takes neither --steps"]),
     ({"seed_offset": str(2**63)}, ["--seed-offset", "2^62"]),
@@ -79,6 +82,23 @@ def fails(capsys, stored, out, **changes):
 def test_options(capsys, stored, tmp_path, changes, words):
     line = fails(capsys, stored, tmp_path / "r.json", **changes)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: next((f / "unet").glob("*.safetensors")).unlink(), "unet has no weights"),
+    (lambda f: (f / "vae" / "config.json").write_text("[]"), "vae/config.json must be a JSON object")],
+    ids=["weights", "json"])
+def test_a_broken_model_is_named_by_its_option(capsys, stored, tiny_teacher, tmp_path, damage, words, one_step):
+    """A pipeline of several steps, and an export, which is read as a teacher is."""
+    model = shutil.copytree(tiny_teacher, tmp_path / "model")
+    if one_step:
+        index = json.loads((model / "model_index.json").read_text())
+        index |= {"_class_name": ["pipeline", "OneStepPipeline"], "t_init": 625}
+        (model / "model_index.json").write_text(json.dumps(index))
+    damage(model)
+    line = fails(capsys, stored, tmp_path / "r.json", model=model)
+    assert line.startswith(f"sidfast: --model {model}: {model}/") and words in line and "teacher:" not in line
 
 
 def test_empty_folder(capsys, stored, tmp_path):

@@ -25,7 +25,7 @@ def parse_metrics(text):
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, 1, 0.3)
+            near = difflib.get_close_matches(name.lower(), METRICS, 1, 0.3)
             meant = f"; is {near[0]} meant?" if near else ""
             raise UserError(f"--metrics: unknown metric {name}{meant} (there are {', '.join(METRICS)})")
     if not names:
