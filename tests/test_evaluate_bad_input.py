@@ -135,6 +135,20 @@ def test_images(capsys, stored, folder, tmp_path, option, damage, words):
     damage(folder)
     line = fails(capsys, stored, tmp_path / "r.json", **{option: folder})
     assert f"--{option}" in line and words in line
+    assert {p.name for p in tmp_path.iterdir()} <= {"copy", "cache"}
+
+
+def test_a_broken_image_after_good_ones_can_be_mended(capsys, stored, folder, tmp_path):
+    """Nothing of the failed evaluation stays, so nothing is said of it by the next one."""
+    good = (folder / "7.png").read_bytes()
+    (folder / "7.png").write_bytes(good[:3000])          # only found when it is read, in the last batch
+    fails(capsys, stored, tmp_path / "r.json", model=folder, batch_size=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"copy", "cache"}
+    (folder / "7.png").write_bytes(good)
+    args = {"model": folder, "prompts": stored / "prompts.txt", "clip": ASSETS / "clip", "metrics": "clip",
+            "out": tmp_path / "r.json"}
+    assert cli.main(["evaluate", *(str(v) for name, value in args.items() for v in (f"--{name}", value))]) == 0
+    assert "afresh" not in capsys.readouterr().err
 
 
 def test_size_mismatch_of_model_and_reference(capsys, stored, folder, tmp_path):

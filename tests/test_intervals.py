@@ -128,6 +128,13 @@ def test_interrupted_between_sets(three, tiny_teacher, tmp_path, monkeypatch):
     assert again["repeats"] == three["repeats"] and [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_what_more_sets_of_seeds_left_goes_too(tiny_teacher, tmp_path):
+    for name in (".r.json.partial-3", ".r.json.partial-of-mine", ".s.json.partial"):
+        (tmp_path / name).mkdir()
+    run(tiny_teacher, tmp_path / "r.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"r.json", ".r.json.partial-of-mine", ".s.json.partial"}
+
+
 @pytest.mark.parametrize("name, filter_", [
     ("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR),
     ("lanczos", Image.Resampling.LANCZOS)])

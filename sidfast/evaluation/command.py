@@ -4,7 +4,10 @@ An image depends on its seed and prompt alone. What was measured on each is save
 evaluation runs, so the same command goes on after an interruption and comes to the same numbers.
 """
 
+import glob
 import json
+import re
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -82,8 +85,7 @@ def evaluate_model(request, device):
             partial = request.out.with_name(f".{request.out.name}.json.partial")
             partial.write_text(json.dumps(result, indent=2) + "\n")
             partial.replace(request.out)
-            for rows in sets:
-                rows.remove()
+            _remove_rows(request.out)
             print(json.dumps(result, indent=2))
 
 
@@ -112,14 +114,30 @@ def _claim(out):
 def _measure(job, repeat, group):
     """What is measured on each image of one set of seeds, from where an interrupted evaluation stopped."""
     request = job.request
-    place = request.out.with_name(f".{request.out.name}.partial{f'-{repeat + 1}' if repeat else ''}")
+    place = _rows_folder(request.out, repeat)
     rows = FolderRows(place, job.key | {"seeds": [job.first_seed(repeat), request.seeds_per_prompt]})
     if group.together(rows.open, first_only=True) is False:
         print(f"sidfast: {place} was of another evaluation; starting afresh", file=sys.stderr)
     description = f"evaluate, seeds {repeat + 1} of {request.seeds}" if request.seeds > 1 else "evaluate"
     make = job.protocol.sized(job.maker(repeat))
-    collect(make, job.protocol.prompts, job.protocol.judge.rows, rows, request.batch_size, description, group)
+    try:
+        collect(make, job.protocol.prompts, job.protocol.judge.rows, rows, request.batch_size, description, group)
+    except UserError:                                    # a fault of the images: there is nothing to go on with
+        if group.rank == 0:
+            _remove_rows(request.out)
+        raise
     return rows
+
+
+def _rows_folder(out, repeat):
+    return out.with_name(f".{out.name}.partial{f'-{repeat + 1}' if repeat else ''}")
+
+
+def _remove_rows(out):
+    """Delete the folders of all sets of seeds, also those of an earlier evaluation with more of them."""
+    for path in out.parent.glob(f"{glob.escape(_rows_folder(out, 0).name)}*"):
+        if re.fullmatch(r"\.partial(-\d+)?", path.name.removeprefix(f".{out.name}")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Job:

@@ -109,10 +109,6 @@ class FolderRows(MemoryRows):
                 total += file.get_slice(next(iter(file.keys()))).get_shape()[0]
         return total
 
-    def remove(self):
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, start):
         return self.folder / f"block-{start:08d}.safetensors"
 
