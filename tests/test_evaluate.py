@@ -355,6 +355,7 @@ def test_interrupted_evaluation_gives_the_same_numbers(export, whole, tmp_path, 
     assert len(list((tmp_path / ".r.json.partial").glob("block-*"))) == blocks
     again = run(of_shapes(export, tmp_path), tmp_path / "r.json")
     assert again["metrics"] == whole["metrics"]          # exact: same bits
+    assert again["resumed_after"] == 8 * blocks and whole["resumed_after"] == 0
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["r.json"]
 
 

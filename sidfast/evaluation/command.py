@@ -78,10 +78,10 @@ def evaluate_model(request, device):
         job = group.together(lambda: _Job(request, device))
         started = time.time()
         reference = job.protocol.measure_reference(group)
-        sets = [_measure(job, repeat, group) for repeat in range(request.seeds)]
+        measured = [_measure(job, repeat, group) for repeat in range(request.seeds)]
         if group.rank == 0:
-            result = job.result(sets, reference, group.processes)
-            result["seconds"] = round(time.time() - started, 1)
+            result = job.result([rows for rows, _ in measured], reference, group.processes)
+            result |= {"seconds": round(time.time() - started, 1), "resumed_after": sum(found for _, found in measured)}
             partial = request.out.with_name(f".{request.out.name}.json.partial")
             partial.write_text(json.dumps(result, indent=2) + "\n")
             partial.replace(request.out)
@@ -112,12 +112,14 @@ def _claim(out):
 
 
 def _measure(job, repeat, group):
-    """What is measured on each image of one set of seeds, from where an interrupted evaluation stopped."""
+    """(What is measured on each image of one set of seeds, how many images an interrupted evaluation had measured).
+
+    The count is None but for the first process.
+    """
     request = job.request
-    place = _rows_folder(request.out, repeat)
-    rows = FolderRows(place, job.key | {"seeds": [job.first_seed(repeat), request.seeds_per_prompt]})
-    if group.together(rows.open, first_only=True) is False:
-        print(f"sidfast: {place} was of another evaluation; starting afresh", file=sys.stderr)
+    key = job.key | {"seeds": [job.first_seed(repeat), request.seeds_per_prompt]}
+    rows = FolderRows(_rows_folder(request.out, repeat), key)
+    found = group.together(lambda: _open_rows(rows), first_only=True)
     description = f"evaluate, seeds {repeat + 1} of {request.seeds}" if request.seeds > 1 else "evaluate"
     make = job.protocol.sized(job.maker(repeat))
     try:
@@ -126,7 +128,13 @@ def _measure(job, repeat, group):
         if group.rank == 0:
             _remove_rows(request.out)
         raise
-    return rows
+    return rows, found
+
+
+def _open_rows(rows):
+    if not rows.open():
+        print(f"sidfast: {rows.folder} was of another evaluation; starting afresh", file=sys.stderr)
+    return rows.count()
 
 
 def _rows_folder(out, repeat):
