@@ -1,6 +1,7 @@
 """RUN/report.html: complete, self-contained, and alive in a real browser."""
 
 import base64
+import html
 import io
 import json
 import shutil
@@ -77,6 +78,20 @@ def test_page_is_self_contained_and_complete(run):
     assert page.count('class="level"') == 3              # the teacher's numbers
     for pattern in ("fetch(", "XMLHttpRequest", "<link rel=\"stylesheet", "<iframe"):
         assert pattern not in page
+
+
+def test_command_as_one_would_type_it(run, tmp_path, monkeypatch):
+    """Paths below the working directory are shown from there; what the launcher adds is left out."""
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(run, tmp_path / "run")
+    described = json.loads((copy / "config.json").read_text())
+    described["command"] = [f"{tmp_path}/sidfast/train.py", "--local_rank=0", "--config",
+                            f"{tmp_path}/my configs/a.json", f"--out={tmp_path}/runs/a", "--set",
+                            f"model.teacher={tmp_path}", "data.prompts=/else/p.txt"]
+    (copy / "config.json").write_text(json.dumps(described))
+    assert cli.main(["report", "--run", "run"]) == 0
+    assert html.escape("sidfast/train.py --config 'my configs/a.json' --out=runs/a --set model.teacher=. "
+                       "data.prompts=/else/p.txt").replace("&#x27;", "&#39;") in (copy / "report.html").read_text()
 
 
 def test_grid_gives_its_images_back(tmp_path):
