@@ -1,5 +1,6 @@
 """Files that are whole or absent, also after a power cut."""
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -30,6 +31,31 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(path):
+    """The open file of a lock that is ours until `drop_lock`, or until this process ends, however it ends; None where
+    another process has it. Raises OSError where the file cannot be made."""
+    while True:
+        file = open(path, "w")                           # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError:                                  # a file system without locks
+            return file
+        file.close()                                     # its last holder removed it just now
+
+
+def drop_lock(file):
+    """Give a lock of `take_lock` back, and remove its file."""
+    Path(file.name).unlink(missing_ok=True)
+    file.close()
 
 
 def check_folder(path, option="--out"):

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from sidfast import cli
-from sidfast.evaluation.compare import _curve
+from sidfast.evaluation.compare import _curve, _number
 from sidfast.evaluation.results import read_groups
 
 
@@ -75,6 +75,15 @@ def test_seeds_become_an_interval(tmp_path):
     assert [float(row[k]) for k in ("fid", "fid_low", "fid_high")] == pytest.approx([np.mean(fids), low, high])
     assert (row["seed sets"], row["guidance"]) == ("3", "1.5")
     assert "| 8.90 ± 0.50 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("value, interval, text", [
+    (0.97, (0.9154, 0.9897), "0.970 (0.915 to 0.990)"), (0.5, (0.4038, 0.5962), "0.500 ± 0.096"),
+    (0.618, (0.5875, 0.6476), "0.618 (0.588 to 0.648)"), (1.0, (0.963, 1.0), "1.000 (0.963 to 1.000)"),
+    (8.9, (8.4032, 9.3968), "8.90 ± 0.50"), (2.0, (2.0, 2.0), "2.0000 ± 0.0000")], ids=str)
+def test_intervals_are_shown_as_they_are(value, interval, text):
+    """As ± where both halves are alike to the digits shown, otherwise from where to where."""
+    assert _number((value, interval)) == text
 
 
 @pytest.mark.parametrize("others, rows", [

@@ -27,6 +27,7 @@ from sidfast.evaluation.metrics import diversity
 from sidfast.evaluation.reference import Reference, drawn_reference
 from sidfast.evaluation.results import read_groups
 from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
+from sidfast.files import drop_lock, take_lock
 
 CLIP = ASSETS / "clip"
 N = 300                                                  # more than the 128 features of the small CLIP
@@ -191,6 +192,11 @@ def test_result_says_what_it_means(stored, result):
     assert not list(stored.glob(".result*"))
 
 
+def test_a_result_is_replaced(stored, result, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(result | {"metrics": {"fid": float("nan")}}))
+    assert run(options(stored, metrics=ALL), tmp_path / "r.json")["metrics"] == result["metrics"]
+
+
 def test_reference_is_computed_once(stored, result, monkeypatch):
     """The second time its features come from the cache, under the hash of its contents."""
     from sidfast.evaluation import images
@@ -349,6 +355,7 @@ def test_interrupted_evaluation_gives_the_same_numbers(export, whole, tmp_path, 
     assert len(list((tmp_path / ".r.json.partial").glob("block-*"))) == blocks
     again = run(of_shapes(export, tmp_path), tmp_path / "r.json")
     assert again["metrics"] == whole["metrics"]          # exact: same bits
+    assert again["resumed_after"] == 8 * blocks and whole["resumed_after"] == 0
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["r.json"]
 
 
@@ -364,6 +371,49 @@ def test_blocks_of_another_evaluation_are_not_taken(export, tmp_path, capsys):
     (partial / "block-00000000.safetensors").write_bytes(b"other")
     run(of_shapes(export, tmp_path, images="16", metrics="clip"), tmp_path / "r.json")
     assert "starting afresh" in capsys.readouterr().err
+
+
+def test_one_evaluation_at_a_time(stored, result, tmp_path, capsys, monkeypatch):
+    """A second command with the same --out, of other images and while the first is at work, is refused in a line."""
+    put, tried = FolderRows.put, []
+
+    def meanwhile(self, start, rows):
+        if "clip_cosine" in rows and not tried:
+            tried.append(cli.main(arguments(options(stored, metrics=ALL, model=stored / "real"), tmp_path / "r.json")))
+        put(self, start, rows)
+
+    monkeypatch.setattr(FolderRows, "put", meanwhile)
+    again = run(options(stored, metrics=ALL), tmp_path / "r.json")
+    assert tried == [2] and "r.json: another `sidfast evaluate` is at work on it" in capsys.readouterr().err
+    assert again["metrics"] == result["metrics"] and os.listdir(tmp_path) == ["r.json"]
+
+
+def test_a_lock_that_was_left_behind_is_free(tmp_path):
+    (tmp_path / "lock").touch()
+    lock = take_lock(tmp_path / "lock")
+    assert lock and take_lock(tmp_path / "lock") is None
+    drop_lock(lock)
+    assert not (tmp_path / "lock").exists()
+    drop_lock(take_lock(tmp_path / "lock"))
+
+
+def test_rows_of_other_images_are_no_result(tmp_path):
+    """A block that nobody asked for is found before any number is made of it."""
+    rows = FolderRows(tmp_path / "rows", {})
+    rows.open()
+    rows.put(4, {"x": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match="4 images were to be measured, and there are rows of 7"):
+        collect(lambda start, stop: torch.zeros(stop - start), [""] * 4, lambda x, *_: {"x": x}, rows, 2, "test")
+
+
+def test_two_that_open_the_same_rows(tmp_path):
+    """Whoever comes second finds the folder with its key in it, and keeps the blocks."""
+    first, second = (FolderRows(tmp_path / "rows", {"a": 1}) for _ in range(2))
+    assert first.open()
+    first.put(0, {"x": torch.zeros(2)})
+    assert second.open() and second.count() == 2
+    assert FolderRows(tmp_path / "rows", {"a": 2}).open() is False and first.count() == 0
+    assert os.listdir(tmp_path) == ["rows"]
 
 
 def test_drawn_reference_ignores_how_it_is_stored(tmp_path):

@@ -1,5 +1,7 @@
 """A user's mistake in `sidfast evaluate`: one clear line, exit code 2, and nothing half-written."""
 
+import json
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli
+from sidfast.errors import UserError
+from sidfast.evaluation.reference import open_reference
 
 ASSETS = ROOT / "assets"
 
@@ -48,6 +52,7 @@ def fails(capsys, stored, out, **changes):
 @pytest.mark.parametrize("changes, words", [
     ({"metrics": ","}, ["--metrics: none given"]),
     ({"metrics": "fdi"}, ["unknown metric fdi", "is fid meant"]),
+    ({"metrics": "FID"}, ["unknown metric FID", "is fid meant"]),
     ({"metrics": "fid,precison"}, ["unknown metric precison", "is precision meant"]),
     ({"metrics": "fid"}, ["8 are too few images for the covariance of 128 features", "129"]),
     ({"images": "9"}, ["8 prompts are too few for 9 images"]),
@@ -64,7 +69,8 @@ def fails(capsys, stored, out, **changes):
     ({"prompts": "shapes:train"}, ["shapes:held_out"]),
     ({"reference": "/nowhere"}, ["--reference /nowhere"]),
     ({"reference": None}, ["--reference", "kid"]),
-    ({"model": "/nowhere/at/all"}, ["/nowhere/at/all"]),
+    ({"model": "/nowhere/at/all"}, ["--model /nowhere/at/all: neither a folder nor a hub id"]),
+    ({"model": "missing"}, ["--model missing: neither a folder nor a hub id"]),
     ({"model": None}, ["--model is needed"]),
     ({"steps": "2"}, ["a folder of images takes neither --steps"]),
     ({"seed_offset": str(2**63)}, ["--seed-offset", "2^62"]),
@@ -78,6 +84,23 @@ def test_options(capsys, stored, tmp_path, changes, words):
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: next((f / "unet").glob("*.safetensors")).unlink(), "unet has no weights"),
+    (lambda f: (f / "vae" / "config.json").write_text("[]"), "vae/config.json must be a JSON object")],
+    ids=["weights", "json"])
+def test_a_broken_model_is_named_by_its_option(capsys, stored, tiny_teacher, tmp_path, damage, words, one_step):
+    """A pipeline of several steps, and an export, which is read as a teacher is."""
+    model = shutil.copytree(tiny_teacher, tmp_path / "model")
+    if one_step:
+        index = json.loads((model / "model_index.json").read_text())
+        index |= {"_class_name": ["pipeline", "OneStepPipeline"], "t_init": 625}
+        (model / "model_index.json").write_text(json.dumps(index))
+    damage(model)
+    line = fails(capsys, stored, tmp_path / "r.json", model=model)
+    assert line.startswith(f"sidfast: --model {model}: {model}/") and words in line and "teacher:" not in line
+
+
 def test_empty_folder(capsys, stored, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "nor a folder of images" in fails(capsys, stored, tmp_path / "r.json", model=tmp_path / "empty")
@@ -85,6 +108,20 @@ def test_empty_folder(capsys, stored, tmp_path):
 
 def test_folder_for_the_result(capsys, stored, tmp_path):
     assert "does not exist" in fails(capsys, stored, tmp_path / "none" / "r.json", cache=tmp_path)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("prompts.txt", "a cat\n", "must end in .json"), ("config.json", '{"config": {}, "command": []}', "no result of"),
+    ("list.json", "[1]", "no result of"), ("empty.json", "", "no result of")])
+def test_a_file_that_is_no_result_is_kept(capsys, stored, tmp_path, name, content, words):
+    """Also before anything of --coco is prepared, and before a model is looked for."""
+    path = tmp_path / name
+    path.write_text(content)
+    for args in (["--model", "/nowhere"], ["--coco", "/nowhere", "--model", "/nowhere"]):
+        assert cli.main(["evaluate", *args, "--out", str(path)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"sidfast: --out {path}: ") and words in error and "\n" not in error
+    assert path.read_text() == content and [p.name for p in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("option", ["model", "reference"])
@@ -98,6 +135,20 @@ def test_images(capsys, stored, folder, tmp_path, option, damage, words):
     damage(folder)
     line = fails(capsys, stored, tmp_path / "r.json", **{option: folder})
     assert f"--{option}" in line and words in line
+    assert {p.name for p in tmp_path.iterdir()} <= {"copy", "cache"}
+
+
+def test_a_broken_image_after_good_ones_can_be_mended(capsys, stored, folder, tmp_path):
+    """Nothing of the failed evaluation stays, so nothing is said of it by the next one."""
+    good = (folder / "7.png").read_bytes()
+    (folder / "7.png").write_bytes(good[:3000])          # only found when it is read, in the last batch
+    fails(capsys, stored, tmp_path / "r.json", model=folder, batch_size=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"copy", "cache"}
+    (folder / "7.png").write_bytes(good)
+    args = {"model": folder, "prompts": stored / "prompts.txt", "clip": ASSETS / "clip", "metrics": "clip",
+            "out": tmp_path / "r.json"}
+    assert cli.main(["evaluate", *(str(v) for name, value in args.items() for v in (f"--{name}", value))]) == 0
+    assert "afresh" not in capsys.readouterr().err
 
 
 def test_size_mismatch_of_model_and_reference(capsys, stored, folder, tmp_path):
@@ -114,6 +165,28 @@ def test_too_few_images(capsys, stored, folder, tmp_path):
     for path in sorted(folder.iterdir())[3:]:
         path.unlink()
     assert "--reference: 3 images are too few" in fails(capsys, stored, tmp_path / "r.json", reference=folder)
+
+
+@pytest.mark.parametrize("sigma, words", [
+    (-np.eye(3), "negative eigenvalues (-1)"), (np.diag([1, 1, -0.01]), "negative eigenvalues (-0.01)"),
+    (np.eye(3) + 0.1 * np.eye(3, k=1), "not symmetric"), (np.eye(3) * 1j, "sigma is complex"),
+    (np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1]]), "negative eigenvalues (-1)")], ids=range(5))
+def test_statistics_that_no_features_have(tmp_path, sigma, words):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=sigma)
+    with pytest.raises(UserError, match=re.escape(f"--reference {tmp_path / 's.npz'}: ")) as error:
+        open_reference(tmp_path / "s.npz")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("samples", [64, 400])
+def test_statistics_with_rounding_pass(tmp_path, samples, dtype):
+    """Also those of fewer images than features, whose smallest eigenvalues are nothing but rounding."""
+    features = np.random.default_rng(0).lognormal(-2, 1, (samples, 256)).astype(np.float32)
+    mean = features.mean(0)
+    sigma = features.T @ features / np.float32(samples) - np.outer(mean, mean)                # the careless formula
+    np.savez(tmp_path / "s.npz", mu=mean.astype(dtype), sigma=sigma.astype(dtype))
+    assert open_reference(tmp_path / "s.npz")[0].statistics[1].dtype == torch.float64
 
 
 @pytest.mark.parametrize("content, words", [

@@ -28,6 +28,20 @@ def test_against_scipy():
     assert of_repeats([1.5]) == (1.5, None) and of_mean([1.0]) is None
 
 
+def test_shares_stay_between_0_and_1():
+    """Over repeats, and over prompts with several images each; what is no share goes where Student's t goes."""
+    assert of_repeats([0.9, 1.0], share=True) == (pytest.approx(0.95), (pytest.approx(0.3147, abs=1e-4), 1.0))
+    each = [{"accuracy_layout": 0.99, "precision_clip": 0.02, "recall": 0.5, "fid": 0.1},
+            {"accuracy_layout": 0.90, "precision_clip": 0.01, "recall": 0.51, "fid": 0.2}]
+    spread = {name: interval for name, (_, interval) in metrics.over_repeats(each).items()}
+    assert spread["accuracy_layout"][1] == 1 and spread["precision_clip"][0] == 0 and spread["fid"][0] < 0
+    assert spread["recall"] == pytest.approx((0.505 - 0.0635, 0.505 + 0.0635), abs=1e-4)
+    rows, right = MemoryRows(), torch.ones(20, dtype=torch.bool)
+    right[0] = False
+    rows.put(0, {f"right_{name}": right for name in ("all", *metrics.ATTRIBUTES)})
+    assert metrics.intervals(rows, {"accuracy"}, per_prompt=2)["accuracy"][1] == 1
+
+
 def test_a_share_of_all_still_has_a_width():
     low, high = of_share(torch.ones(100, dtype=torch.bool))
     assert low == pytest.approx(100 / (100 + 1.959964**2)) and high == 1          # Wilson's formula at p = 1
@@ -112,6 +126,13 @@ def test_interrupted_between_sets(three, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = run(tiny_teacher, tmp_path / "r.json", "--seeds", 3, "--seed-offset", 10)
     assert again["repeats"] == three["repeats"] and [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_what_more_sets_of_seeds_left_goes_too(tiny_teacher, tmp_path):
+    for name in (".r.json.partial-3", ".r.json.partial-of-mine", ".s.json.partial"):
+        (tmp_path / name).mkdir()
+    run(tiny_teacher, tmp_path / "r.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"r.json", ".r.json.partial-of-mine", ".s.json.partial"}
 
 
 @pytest.mark.parametrize("name, filter_", [

@@ -1,6 +1,7 @@
 """RUN/report.html: complete, self-contained, and alive in a real browser."""
 
 import base64
+import html
 import io
 import json
 import shutil
@@ -77,6 +78,20 @@ def test_page_is_self_contained_and_complete(run):
     assert page.count('class="level"') == 3              # the teacher's numbers
     for pattern in ("fetch(", "XMLHttpRequest", "<link rel=\"stylesheet", "<iframe"):
         assert pattern not in page
+
+
+def test_command_as_one_would_type_it(run, tmp_path, monkeypatch):
+    """Paths below the working directory are shown from there; what the launcher adds is left out."""
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(run, tmp_path / "run")
+    described = json.loads((copy / "config.json").read_text())
+    described["command"] = [f"{tmp_path}/sidfast/train.py", "--local_rank=0", "--config",
+                            f"{tmp_path}/my configs/a.json", f"--out={tmp_path}/runs/a", "--set",
+                            f"model.teacher={tmp_path}", "data.prompts=/else/p.txt"]
+    (copy / "config.json").write_text(json.dumps(described))
+    assert cli.main(["report", "--run", "run"]) == 0
+    assert html.escape("sidfast/train.py --config 'my configs/a.json' --out=runs/a --set model.teacher=. "
+                       "data.prompts=/else/p.txt").replace("&#x27;", "&#39;") in (copy / "report.html").read_text()
 
 
 def test_grid_gives_its_images_back(tmp_path):
@@ -178,6 +193,15 @@ def test_in_a_browser(run, width, scheme):
         [url for url in requests if url.startswith("file:")]) == 1
 
 
+def with_teacher(run, copy, teacher):
+    """A copy of a run directory that names another teacher."""
+    shutil.copytree(run, copy)
+    described = json.loads((copy / "config.json").read_text())
+    described["config"]["model"]["teacher"] = teacher
+    (copy / "config.json").write_text(json.dumps(described))
+    return copy
+
+
 @pytest.mark.parametrize("head, words", [
     ("---\nlicense: creativeml-openrail-m\ntags: [x]\n---\n# SD\n",
      ["license: creativeml-openrail-m\n", "That of the teacher"]),
@@ -185,12 +209,10 @@ def test_in_a_browser(run, width, scheme):
 def test_model_card(run, tmp_path, head, words):
     from sidfast.publishing.card import write_card
 
-    copy, teacher = shutil.copytree(run, tmp_path / "run"), tmp_path / "teacher"
+    teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "README.md").write_text(head)
-    described = json.loads((copy / "config.json").read_text())
-    described["config"]["model"]["teacher"] = str(teacher)
-    (copy / "config.json").write_text(json.dumps(described))
+    copy = with_teacher(run, tmp_path / "run", str(teacher))
     write_card(copy, copy / "export", title)
     assert not (copy / "export").exists()                # nothing to describe
     (copy / "export").mkdir()
@@ -205,3 +227,38 @@ def test_model_card(run, tmp_path, head, words):
     write_card(copy, copy / "export", title)
     card = (copy / "export" / "README.md").read_text()
     assert "| after updates | 120 |" in card and "| chosen as the best of the run by | FID (small CLIP) |" in card
+
+
+@pytest.mark.parametrize("teacher, readme, words", [
+    ("someone/sd", "---\nlicense: openrail++\n---\n", ["license: openrail++\n", "`openrail++`, as its README.md"]),
+    ("someone/sd", "# SD\n", ["README.md on the hub states no licence"]),
+    ("someone/sd", None, ["`someone/sd`, whose README.md was not at hand"]),
+    ("../sd", None, ["`../sd`, whose README.md was not at hand"])], ids=["licence", "none", "unknown", "folder gone"])
+def test_licence_of_a_hub_teacher(run, tmp_path, monkeypatch, teacher, readme, words):
+    """From the hub's cache on this machine, as a download leaves it."""
+    from sidfast.publishing.card import write_card
+
+    cache = tmp_path / "hub" / "models--someone--sd"
+    (cache / "snapshots" / "0123").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    if readme:
+        (cache / "snapshots" / "0123" / "README.md").write_text(readme)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    copy = with_teacher(run, tmp_path / "run", teacher)
+    (copy / "export").mkdir()
+    write_card(copy, copy / "export", title)
+    card = (copy / "export" / "README.md").read_text()
+    assert all(word in card for word in words) and ("license:" in card) == ("license:" in (readme or ""))
+
+
+def test_a_download_brings_the_licence(monkeypatch, tmp_path):
+    from sidfast.networks.loading import find_teacher
+    from sidfast.publishing.export import find_pipeline
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, ignore_patterns: (
+        asked.append(allow_patterns), tmp_path)[1])
+    for find in (find_teacher, find_pipeline):
+        assert find("someone/sd") == tmp_path
+    assert all("README.md" in patterns for patterns in asked) and len(asked) == 2

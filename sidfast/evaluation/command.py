@@ -4,9 +4,13 @@ An image depends on its seed and prompt alone. What was measured on each is save
 evaluation runs, so the same command goes on after an interruption and comes to the same numbers.
 """
 
+import glob
 import json
+import re
+import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +22,12 @@ from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
 from sidfast.evaluation.images import ImageFolder, image_files
-from sidfast.evaluation.intervals import of_repeats
+from sidfast.evaluation.metrics import over_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
+from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
+from sidfast.files import drop_lock, take_lock
 from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
@@ -51,6 +57,8 @@ def coco_options(folder, options):
 
     `options`: those that the user gave; they win where the protocol leaves a choice. Raises UserError for others.
     """
+    if "out" in options:
+        check_out(options["out"])
     for name in ("prompts", "reference", "resize"):
         if name in options:
             raise UserError(f"--{name}: --coco brings its own; give one of the two")
@@ -66,33 +74,78 @@ def evaluate_model(request, device):
 
     A collective call where several processes were launched; the first one writes.
     """
-    with tf32(request.tf32), joined() as group:
+    with tf32(request.tf32), joined() as group, _alone(request, group):
         job = group.together(lambda: _Job(request, device))
         started = time.time()
         reference = job.protocol.measure_reference(group)
-        sets = [_measure(job, repeat, group) for repeat in range(request.seeds)]
+        measured = [_measure(job, repeat, group) for repeat in range(request.seeds)]
         if group.rank == 0:
-            result = job.result(sets, reference, group.processes)
-            result["seconds"] = round(time.time() - started, 1)
+            result = job.result([rows for rows, _ in measured], reference, group.processes)
+            result |= {"seconds": round(time.time() - started, 1), "resumed_after": sum(found for _, found in measured)}
             partial = request.out.with_name(f".{request.out.name}.json.partial")
             partial.write_text(json.dumps(result, indent=2) + "\n")
             partial.replace(request.out)
-            for rows in sets:
-                rows.remove()
+            _remove_rows(request.out)
             print(json.dumps(result, indent=2))
 
 
+@contextmanager
+def _alone(request, group):
+    """No other evaluation has the same --out meanwhile: they would take each other's blocks. A collective call."""
+    group.together(lambda: _check_numbers(request))
+    lock = group.together(lambda: _claim(request.out), first_only=True)
+    try:
+        yield
+    finally:
+        if lock:
+            drop_lock(lock)
+
+
+def _claim(out):
+    try:
+        lock = take_lock(out.with_name(f".{out.name}.lock"))
+    except OSError as error:
+        raise UserError(f"--out {out}: nothing can be written to {out.parent} ({error.strerror})") from None
+    if lock is None:
+        raise UserError(f"--out {out}: another `sidfast evaluate` is at work on it; wait for it, or give another name")
+    return lock
+
+
 def _measure(job, repeat, group):
-    """What is measured on each image of one set of seeds, from where an interrupted evaluation stopped."""
+    """(What is measured on each image of one set of seeds, how many images an interrupted evaluation had measured).
+
+    The count is None but for the first process.
+    """
     request = job.request
-    place = request.out.with_name(f".{request.out.name}.partial{f'-{repeat + 1}' if repeat else ''}")
-    rows = FolderRows(place, job.key | {"seeds": [job.first_seed(repeat), request.seeds_per_prompt]})
-    if group.together(rows.open, first_only=True) is False:
-        print(f"sidfast: {place} was of another evaluation; starting afresh", file=sys.stderr)
+    key = job.key | {"seeds": [job.first_seed(repeat), request.seeds_per_prompt]}
+    rows = FolderRows(_rows_folder(request.out, repeat), key)
+    found = group.together(lambda: _open_rows(rows), first_only=True)
     description = f"evaluate, seeds {repeat + 1} of {request.seeds}" if request.seeds > 1 else "evaluate"
     make = job.protocol.sized(job.maker(repeat))
-    collect(make, job.protocol.prompts, job.protocol.judge.rows, rows, request.batch_size, description, group)
-    return rows
+    try:
+        collect(make, job.protocol.prompts, job.protocol.judge.rows, rows, request.batch_size, description, group)
+    except UserError:                                    # a fault of the images: there is nothing to go on with
+        if group.rank == 0:
+            _remove_rows(request.out)
+        raise
+    return rows, found
+
+
+def _open_rows(rows):
+    if not rows.open():
+        print(f"sidfast: {rows.folder} was of another evaluation; starting afresh", file=sys.stderr)
+    return rows.count()
+
+
+def _rows_folder(out, repeat):
+    return out.with_name(f".{out.name}.partial{f'-{repeat + 1}' if repeat else ''}")
+
+
+def _remove_rows(out):
+    """Delete the folders of all sets of seeds, also those of an earlier evaluation with more of them."""
+    for path in out.parent.glob(f"{glob.escape(_rows_folder(out, 0).name)}*"):
+        if re.fullmatch(r"\.partial(-\d+)?", path.name.removeprefix(f".{out.name}")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Job:
@@ -102,7 +155,6 @@ class _Job:
     """
 
     def __init__(self, request, device):
-        _check_numbers(request)
         self.request, self.folder = request, _image_folder(request)
         self.protocol = Protocol(request, device, len(self.folder) if self.folder else None)
         if self.folder:
@@ -138,7 +190,7 @@ class _Job:
         """Metrics with their 95 % intervals: over images, or over repeats where there are several."""
         if len(each) == 1:
             return {"metrics": each[0][0], "intervals": {"of": "95 %, over images", **each[0][1]}}
-        both = {name: of_repeats([metrics[name] for metrics, _ in each]) for name in each[0][0]}
+        both = over_repeats([metrics for metrics, _ in each])
         return {"metrics": {name: mean for name, (mean, _) in both.items()},
                 "intervals": {"of": f"95 %, t over {len(each)} sets of seeds",
                               **{name: interval for name, (_, interval) in both.items()}},
@@ -157,10 +209,19 @@ def _check_numbers(request):
             raise UserError(f"--{name.replace('_', '-')} ({value}) must be at least {least}")
     if request.seed_offset >= 2**62:
         raise UserError(f"--seed-offset ({request.seed_offset}) must be below 2^62")
-    if not request.out.parent.is_dir():
-        raise UserError(f"--out {request.out}: the folder {request.out.parent} does not exist")
-    if request.out.is_dir():
-        raise UserError(f"--out {request.out}: is a folder; a file is needed")
+    check_out(request.out)
+
+
+def check_out(out):
+    """Raise UserError unless a result can be written to `out`, and nothing but a result would be replaced by it."""
+    if out.suffix.lower() != ".json":
+        raise UserError(f"--out {out}: must end in .json")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; a file is needed")
+    if out.exists() and not is_result(out):
+        raise UserError(f"--out {out}: is no result of `sidfast evaluate` and is not replaced; choose another name")
 
 
 def _image_folder(request):

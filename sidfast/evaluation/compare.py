@@ -68,8 +68,8 @@ def _markdown(groups, keys):
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     if any(interval for group in groups for _, interval in group.numbers().values()):
-        lines.append("\n±: 95 %, by Student's t over sets of seeds where there are several, over images where there is "
-                     "one.")
+        lines.append("\n± or (low to high): 95 %, by Student's t over sets of seeds where there are several, over "
+                     "images where there is one.")
     notes = [f"{what}: differs between the results, so their numbers do not compare."
              for what, of in (("Image count", lambda r: r["images"]), ("Prompts", lambda r: r["prompts"]["sha256"]),
                               ("Reference", lambda r: r.get("reference", {}).get("sha256")),
@@ -81,12 +81,14 @@ def _markdown(groups, keys):
 
 
 def _number(value):
-    """"1.968 ± 0.021": to the interval's second digit."""
+    """"1.968 ± 0.021", or "0.97 (0.92 to 0.99)" where the two halves differ: to the interval's second digit."""
     if value is None or value[1] is None:
         return value and value[0]
     mean, (low, high) = value
     half = (high - low) / 2
     digits = min(12, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 4
+    if abs((mean - low) - (high - mean)) > 0.5 * 10**-digits:
+        return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 

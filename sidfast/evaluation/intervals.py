@@ -28,11 +28,20 @@ def of_share(flags):
     return float(low), float(high)
 
 
-def of_repeats(values):
-    """(mean, (low, high)) of a few independent values by Student's t; the interval is None for fewer than two."""
+def of_repeats(values, share=False):
+    """(mean, (low, high)) of a few independent values by Student's t; the interval is None for fewer than two.
+
+    `share`: the values are shares of a whole, and the interval stays between 0 and 1.
+    """
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
     half = stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * deviation / math.sqrt(len(values))
-    return mean, (mean - half, mean + half)
+    interval = mean - half, mean + half
+    return mean, clipped(interval) if share else interval
+
+
+def clipped(interval):
+    """The part of an interval of a share that is possible: between 0 and 1."""
+    return tuple(min(1.0, max(0.0, end)) for end in interval)

@@ -11,7 +11,7 @@ from torch import nn
 
 from sidfast.errors import UserError
 from sidfast.evaluation.attributes import ATTRIBUTES
-from sidfast.evaluation.intervals import of_mean, of_share
+from sidfast.evaluation.intervals import clipped, of_mean, of_repeats, of_share
 
 METRICS = ("fid", "kid", "clip", "precision", "recall", "diversity", "accuracy")
 OF_FEATURES = {"fid", "kid", "precision", "recall"}
@@ -25,7 +25,7 @@ def parse_metrics(text):
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, 1, 0.3)
+            near = difflib.get_close_matches(name.lower(), METRICS, 1, 0.3)
             meant = f"; is {near[0]} meant?" if near else ""
             raise UserError(f"--metrics: unknown metric {name}{meant} (there are {', '.join(METRICS)})")
     if not names:
@@ -63,6 +63,16 @@ def names(metrics, suffix="", clip_suffix=""):
 def lower_is_better(name):
     """Whether a smaller number of a metric in a result is the better one."""
     return name.startswith(("fid", "kid"))
+
+
+def is_share(name):
+    """Whether a metric in a result is a share of the images, between 0 and 1."""
+    return name.startswith(("accuracy", "precision", "recall"))
+
+
+def over_repeats(each):
+    """{name: (mean, (low, high) or None)} of several {metric: value}, by Student's t."""
+    return {name: of_repeats([metrics[name] for metrics in each], is_share(name)) for name in each[0]}
 
 
 def title(name):
@@ -106,7 +116,8 @@ def intervals(rows, metrics, clip_suffix="", per_prompt=1):
         for name in ("all", *ATTRIBUTES):
             flags = rows.all(f"right_{name}")
             name = "accuracy" if name == "all" else f"accuracy_{name}"
-            found[name] = of_share(flags) if per_prompt == 1 else of_mean(_over_prompts(flags, per_prompt))
+            interval = of_share(flags) if per_prompt == 1 else of_mean(_over_prompts(flags, per_prompt))
+            found[name] = interval and clipped(interval)
     if "clip" in metrics:
         found["clip_score"] = of_mean(_over_prompts(rows.all("clip_cosine"), per_prompt))
     if "diversity" in metrics:

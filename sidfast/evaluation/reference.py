@@ -21,6 +21,7 @@ from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
 _DRAWING_SEED = 20_000_003
 _DRAWN_TOGETHER = 250                                    # fixed: the positions drawn depend on it
 _READ_TOGETHER = 32
+_TOLERANCE = 1e-3                                        # of the largest value, in a covariance
 
 
 @dataclass
@@ -106,12 +107,32 @@ def _read_statistics(path):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no .npz")
         with np.load(path, allow_pickle=False) as file:
-            mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
+            mean, covariance = (_real(file[name], name) for name in ("mu", "sigma"))
         if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
             raise ValueError(f"mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("it has non-finite values")
+        _check_covariance(covariance)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"--reference {path}: neither a folder of images nor statistics, an .npz with mu [D] and "
                         f"sigma [D, D] ({str(error).splitlines()[0]})") from None
     return mean, covariance
+
+
+def _real(array, name):
+    if np.iscomplexobj(array):
+        raise ValueError(f"{name} is complex")
+    return torch.from_numpy(array).double()
+
+
+def _check_covariance(matrix):
+    """Raise ValueError for what no features can have, to far more than the rounding of sums in fp32."""
+    scale = matrix.abs().max()
+    if scale == 0:
+        return
+    matrix = matrix / scale
+    if (matrix - matrix.T).abs().max() > _TOLERANCE:
+        raise ValueError("sigma is no covariance: it is not symmetric")
+    values = torch.linalg.eigvalsh(matrix)               # in rising order
+    if values[0] < -_TOLERANCE * values[-1].abs():
+        raise ValueError(f"sigma is no covariance: it has negative eigenvalues ({values[0] * scale:.3g})")

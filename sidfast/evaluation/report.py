@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 from PIL import Image
@@ -31,6 +32,7 @@ def write_report(run):
         config = described["config"]
         evaluations, lines = _evaluations(run), _metrics(run / "metrics.jsonl")
         facts, settings = _facts(config, described, lines), _flatten(config)
+        command = _command(described.get("command") or [], Path.cwd())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--run {run}: no run directory (it needs the config.json that training writes)") from None
     environment = Environment(loader=PackageLoader("sidfast.evaluation"), autoescape=True, trim_blocks=True,
@@ -40,7 +42,7 @@ def write_report(run):
         samples=_samples(run), headline=_headline(evaluations), table=_table(evaluations), settings=settings,
         small_clip=any("_small_clip" in key for values in evaluations.values() for key in values),
         versions={"python": described.get("python"), **described.get("versions", {})},
-        command=" ".join(described.get("command", [])))
+        command=command)
     path, partial = run / "report.html", run / ".report.html.partial"
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
@@ -56,6 +58,20 @@ def _metrics(path):
         except ValueError:                               # the line that was being written when the run was killed
             break
     return lines
+
+
+def _command(words, here):
+    """The command of a run as one would type it in the folder `here`: without what a launcher adds to it."""
+    words = [_relative(word, here) for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+    return shlex.join(words)
+
+
+def _relative(word, here):
+    """A word of a command, with a path in it (/a/b, --out=/a/b) seen from `here` if it lies below."""
+    head, equals, path = word.rpartition("=")
+    if not Path(path).is_absolute() or not Path(path).is_relative_to(here):
+        return word
+    return f"{head}{equals}{Path(path).relative_to(here)}"
 
 
 def _facts(config, described, lines):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidfast.errors import UserError
-from sidfast.evaluation.intervals import of_repeats
+from sidfast.evaluation.metrics import over_repeats
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Group:
         own interval."""
         metrics = self.first["metrics"]
         if len(self.results) > 1:
-            return {name: of_repeats([result["metrics"][name] for result in self.results]) for name in metrics}
+            return over_repeats([result["metrics"] for result in self.results])
         intervals = self.first.get("intervals", {})
         return {name: (value, intervals.get(name)) for name, value in metrics.items()}
 
@@ -62,6 +62,14 @@ def read_groups(arguments):
     found = [group for (curve, _), members in groups.items() for group in _apart(curve, members)]
     names = [group[1][0][0].stem for group in found]
     return [Group(_name(files, names), curve, [result for _, result in files]) for curve, files in found]
+
+
+def is_result(path):
+    """Whether a file was written by `sidfast evaluate`, of this version or another."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).keys() >= {"model", "prompts", "images", "metrics"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _split(argument):

@@ -17,9 +17,13 @@ from tqdm import tqdm
 from sidfast.errors import UserError
 from sidfast.evaluation.processes import Group
 
+_KEY = "key.json"
+
 
 class MemoryRows:
     """Blocks in memory."""
+
+    folder = None
 
     def __init__(self):
         self._blocks = {}
@@ -39,6 +43,10 @@ class MemoryRows:
         """One tensor of all images."""
         return torch.cat(list(self.blocks(name)))
 
+    def count(self):
+        """How many images there are rows of."""
+        return sum(len(next(iter(rows.values()))) for rows in self._blocks.values())
+
 
 class FolderRows(MemoryRows):
     """Blocks in a folder, each complete or absent, in safetensors; `key` (JSON) says what they belong to."""
@@ -57,19 +65,26 @@ class FolderRows(MemoryRows):
             raise UserError(f"{self.folder}: cannot be written ({error.strerror or error})") from None
 
     def _open(self):
-        path, same = self.folder / "key.json", True
-        if self.folder.exists():
+        same = not self.folder.exists() or self._is_ours()
+        if not same:
+            shutil.rmtree(self.folder)
+        if not self.folder.exists():
+            new = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+            new.mkdir(parents=True, exist_ok=True)
+            (new / _KEY).write_text(json.dumps(self.key, indent=1))
             try:
-                same = json.loads(path.read_text()) == self.key
-            except (OSError, ValueError):
-                same = False
-            if not same:
-                shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".key.{os.getpid()}")
-        partial.write_text(json.dumps(self.key, indent=1))
-        partial.replace(path)
+                new.rename(self.folder)                  # with its key, or not at all
+            except OSError:
+                shutil.rmtree(new)
+                if not self._is_ours():                  # (ours: another process was faster, and made the same)
+                    raise
         return same
+
+    def _is_ours(self):
+        try:
+            return json.loads((self.folder / _KEY).read_text()) == self.key
+        except (OSError, ValueError):
+            return False
 
     def __contains__(self, start):
         return self._path(start).is_file()
@@ -86,9 +101,13 @@ class FolderRows(MemoryRows):
             with safe_open(path, "pt") as file:
                 yield file.get_tensor(name)
 
-    def remove(self):
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def count(self):
+        """As MemoryRows's, from the files' heads."""
+        total = 0
+        for path in self.folder.glob("block-*.safetensors"):
+            with safe_open(path, "pt") as file:
+                total += file.get_slice(next(iter(file.keys()))).get_shape()[0]
+        return total
 
     def _path(self, start):
         return self.folder / f"block-{start:08d}.safetensors"
@@ -98,7 +117,7 @@ def collect(make, prompts, measure, rows, batch_size, description, group=None):
     """Put into `rows` what they lack of `measure(images, prompts, first)`, a block of `batch_size` images at a time.
 
     `make(start, stop)` gives the images number `start` to `stop`, one for each prompt. A collective call of `group`,
-    whose processes take the blocks in turn.
+    whose processes take the blocks in turn. Raises RuntimeError unless there are rows of every image in the end.
     """
     group = group or Group()
 
@@ -110,3 +129,6 @@ def collect(make, prompts, measure, rows, batch_size, description, group=None):
                 rows.put(start, measure(make(start, start + len(part)), part, start))
 
     group.together(share)
+    if group.rank == 0 and rows.count() != len(prompts):
+        raise RuntimeError(f"{description}: {len(prompts)} images were to be measured, and there are rows of "
+                           f"{rows.count()} ({rows.folder or 'in memory'})")

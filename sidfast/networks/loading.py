@@ -16,6 +16,8 @@ from sidfast.networks.untrusted import refuse_pickles
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SOME = 16                                               # values of a weight that tell it from another
+_KEY = "model.teacher"                                   # opens messages about a teacher
+README = "README.md"                                     # of the hub: what states the licence
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -70,57 +72,75 @@ def find_teacher(name):
 
     try:
         wanted = [f"{part}/*{end}" for part in _PARTS for end in (".json", ".txt", ".safetensors", ".model")]
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted],
+        return Path(snapshot_download(name, allow_patterns=["model_index.json", README, *wanted],
                                       ignore_patterns=["*.fp16.*", "*non_ema*"]))
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
         raise UserError(f"model.teacher: {name} is no folder here, and the hub did not give it "
                         f"({first_reason(error)})") from None
 
 
-def check_teacher(folder):
-    """Check a teacher's folder by its JSON files alone. Raises UserError for what cannot be distilled."""
-    index = _read_json(folder, "model_index.json")
+def find_readme(name):
+    """The README.md of a teacher's folder, or of a hub id in the cache on this machine; None if it is not there."""
+    path = Path(name) / README
+    if path.is_file():
+        return path
+    if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, README)
+    except ValueError:                                   # no id after all, "../x" say
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def check_teacher(folder, what=_KEY):
+    """Check a teacher's folder by its JSON files alone. Raises UserError, which `what` opens, for what cannot be
+    distilled."""
+    index = _read_json(what, folder, "model_index.json")
     for part in _PARTS:
         if part not in index:
-            raise UserError(f"model.teacher: {folder}/model_index.json has no {part}; "
+            raise UserError(f"{what}: {folder}/model_index.json has no {part}; "
                             "a Stable Diffusion 1.x or 2.x pipeline is needed")
         if not (folder / part).is_dir():
-            raise UserError(f"model.teacher: {folder} has no folder {part}")
+            raise UserError(f"{what}: {folder} has no folder {part}")
     if "text_encoder_2" in index:
-        raise UserError(f"model.teacher: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
-    unet, _ = _read_json(folder, "unet/config.json"), _read_json(folder, "vae/config.json")
+        raise UserError(f"{what}: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
+    unet, _ = _read_json(what, folder, "unet/config.json"), _read_json(what, folder, "vae/config.json")
     if unet.get("_class_name") != "UNet2DConditionModel":
-        raise UserError(f"model.teacher: {folder}/unet is no UNet2DConditionModel")
+        raise UserError(f"{what}: {folder}/unet is no UNet2DConditionModel")
     if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-        raise UserError(f"model.teacher: {folder}/unet takes {unet['in_channels']} channels and gives "
+        raise UserError(f"{what}: {folder}/unet takes {unet['in_channels']} channels and gives "
                         f"{unet['out_channels']} (a model for inpainting, say); a text-to-image model is needed")
-    scheduler = _read_json(folder, "scheduler/scheduler_config.json")
+    scheduler = _read_json(what, folder, "scheduler/scheduler_config.json")
     kind = scheduler.get("_class_name", "")
     if "beta_schedule" not in scheduler:
-        raise UserError(f"model.teacher: scheduler {kind} is not supported; one with a beta schedule is needed "
+        raise UserError(f"{what}: scheduler {kind} is not supported; one with a beta schedule is needed "
                         "(DDIM, DDPM, PNDM, Euler, DPM-Solver)")
     if scheduler.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        raise UserError(f"model.teacher: prediction type {scheduler['prediction_type']!r} of the scheduler is not "
+        raise UserError(f"{what}: prediction type {scheduler['prediction_type']!r} of the scheduler is not "
                         f"supported; {' and '.join(PREDICTION_TYPES)} are")
 
 
-def load_teacher(name):
-    """Load a teacher by folder or hub id; safetensors only. Raises UserError for anything missing or broken."""
+def load_teacher(name, what=_KEY):
+    """Load a teacher by folder or hub id; safetensors only. Raises UserError, which `what` opens, for anything missing
+    or broken."""
     folder = find_teacher(name)
-    check_teacher(folder)
+    check_teacher(folder, what)
     for part in ("unet", "vae", "text_encoder"):
-        refuse_pickles(folder / part, "model.teacher", "diffusers.StableDiffusionPipeline", folder)
+        refuse_pickles(folder / part, what, "diffusers.StableDiffusionPipeline", folder)
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel
 
-    unet, vae, text_encoder = (load_network(folder / part, cls, "model.teacher") for part, cls in (
+    unet, vae, text_encoder = (load_network(folder / part, cls, what) for part, cls in (
         ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)))
-    _check_sizes(folder, unet, vae)
-    tokenizer = _load(folder / "tokenizer", AutoTokenizer, "model.teacher", trust_remote_code=False)
-    _check_tokenizer(folder, tokenizer, text_encoder)
-    scheduler = _load(folder / "scheduler", DDPMScheduler, "model.teacher")
-    _check_schedule(folder, scheduler)
-    if "clip_sample" not in _read_json(folder, "scheduler/scheduler_config.json"):
+    _check_sizes(what, folder, unet, vae)
+    tokenizer = _load(folder / "tokenizer", AutoTokenizer, what, trust_remote_code=False)
+    _check_tokenizer(what, folder, tokenizer, text_encoder)
+    scheduler = _load(folder / "scheduler", DDPMScheduler, what)
+    _check_schedule(what, folder, scheduler)
+    if "clip_sample" not in _read_json(what, folder, "scheduler/scheduler_config.json"):
         scheduler = DDPMScheduler.from_config(scheduler.config, clip_sample=False)         # (its default is for pixels)
     for module in (unet, vae, text_encoder):
         module.float().eval().requires_grad_(False)
@@ -163,42 +183,42 @@ def first_reason(error):
     return next((line for line in lines if not line.endswith(":")), lines[0])[:300]
 
 
-def _check_sizes(folder, unet, vae):
+def _check_sizes(what, folder, unet, vae):
     size, factor = unet.config.sample_size, vae.config.scaling_factor
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"model.teacher: {folder}/unet/config.json: sample_size must be one whole number, the side of "
+        raise UserError(f"{what}: {folder}/unet/config.json: sample_size must be one whole number, the side of "
                         f"its square latents, not {size!r}")
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf:
-        raise UserError(f"model.teacher: {folder}/vae/config.json: scaling_factor must be a number above 0, not "
+        raise UserError(f"{what}: {folder}/vae/config.json: scaling_factor must be a number above 0, not "
                         f"{factor!r}")
 
 
-def _check_tokenizer(folder, tokenizer, text_encoder):
+def _check_tokenizer(what, folder, tokenizer, text_encoder):
     length, most = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
     if not 1 <= length <= most:
-        raise UserError(f"model.teacher: {folder}/tokenizer gives up to {length:.3g} tokens, its text encoder takes "
+        raise UserError(f"{what}: {folder}/tokenizer gives up to {length:.3g} tokens, its text encoder takes "
                         f"{most}: its files are not all there, or another model's")
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     if not words or len(tokenizer) > text_encoder.config.vocab_size:
-        raise UserError(f"model.teacher: {folder}/tokenizer knows {len(tokenizer)} tokens, its text encoder "
+        raise UserError(f"{what}: {folder}/tokenizer knows {len(tokenizer)} tokens, its text encoder "
                         f"{text_encoder.config.vocab_size}: its files are not all there, or another model's")
 
 
-def _check_schedule(folder, scheduler):
+def _check_schedule(what, folder, scheduler):
     a2 = scheduler.alphas_cumprod
     if len(a2) < 2 or not (a2[-1] >= 0 and a2[0] < 1 and (a2[1:] < a2[:-1]).all()):
-        raise UserError(f"model.teacher: {folder}/scheduler/scheduler_config.json: its levels of noise must rise from "
+        raise UserError(f"{what}: {folder}/scheduler/scheduler_config.json: its levels of noise must rise from "
                         "step to step between none and all; see num_train_timesteps and the betas")
 
 
-def _read_json(folder, name):
+def _read_json(what, folder, name):
     path = folder / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model.teacher: {path} is missing; a diffusers pipeline folder has one") from None
+        raise UserError(f"{what}: {path} is missing; a diffusers pipeline folder has one") from None
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"model.teacher: {path} is not valid JSON") from None
+        raise UserError(f"{what}: {path} is not valid JSON") from None
     if not isinstance(value, dict):
-        raise UserError(f"model.teacher: {path} must be a JSON object")
+        raise UserError(f"{what}: {path} must be a JSON object")
     return value

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+from sidfast.networks.loading import find_readme
 from sidfast.publishing.export import read_distillation
 
 _SKIPPED = ("images", "step", "intervals", "protocol")
@@ -84,10 +85,13 @@ def _table(header, rows):
 
 def _licence(teacher):
     """(YAML line of the card's head, a sentence), from the `license` in the head of the teacher's own README.md."""
-    path = Path(teacher) / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    path, is_folder = find_readme(teacher), Path(teacher).is_dir()
+    where = "folder" if is_folder else "README.md on the hub"
+    text = path.read_text(encoding="utf-8", errors="replace") if path else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license:[ \t]*(\S+)[ \t]*$", head[1], re.MULTILINE) if head else None
-    if not found:
-        return "", "The teacher's folder states no licence; its terms, wherever stated, apply to this model too."
-    return f"license: {found[1]}\n", f"That of the teacher: `{found[1]}`, as its folder states."
+    if found:
+        return f"license: {found[1]}\n", f"That of the teacher: `{found[1]}`, as its {where} states."
+    stated = f"The teacher's {where} states no licence" if path or is_folder else (
+        f"That of the teacher, `{teacher}`, whose README.md was not at hand when this card was written")
+    return "", f"{stated}; its terms, wherever stated,\napply to this model too."

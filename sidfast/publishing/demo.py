@@ -50,7 +50,7 @@ def open_models(model, teacher, device):
         teacher = named
     student = _open(model, device)
     if teacher is not None and student.one_step:
-        return student, _open(teacher, device)
+        return student, _open(teacher, device, "--teacher")
     if teacher is not None:
         raise UserError(f"--teacher {teacher}: {model} takes several steps itself; a one-step generator has a teacher")
     return student, None
@@ -131,8 +131,8 @@ def _gradio():
     return gradio
 
 
-def _open(model, device):
-    pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32)
+def _open(model, device, option="--model"):
+    pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32, option)
     pipe.set_progress_bar_config(disable=True)
     opened = Model(str(model), pipe, one_step)
     opened("", 0, 2, _GUIDANCE)
