@@ -63,6 +63,12 @@ def edit(name, **values):
     ("deepspeed.fp16.enabled=1", ["deepspeed.fp16.enabled", "true or false", "1"]),
     ("deepspeed.generator.gradient_clipping=true", ["deepspeed.generator.gradient_clipping", "a number", "True"]),
     ('deepspeed.zero_optimization.stage="3"', ["deepspeed.zero_optimization.stage", "0, 1, 2 or 3", "'3'"]),
+    ("deepspeed.zero_stage=2", ["deepspeed.zero_stage", "did you mean zero_optimization?"]),
+    ("deepspeed.bf16.enable=true", ["unknown key deepspeed.bf16.enable; did you mean deepspeed.bf16.enabled?"]),
+    ("deepspeed.fake_score.zero_optimization.stag=2", ["deepspeed.fake_score.zero_optimization.stage?"]),
+    ('deepspeed.zero_optimization.offload_optimizer={"devise": "cpu"}', ["deepspeed.zero_optimization.offload_optimizer"
+                                                                         ".device?"]),
+    ("deepspeed.zero_optimization.reduce_bucket_size=-1", ["deepspeed.zero_optimization.reduce_bucket_size: ", "-1"]),
     ("noise.std=2", ["noise.std", "ddpm"]),
     ("optimizer.generator.lr=-1", ["optimizer.generator.lr", "-1"]),
     ("deepspeed.optimizer={}", ["deepspeed.optimizer", "optimizer"]),
