@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
-from sidfast.errors import Parser, UserError, check_paths, one_line
+from sidfast.environment import check_environment, prepare_environment
+from sidfast.errors import Parser, UserError, check_paths, one_line, speaks
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
@@ -16,15 +16,16 @@ def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
     stderr)."""
     prepare_environment()
-    args = _parser().parse_args(argv)
     try:
+        check_environment()
+        args = _parser().parse_args(argv)
         check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
                      for name in _PATHS if getattr(args, name, None) is not None})
         if getattr(args, "out", None) is not None and not Path(args.out).name:
             raise UserError(f"--out {args.out}: must name a file or folder")
         return args.run(args) or 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:          # several processes have one voice
+        if speaks():
             print(f"sidfast: {one_line(error)}", file=sys.stderr)
         return 2
 

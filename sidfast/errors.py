@@ -37,9 +37,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Tell it and exit with 2."""
-        if int(os.environ.get("RANK", 0)) == 0:
+        if speaks():
             print(f"sidfast: {one_line(message)} ({self.prog} --help lists what there is)", file=sys.stderr)
         sys.exit(2)
+
+
+def speaks():
+    """Whether this process is the first one, or may be: several have one voice."""
+    rank = os.environ.get("RANK", "")
+    return not rank.isdecimal() or int(rank) == 0
 
 
 def one_line(error, limit=1000):

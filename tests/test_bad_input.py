@@ -1,16 +1,19 @@
 """A user's mistake: one clear line on standard error, exit code 2, and nothing written or lost."""
 
 import json
+import os
 import shutil
+import socket
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, fork_training
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from sidfast import cli, files, train
+from sidfast import cli, errors, files, train
 from sidfast.config import load_config
+from sidfast.environment import check_environment, omp_threads
 from sidfast.evaluation.attributes import AttributeChecker
 from sidfast.teacher import build
 from sidfast.training import run as run_module
@@ -87,6 +90,70 @@ def test_batch_does_not_divide_among_processes(capsys, write_config, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "3")
     line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
     assert "train.batch_size (4)" in line and "2 x 3 = 6" in line
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(**variables): an environment with these of a launcher's variables and no other."""
+    def change(**variables):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                     "OMP_NUM_THREADS"):
+            monkeypatch.setenv(name, variables.get(name, ""))
+            if name not in variables:
+                monkeypatch.delenv(name)
+
+    return change
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "9" * 5000},
+    {"RANK": "x"}, {"RANK": "3", "WORLD_SIZE": "2"}, {"RANK": "1"}, {"LOCAL_RANK": "a"}, {"LOCAL_SIZE": "0"},
+    {"LOCAL_WORLD_SIZE": "two"}, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "many"}, {"OMP_NUM_THREADS": "2,"},
+    {"MASTER_PORT": "abc"}, {"MASTER_PORT": "99999999"}, {"MASTER_PORT": "0", "WORLD_SIZE": "2"}],
+    ids=lambda v: " ".join(f"{name}={value[:9]}" for name, value in v.items()))
+def test_environment(capsys, write_config, tmp_path, monkeypatch, launched, variables):
+    launched(**variables)
+    name, value = next(iter(variables.items()))
+    monkeypatch.setattr(errors, "speaks", lambda: True)  # (in a terminal the first process says it)
+    monkeypatch.setattr(cli, "speaks", lambda: True)
+    for call in ((train.main, "--config", write_config(), "--out", tmp_path / "run"),
+                 (cli.main, "report", "--run", tmp_path)):
+        assert f"{name}={value[:400]}" in fails(capsys, *call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_environment_that_is_fine(launched):
+    launched()
+    check_environment()
+    assert omp_threads() is None and errors.speaks()
+    launched(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_SIZE="2", MASTER_PORT="29500", OMP_NUM_THREADS="2,1")
+    check_environment()
+    assert omp_threads() == 2 and not errors.speaks()
+
+
+@pytest.mark.parametrize("given, taken", [({}, "0"), ({"MASTER_PORT": "29777"}, "29777"),
+                                          ({"WORLD_SIZE": "2", "RANK": "0"}, "29500")], ids=["alone", "given", "two"])
+def test_port(monkeypatch, launched, given, taken):
+    """A process alone takes a port that is free."""
+    import deepspeed
+
+    launched(OMP_NUM_THREADS=str(torch.get_num_threads()), **given)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
+    train.join()
+    assert os.environ["MASTER_PORT"] == taken
+
+
+def test_port_that_is_taken(write_config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        run = fork_training(write_config(), tmp_path / "run", port)
+        output, error = run.communicate()
+    assert run.returncode == 2 and output == "", error
+    assert [line for line in error.splitlines() if "port" in line] == error.splitlines() and "Traceback" not in error
+    assert f"sidfast: port {port} is taken on this machine" in error and "--master_port PORT" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_config_that_is_no_json(capsys, tmp_path):
