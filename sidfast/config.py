@@ -18,6 +18,7 @@ from sidfast.errors import UserError
 from sidfast.method.synthetic import cannot_capture
 from sidfast.parse import check_finite, parse_json
 
+_MEANT = {"learning_rate": "lr", "iterations": "steps"}                          # names that others give to keys
 _NO_SECTION = ("model_type", "dict_type")                # pydantic's names of that fault
 
 
@@ -159,12 +160,12 @@ class Evaluation(Section):
     metrics: str | None = Field(None, description="with commas; fid,clip, for the shapes world fid,clip,accuracy")
     prompts: str | None = Field(None, description="file, one prompt a line; the held-out captions of the shapes world, "
                                                   "if that is trained on, unless given")
-    seeds_per_prompt: int = Field(1, ge=1, description="images of each prompt; diversity needs 2 or more")
+    seeds_per_prompt: int = Field(1, ge=1, le=10**9, description="images of each prompt; diversity needs 2 or more")
     reference: str | None = Field(None, description="folder of real images, or an .npz with mu and sigma; the shapes "
                                                     "world is drawn")
     features: str | None = Field(None, description="inception:FILE or clip:FOLDER; the shapes world has its own")
     clip: str | None = Field(None, description="folder of the CLIP of the CLIP score; the shapes world has its own")
-    resize: int | None = Field(None, ge=1, description="side to which images are brought first, in pixels")
+    resize: int | None = Field(None, ge=1, le=16384, description="side to which images are brought first, in pixels")
     filter: Literal["bicubic", "bilinear", "lanczos"] = Field("bicubic", description="of resize, antialiased")
     assets: str = Field("assets", description="folder with the clip and checker of `sidfast teacher`")
 
@@ -313,7 +314,7 @@ def _nearest(location, of):
     """The valid key most like an unknown one: in its own section, or in any."""
     keys = list(_keys(of))
     siblings = [k for k in keys if k.split(".")[:-1] == [str(p) for p in location[:-1]]]
-    name = str(location[-1])
+    name = _MEANT.get(str(location[-1]).lower(), str(location[-1]))
     for candidates in (siblings, keys):
         by_name = {}
         for key in candidates:

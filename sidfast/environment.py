@@ -58,6 +58,6 @@ def _whole(name, least, most):
     if text is None:
         return 1
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        known = " (WORLD_SIZE - 1)" if name in ("RANK", "LOCAL_RANK") else ""
-        raise UserError(f"{name}={text}: must be a whole number, {least} to {most}{known}")
+        words = f"below WORLD_SIZE ({most + 1})" if name in ("RANK", "LOCAL_RANK") else f"{least} to {most}"
+        raise UserError(f"{name}={text}: must be a whole number, {words}")
     return int(text)

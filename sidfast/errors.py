@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to see, and what every command asks of names."""
+"""The exceptions that a user is meant to see, how they are told, and what every command asks of names."""
 
 import argparse
 import os
@@ -46,6 +46,14 @@ def speaks():
     """Whether this process is the first one, or may be: several have one voice."""
     rank = os.environ.get("RANK", "")
     return not rank.isdecimal() or int(rank) == 0
+
+
+def say(text):
+    """Print on standard output. If its reader is gone, as `head` is, the rest is lost, and nobody complains."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error, limit=1000):

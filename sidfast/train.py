@@ -53,7 +53,7 @@ class Unfailing:
 def run(args):
     """Check everything that can be checked before anything is written, then train."""
     from sidfast.config import load_config
-    from sidfast.errors import UserError, check_paths
+    from sidfast.errors import UserError, check_paths, say
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     config = load_config(args.config, args.set)
@@ -62,7 +62,7 @@ def run(args):
     check_paths({"model.teacher": config.model.teacher, "data.prompts": config.data.prompts,
                  "evaluation.assets": config.evaluation.assets})
     if args.dry_run:
-        print(config.model_dump_json(indent=2))
+        say(config.model_dump_json(indent=2))
         return
     from sidfast.data.diversity import training_prompts
 
@@ -78,7 +78,7 @@ def run(args):
 
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
-    from sidfast.training.checkpoint import check_fits, choose_checkpoint
+    from sidfast.training.checkpoint import check_fits, choose_checkpoint, read_state
     from sidfast.training.engines import compute_dtype, engine_config, zero_stages
     from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
@@ -105,6 +105,9 @@ def run(args):
     if checkpoint:
         check_fits(checkpoint, teacher.unet, config.optimizer)
     _tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
+    step, steps = read_state(checkpoint)["extra"]["step"] if checkpoint else 0, config.train.total_steps
+    if step >= steps:
+        _tell(f"the run is already at step {step} of {steps}: nothing is left to train")
     result = train(config, out, checkpoint, teacher, device, profile=args.profile)
     comm.destroy_process_group()
     if first and result:
@@ -178,14 +181,15 @@ def _report(out, end):
     """The measures before and after, on standard output."""
     import json
 
+    from sidfast.errors import say
     from sidfast.evaluation.metrics import title
 
     start = json.loads((out / "evaluation.json").read_text())["start"]
-    print(f"\n{end['images']} images, one step{'':<14}start      end")
+    say(f"\n{end['images']} images, one step{'':<14}start      end")
     for key, value in end.items():
         if isinstance(value, float) and not key.startswith("accuracy_"):
-            print(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
-    print(f"\nexport: {out / 'export'}   samples: {out / 'samples'}")
+            say(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
+    say(f"\nexport: {out / 'export'}   samples: {out / 'samples'}")
 
 
 def _parser():

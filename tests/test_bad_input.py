@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,7 +25,10 @@ from sidfast.training.run import RunDirectory, open_run
 
 def fails(capsys, main, *args):
     """Run a command that must fail; returns its line."""
-    code = main([str(a) for a in args])
+    try:
+        code = main([str(a) for a in args])
+    except SystemExit as stop:                           # argparse
+        code = stop.code
     error = capsys.readouterr().err
     assert code == 2, error
     lines = error.strip().splitlines()
@@ -86,12 +91,6 @@ def test_settings(capsys, write_config, tmp_path, setting, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_batch_does_not_divide_among_processes(capsys, write_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
-    assert "train.batch_size (4)" in line and "2 x 3 = 6" in line
-
-
 @pytest.fixture
 def launched(monkeypatch):
     """launched(**variables): an environment with these of a launcher's variables and no other."""
@@ -103,6 +102,12 @@ def launched(monkeypatch):
                 monkeypatch.delenv(name)
 
     return change
+
+
+def test_batch_does_not_divide_among_processes(capsys, write_config, tmp_path, launched):
+    launched(WORLD_SIZE="3")
+    line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
+    assert "train.batch_size (4)" in line and "2 x 3 = 6" in line
 
 
 @pytest.mark.parametrize("variables", [
@@ -409,6 +414,11 @@ def test_resume_from_nothing(capsys, write_config, tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["--model", "/nowhere/else", "--prompt", "x"], "/nowhere/else"),
     (["--prompt", "x", "-n", "0"], "-n"),
+    (["--prompt", "x", "-n", str(10**30)], f"-n {10**30} with 1 prompts: too many images"),
+    (["--prompt", "x", "-n", "9" * 4300], "-n 999"),
+    (["--prompt", "x", "-n", "9" * 4301], "-n: invalid int value"),
+    (["--prompt", "caf\udce9"], "--prompt 'caf\\udce9': is not UTF-8"),
+    (["--prompt", "\ud800"], "is not UTF-8"),
     (["--prompt", "x", "--out", "picture.jpg"], ".png"),
     (["--prompt", "x", "--out", "/nowhere/x.png"], "/nowhere"),
     (["--prompt", "x", "--out", "/proc/x.png"], "--out /proc/x.png: nothing can be written to /proc ("),
@@ -416,11 +426,29 @@ def test_resume_from_nothing(capsys, write_config, tmp_path):
     (["--prompt", "x", "--steps", "0"], "--steps (0) must be at least 1 and at most 1000"),
     (["--prompt", "x", "--steps", "1001"], "--steps (1001)"),
     (["--prompt", "x", "--guidance", "nan"], "--guidance (nan)"),
-], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
+], ids=lambda v: "" if isinstance(v, str) else ascii(" ".join(v))[:40])
 def test_sample(capsys, tiny_teacher, tmp_path, args, words):
     defaults = ["--model", str(tiny_teacher), "--out", str(tmp_path / "x.png")]
     assert words in fails(capsys, cli.main, "sample", *defaults, *args)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--seeds-per-prompt", "--seeds", "--resize", "--seed-offset"])
+def test_numbers_of_an_evaluation_that_are_too_large(capsys, tiny_teacher, tmp_path, option):
+    args = ["--model", tiny_teacher, "--prompts", "shapes:held_out", "--metrics", "clip", "--images", "2"]
+    line = fails(capsys, cli.main, "evaluate", *args, "--out", tmp_path / "r.json", option, 10**30)
+    assert option in line and str(10**30) in line
+
+
+def test_reader_that_is_gone(write_config):
+    """As in `... --dry-run | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = "import sys; from sidfast.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", script, "--config", write_config(), "--dry-run"], cwd=ROOT,
+                          stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_sample_works(tiny_teacher, tmp_path):

@@ -28,8 +28,8 @@ def ablate(path, out, jobs=1):
     Returns whether it is. Raises UserError for whatever can be found at fault before training begins.
     """
     study, out = read_study(path), Path(out or Path("runs") / "ablations" / Path(path).stem)
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if not 1 <= jobs <= 1000:
+        raise UserError(f"--jobs must be 1 to 1000, not {jobs}")
     check_folder(out)
     _check_ours(out)
     for run in study.runs:
