@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 
 
@@ -44,8 +45,9 @@ class Parser(argparse.ArgumentParser):
 
 def speaks():
     """Whether this process is the first one, or may be: several have one voice."""
-    rank = os.environ.get("RANK", "")
-    return not rank.isdecimal() or int(rank) == 0
+    rank, processes = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    known = all(re.fullmatch("[0-9]{1,9}", text) for text in (rank, processes))
+    return not (known and 0 < int(rank) < int(processes))
 
 
 def say(text):
