@@ -1,11 +1,12 @@
 """`sidfast`: the commands around a training run. Training itself: `deepspeed sidfast/train.py --config FILE`."""
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
-from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line
+from sidfast.environment import check_environment, prepare_environment
+from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, speaks
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
@@ -16,15 +17,16 @@ def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
     stderr), 130 Ctrl-C."""
     prepare_environment()
-    args = _parser().parse_args(argv)
     try:
+        check_environment()
+        args = _parser().parse_args(argv)
         check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
                      for name in _PATHS if getattr(args, name, None) is not None})
         if getattr(args, "out", None) is not None and not Path(args.out).name:
             raise UserError(f"--out {args.out}: must name a file or folder")
         return args.run(args) or 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:          # several processes have one voice
+        if speaks():
             print(f"sidfast: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -67,8 +69,9 @@ def _parser():
                        help="real images, or an .npz with mu and sigma; the shapes world is drawn")
     judge.add_argument("--coco", metavar="DIR", help="COCO-2014 val: prompts and reference of the COCO-30k protocol")
     judge.add_argument("--images", type=int, metavar="N", help="all prompts; 10000 of shapes:held_out")
-    judge.add_argument("--seeds-per-prompt", type=int, default=1, metavar="K", help="images of each prompt (1)")
-    judge.add_argument("--seeds", type=int, default=1, metavar="K",
+    judge.add_argument("--seeds-per-prompt", type=_at_most(10**9), default=1, metavar="K",
+                       help="images of each prompt (1)")
+    judge.add_argument("--seeds", type=_at_most(10**6), default=1, metavar="K",
                        help="sets of images, each with seeds of its own, for 95 %% intervals of every metric (1)")
     judge.add_argument("--seed-offset", type=int, default=0, metavar="S", help="image i has seed S + i (0)")
     judge.add_argument("--metrics", metavar="LIST",
@@ -81,7 +84,8 @@ def _parser():
     judge.add_argument("--tf32", action="store_true", help="fp32 products in TensorFloat-32, those of features too")
     judge.add_argument("--fused", action="store_true", help="run the model on the fused kernels; needs a GPU")
     judge.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once (16)")
-    judge.add_argument("--resize", type=int, metavar="SIDE", help="bring the images to SIDE x SIDE pixels first")
+    judge.add_argument("--resize", type=_at_most(16384), metavar="SIDE",
+                       help="bring the images to SIDE x SIDE pixels first")
     judge.add_argument("--filter", default="bicubic", choices=("bicubic", "bilinear", "lanczos"),
                        help="of --resize (bicubic)")
     judge.add_argument("--assets", default="assets", metavar="DIR",
@@ -134,6 +138,18 @@ def _parser():
     return parser
 
 
+def _at_most(most):
+    """A type of an option: a whole number that PyTorch and memory can be asked for."""
+
+    def integer(text):
+        value = int(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
+        return value
+
+    return integer
+
+
 def _device():
     import torch
 
@@ -168,8 +184,8 @@ def _teacher(args):
         raise UserError(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     recipe = replace(Recipe(), seed=args.seed)
     if args.steps is not None:
-        if args.steps < 1:
-            raise UserError(f"--steps must be at least 1, not {args.steps}")
+        if not 1 <= args.steps <= 10**9:
+            raise UserError(f"--steps must be 1 to 10^9, not {args.steps}")
         recipe = recipe.scaled(args.steps)
     build_teacher(args.out, recipe, _device())
 
@@ -221,13 +237,14 @@ def _plan(args):
     else:
         configs = [(Path(args.config).stem, load_config(args.config, args.set))]
     plan(configs, lambda c: load_shapes(args.architecture or c.model.teacher), args.gpus,
-         parse_memory(args.memory) if args.memory else None, args.throughput, args.measured, args.bandwidth)
+         parse_memory(args.memory) if args.memory else None, args.throughput, args.measured, args.bandwidth,
+         out=say)
 
 
 def _report(args):
     from sidfast.evaluation.report import write_report
 
-    print(write_report(args.folder))
+    say(write_report(args.folder))
 
 
 def _export(args):
@@ -235,7 +252,7 @@ def _export(args):
     from sidfast.training.export import export_checkpoint
 
     step = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype)
-    print(f"{args.out}: the generator after {step} updates")
+    say(f"{args.out}: the generator after {step} updates")
 
 
 def _demo(args):

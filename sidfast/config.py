@@ -1,33 +1,24 @@
 """The configuration of a run: a small JSON file that names what differs from the defaults.
 
-Every key is typed and explained here; unknown keys are errors. The `deepspeed` section is DeepSpeed's own and is passed
-through as it stands, once for each engine.
+Every key is typed and explained here; unknown keys are errors. The `deepspeed` section is DeepSpeed's own (its keys:
+config_deepspeed.py) and is passed through as it stands, once for each engine.
 """
 
 import difflib
 import json
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sidfast.config_data import Noise, Section, Synthetic
+from sidfast.config_deepspeed import check_deepspeed
 from sidfast.errors import UserError
 from sidfast.method.synthetic import cannot_capture
 from sidfast.parse import check_finite, parse_json
 
-# Of DeepSpeed's section: keys that follow from others, with those; and keys that are worth a word when misspelt.
-_INSTEAD = {"train_batch_size": "train.batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch",
-            "gradient_accumulation_steps": "train.batch_size", "optimizer": "optimizer",
-            "scheduler": "optimizer.generator.warmup"}
-_DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "gradient_clipping", "communication_data_type",
-                   "activation_checkpointing", "prescale_gradients", "zero_allow_untested_optimizer")
-# Types that DeepSpeed does not look at, or turns into others: "yes" is true to it, and stage "3" is 3.
-_TRUTH = ((bool,), "true or false")
-_DEEPSPEED_TYPES = {"bf16.enabled": _TRUTH, "fp16.enabled": _TRUTH, "prescale_gradients": _TRUTH,
-                    "zero_allow_untested_optimizer": _TRUTH, "gradient_clipping": ((int, float), "a number"),
-                    "zero_optimization.stage": ((int,), "0, 1, 2 or 3")}
+_MEANT = {"learning_rate": "lr", "iterations": "steps"}                          # names that others give to keys
 _NO_SECTION = ("model_type", "dict_type")                # pydantic's names of that fault
 
 
@@ -169,12 +160,12 @@ class Evaluation(Section):
     metrics: str | None = Field(None, description="with commas; fid,clip, for the shapes world fid,clip,accuracy")
     prompts: str | None = Field(None, description="file, one prompt a line; the held-out captions of the shapes world, "
                                                   "if that is trained on, unless given")
-    seeds_per_prompt: int = Field(1, ge=1, description="images of each prompt; diversity needs 2 or more")
+    seeds_per_prompt: int = Field(1, ge=1, le=10**9, description="images of each prompt; diversity needs 2 or more")
     reference: str | None = Field(None, description="folder of real images, or an .npz with mu and sigma; the shapes "
                                                     "world is drawn")
     features: str | None = Field(None, description="inception:FILE or clip:FOLDER; the shapes world has its own")
     clip: str | None = Field(None, description="folder of the CLIP of the CLIP score; the shapes world has its own")
-    resize: int | None = Field(None, ge=1, description="side to which images are brought first, in pixels")
+    resize: int | None = Field(None, ge=1, le=16384, description="side to which images are brought first, in pixels")
     filter: Literal["bicubic", "bilinear", "lanczos"] = Field("bicubic", description="of resize, antialiased")
     assets: str = Field("assets", description="folder with the clip and checker of `sidfast teacher`")
 
@@ -211,35 +202,8 @@ class Config(Section):
         if self.speed.share_generator_forward and other:
             raise ValueError("speed.share_generator_forward: the fake score's images are the generator's then; leave "
                              "synthetic.source and synthetic.teacher_share at their defaults")
-        _check_deepspeed(self.deepspeed, "deepspeed")
-        for engine in ("generator", "fake_score"):
-            section, name = self.deepspeed.get(engine, {}), f"deepspeed.{engine}"
-            _check_deepspeed(section, name)
-            for key in ("bf16", "fp16"):
-                if key in section:
-                    raise ValueError(f"{name}.{key}: all networks compute in one type; set deepspeed.{key} instead")
+        check_deepspeed(self.deepspeed)
         return self
-
-
-def _check_deepspeed(section, name):
-    """ValueError for what DeepSpeed would not say: keys that follow from others, and misspelt ones, that it ignores."""
-    if not isinstance(section, dict):
-        raise ValueError(f"{name}: must be a section, not {section!r}")
-    for key in section:
-        if key in _INSTEAD:
-            raise ValueError(f"{name}.{key} follows from the rest; set {_INSTEAD[key]} instead")
-        near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1, cutoff=0.8)
-        if near and near[0] != key:
-            raise ValueError(f"{name}.{key}: DeepSpeed knows no such key; did you mean {near[0]}?")
-    for key in ("bf16", "fp16", "zero_optimization"):
-        if not isinstance(section.get(key, {}), dict):
-            raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
-    for place, (kinds, words) in _DEEPSPEED_TYPES.items():
-        value, keys = section, place.split(".")
-        while keys and keys[0] in value:
-            value = value[keys.pop(0)]
-        if not keys and type(value) not in kinds:        # (True is an int to isinstance)
-            raise ValueError(f"{name}.{place}: must be {words}, not {value!r}")
 
 
 def load_config(path, overrides=()):
@@ -299,14 +263,14 @@ def set_key(values, key, value, source):
     values[last] = value
 
 
-def explain(validation, of=Config):
-    """One line out of pydantic's ValidationError about a Section: its first fault, or a section that is none."""
-    errors = validation.errors()
-    error = next((e for e in errors if e["type"] in _NO_SECTION), errors[0])
-    key = ".".join(str(part) for part in _place(error["loc"], of))
+def explain(validation, of=Config, under=""):
+    """One line out of pydantic's ValidationError about a Section: its first fault, or a section that is none. `under`:
+    what keys begin with."""
+    error = first_fault(validation)
+    key = under + ".".join(str(part) for part in _place(error["loc"], of))
     if error["type"] == "extra_forbidden":
         near = _nearest(error["loc"], of)
-        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
+        return f"unknown key {key}" + (f"; did you mean {under}{near}?" if near else "")
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "value_error":
@@ -317,15 +281,28 @@ def explain(validation, of=Config):
     return f"{key}: {message}, not {_short(error['input'])}"
 
 
+def first_fault(validation):
+    """The error of pydantic's ValidationError that `explain` tells."""
+    errors = validation.errors()
+    return next((e for e in errors if e["type"] in _NO_SECTION), errors[0])
+
+
 def _place(location, section):
     """An error's location without what pydantic adds to it: the member of a union that it tried."""
     field = None
     for depth, part in enumerate(location):
         if part not in getattr(section, "model_fields", ()):
-            return location[:depth] if field and get_origin(field.annotation) in (Union, UnionType) else location
+            union = field and not section and get_origin(field.annotation) in (Union, UnionType)
+            return location[:depth] if union else location
         field = section.model_fields[part]
-        section = field.annotation
+        section = _section(field.annotation)
     return location
+
+
+def _section(annotation):
+    """The section among the types that a field may have, or None."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _short(value, limit=80):
@@ -337,7 +314,7 @@ def _nearest(location, of):
     """The valid key most like an unknown one: in its own section, or in any."""
     keys = list(_keys(of))
     siblings = [k for k in keys if k.split(".")[:-1] == [str(p) for p in location[:-1]]]
-    name = str(location[-1])
+    name = _MEANT.get(str(location[-1]).lower(), str(location[-1]))
     for candidates in (siblings, keys):
         by_name = {}
         for key in candidates:
@@ -350,6 +327,7 @@ def _nearest(location, of):
 
 def _keys(section, prefix=""):
     for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        yield prefix + (field.alias or name)
+        inner = _section(field.annotation)
+        if inner:
+            yield from _keys(inner, f"{prefix}{name}.")

@@ -1,8 +1,11 @@
-"""What libraries read from the environment when they are first imported."""
+"""What libraries read from the environment when they are first imported, and what launchers write into it."""
 
 import logging
 import os
+import re
 import warnings
+
+from sidfast.errors import UserError
 
 
 def prepare_environment():
@@ -23,3 +26,38 @@ def prepare_environment():
     logging.getLogger("xformers").setLevel(logging.ERROR)                # "can't load C++ extensions", without a GPU
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def check_environment():
+    """Raise UserError for what the environment says of processes, threads and ports, if it cannot be so.
+
+    Call before the first import of torch, which reads some of it.
+    """
+    processes = _whole("WORLD_SIZE", 1, 10**6)
+    for name, least, most in (("RANK", 0, processes - 1), ("LOCAL_RANK", 0, processes - 1), ("LOCAL_SIZE", 1, 10**6),
+                              ("LOCAL_WORLD_SIZE", 1, 10**6), ("MASTER_PORT", 0 if processes == 1 else 1, 65535)):
+        _whole(name, least, most)
+    omp_threads()
+
+
+def omp_threads():
+    """The threads of OMP_NUM_THREADS, the first number if it is a list, as OpenMP allows; None unless given. Raises
+    UserError."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    numbers = [part.strip() for part in text.split(",")]
+    if not text:
+        return None
+    if not all(re.fullmatch("[0-9]{1,6}", number) and int(number) for number in numbers):
+        raise UserError(f"OMP_NUM_THREADS={text}: must be a number of threads, at least 1")
+    return int(numbers[0])
+
+
+def _whole(name, least, most):
+    """The whole number that a variable gives, or else 1."""
+    text = os.environ.get(name)
+    if text is None:
+        return 1
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        words = f"below WORLD_SIZE ({most + 1})" if name in ("RANK", "LOCAL_RANK") else f"{least} to {most}"
+        raise UserError(f"{name}={text}: must be a whole number, {words}")
+    return int(text)

@@ -1,7 +1,8 @@
-"""The exceptions that a user is meant to see, and what every command asks of names."""
+"""The exceptions that a user is meant to see, how they are told, and what every command asks of names."""
 
 import argparse
 import os
+import re
 import sys
 
 INTERRUPTED = 130                                        # exit code after Ctrl-C, as shells have it
@@ -39,9 +40,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Tell it and exit with 2."""
-        if int(os.environ.get("RANK", 0)) == 0:
+        if speaks():
             print(f"sidfast: {one_line(message)} ({self.prog} --help lists what there is)", file=sys.stderr)
         sys.exit(2)
+
+
+def speaks():
+    """Whether this process is the first one, or may be: several have one voice."""
+    rank, processes = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    known = all(re.fullmatch("[0-9]{1,9}", text) for text in (rank, processes))
+    return not (known and 0 < int(rank) < int(processes))
+
+
+def say(text):
+    """Print on standard output. If its reader is gone, as `head` is, the rest is lost, and nobody complains."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error, limit=1000):

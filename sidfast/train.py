@@ -16,15 +16,15 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 def main(argv=None):
     """Parse, build, loop. Returns the exit code: 0 done or stopped in order, 1 the run failed, 2 the user's input is at
     fault (one line on stderr)."""
-    from sidfast.environment import prepare_environment
+    from sidfast.environment import check_environment, prepare_environment
 
     prepare_environment()
     from sidfast.errors import INTERRUPTED, RunError, UserError, one_line
 
-    args = _parser().parse_args(argv)
     with contextlib.redirect_stderr(Unfailing(sys.stderr)):
         try:
-            run(args)
+            check_environment()
+            run(_parser().parse_args(argv))
         except (UserError, RunError) as error:
             _tell(one_line(error))
             return 2 if isinstance(error, UserError) else 1
@@ -56,7 +56,7 @@ class Unfailing:
 def run(args):
     """Check everything that can be checked before anything is written, then train."""
     from sidfast.config import load_config
-    from sidfast.errors import UserError, check_paths
+    from sidfast.errors import UserError, check_paths, say
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     config = load_config(args.config, args.set)
@@ -65,7 +65,7 @@ def run(args):
     check_paths({"model.teacher": config.model.teacher, "data.prompts": config.data.prompts,
                  "evaluation.assets": config.evaluation.assets})
     if args.dry_run:
-        print(config.model_dump_json(indent=2))
+        say(config.model_dump_json(indent=2))
         return
     from sidfast.data.diversity import training_prompts
 
@@ -81,7 +81,7 @@ def run(args):
 
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
-    from sidfast.training.checkpoint import check_fits, choose_checkpoint
+    from sidfast.training.checkpoint import check_fits, choose_checkpoint, read_state
     from sidfast.training.engines import compute_dtype, engine_config, zero_stages
     from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
@@ -109,6 +109,9 @@ def run(args):
     if checkpoint:
         check_fits(checkpoint, teacher.unet, config.optimizer)
     _tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
+    step, steps = read_state(checkpoint)["extra"]["step"] if checkpoint else 0, config.train.total_steps
+    if step >= steps:
+        _tell(f"the run is already at step {step} of {steps}: nothing is left to train")
     result = train(config, out, checkpoint, teacher, device, profile=args.profile)
     comm.destroy_process_group()
     if first and result:
@@ -133,12 +136,16 @@ def check_teacher_fits(config, teacher, source):
 
 
 def join():
-    """Join the other processes (or be the only one); returns this process's device."""
+    """Join the other processes (or be the only one); returns this process's device. Raises UserError if another program
+    has the port."""
     import deepspeed
     import torch
 
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": "29500"}.items():
+    from sidfast.errors import UserError
+
+    alone = os.environ.setdefault("WORLD_SIZE", "1") == "1"
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "0" if alone else "29500"}.items():       # 0: any that is free
         os.environ.setdefault(name, value)
     gpu = torch.cuda.is_available()
     if not gpu:                                          # DeepSpeed's own collectives need a compiler; gloo needs none
@@ -147,20 +154,30 @@ def join():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"port {os.environ['MASTER_PORT']} is taken on this machine, perhaps by another run: choose "
+                        "another, as `deepspeed --master_port PORT` or MASTER_PORT=PORT") from None
     return device
 
 
 def _cpu_threads():
     """Threads of this process: OMP_NUM_THREADS, or its share of the cores (DeepSpeed's launcher sets LOCAL_SIZE,
     torchrun LOCAL_WORLD_SIZE). More of them than cores wait for each other for ever."""
+    from sidfast.environment import omp_threads
+
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, os.cpu_count() // local))
+    return omp_threads() or max(1, os.cpu_count() // local)
 
 
 def _tell(message):
-    """A line on standard error; several processes have one voice."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """A line on standard error, from the first process."""
+    from sidfast.errors import speaks
+
+    if speaks():
         print(f"sidfast: {message}", file=sys.stderr, flush=True)
 
 
@@ -168,14 +185,15 @@ def _report(out, end):
     """The measures before and after, on standard output."""
     import json
 
+    from sidfast.errors import say
     from sidfast.evaluation.metrics import title
 
     start = json.loads((out / "evaluation.json").read_text())["start"]
-    print(f"\n{end['images']} images, one step{'':<14}start      end")
+    say(f"\n{end['images']} images, one step{'':<14}start      end")
     for key, value in end.items():
         if isinstance(value, float) and not key.startswith("accuracy_"):
-            print(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
-    print(f"\nexport: {out / 'export'}   samples: {out / 'samples'}")
+            say(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
+    say(f"\nexport: {out / 'export'}   samples: {out / 'samples'}")
 
 
 def _parser():

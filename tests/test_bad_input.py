@@ -1,16 +1,21 @@
 """A user's mistake: one clear line on standard error, exit code 2, and nothing written or lost."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, fork_training
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from sidfast import cli, files, train
+from sidfast import cli, errors, files, train
 from sidfast.config import load_config
+from sidfast.environment import check_environment, omp_threads
 from sidfast.evaluation.attributes import AttributeChecker
 from sidfast.networks.loading import load_teacher
 from sidfast.teacher import build
@@ -21,7 +26,10 @@ from sidfast.training.run import RunDirectory, describe_inputs, open_run
 
 def fails(capsys, main, *args):
     """Run a command that must fail; returns its line."""
-    code = main([str(a) for a in args])
+    try:
+        code = main([str(a) for a in args])
+    except SystemExit as stop:                           # argparse
+        code = stop.code
     error = capsys.readouterr().err
     assert code == 2, error
     lines = error.strip().splitlines()
@@ -64,6 +72,12 @@ def edit(name, **values):
     ("deepspeed.fp16.enabled=1", ["deepspeed.fp16.enabled", "true or false", "1"]),
     ("deepspeed.generator.gradient_clipping=true", ["deepspeed.generator.gradient_clipping", "a number", "True"]),
     ('deepspeed.zero_optimization.stage="3"', ["deepspeed.zero_optimization.stage", "0, 1, 2 or 3", "'3'"]),
+    ("deepspeed.zero_stage=2", ["deepspeed.zero_stage", "did you mean zero_optimization?"]),
+    ("deepspeed.bf16.enable=true", ["unknown key deepspeed.bf16.enable; did you mean deepspeed.bf16.enabled?"]),
+    ("deepspeed.fake_score.zero_optimization.stag=2", ["deepspeed.fake_score.zero_optimization.stage?"]),
+    ('deepspeed.zero_optimization.offload_optimizer={"devise": "cpu"}', ["deepspeed.zero_optimization.offload_optimizer"
+                                                                         ".device?"]),
+    ("deepspeed.zero_optimization.reduce_bucket_size=-1", ["deepspeed.zero_optimization.reduce_bucket_size: ", "-1"]),
     ("noise.std=2", ["noise.std", "ddpm"]),
     ("optimizer.generator.lr=-1", ["optimizer.generator.lr", "-1"]),
     ("deepspeed.optimizer={}", ["deepspeed.optimizer", "optimizer"]),
@@ -78,10 +92,72 @@ def test_settings(capsys, write_config, tmp_path, setting, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_batch_does_not_divide_among_processes(capsys, write_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(**variables): an environment with these of a launcher's variables and no other."""
+    def change(**variables):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                     "OMP_NUM_THREADS"):
+            monkeypatch.setenv(name, variables.get(name, ""))
+            if name not in variables:
+                monkeypatch.delenv(name)
+
+    return change
+
+
+def test_batch_does_not_divide_among_processes(capsys, write_config, tmp_path, launched):
+    launched(WORLD_SIZE="3")
     line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
     assert "train.batch_size (4)" in line and "2 x 3 = 6" in line
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "9" * 5000},
+    {"RANK": "x"}, {"RANK": "3", "WORLD_SIZE": "2"}, {"RANK": "1"}, {"LOCAL_RANK": "a"}, {"LOCAL_SIZE": "0"},
+    {"LOCAL_WORLD_SIZE": "two"}, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "many"}, {"OMP_NUM_THREADS": "2,"},
+    {"MASTER_PORT": "abc"}, {"MASTER_PORT": "99999999"}, {"MASTER_PORT": "0", "WORLD_SIZE": "2"}],
+    ids=lambda v: " ".join(f"{name}={value[:9]}" for name, value in v.items()))
+def test_environment(capsys, write_config, tmp_path, launched, variables):
+    launched(**variables)
+    name, value = next(iter(variables.items()))
+    for call in ((train.main, "--config", write_config(), "--out", tmp_path / "run"),
+                 (cli.main, "report", "--run", tmp_path)):
+        assert f"{name}={value[:400]}" in fails(capsys, *call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_environment_that_is_fine(launched):
+    launched()
+    check_environment()
+    assert omp_threads() is None and errors.speaks()
+    launched(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_SIZE="2", MASTER_PORT="29500", OMP_NUM_THREADS="2,1")
+    check_environment()
+    assert omp_threads() == 2 and not errors.speaks()
+
+
+@pytest.mark.parametrize("given, taken", [({}, "0"), ({"MASTER_PORT": "29777"}, "29777"),
+                                          ({"WORLD_SIZE": "2", "RANK": "0"}, "29500")], ids=["alone", "given", "two"])
+def test_port(monkeypatch, launched, given, taken):
+    """A process alone takes a port that is free."""
+    import deepspeed
+
+    launched(OMP_NUM_THREADS=str(torch.get_num_threads()), **given)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
+    train.join()
+    assert os.environ["MASTER_PORT"] == taken
+
+
+def test_port_that_is_taken(write_config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        run = fork_training(write_config(), tmp_path / "run", port)
+        output, error = run.communicate()
+    assert run.returncode == 2 and output == "", error
+    assert [line for line in error.splitlines() if "port" in line] == error.splitlines() and "Traceback" not in error
+    assert f"sidfast: port {port} is taken on this machine" in error and "--master_port PORT" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_config_that_is_no_json(capsys, tmp_path):
@@ -367,6 +443,11 @@ def test_resume_from_nothing(capsys, write_config, tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["--model", "/nowhere/else", "--prompt", "x"], "/nowhere/else"),
     (["--prompt", "x", "-n", "0"], "-n"),
+    (["--prompt", "x", "-n", str(10**30)], f"-n {10**30} with 1 prompts: too many images"),
+    (["--prompt", "x", "-n", "9" * 4300], "-n 999"),
+    (["--prompt", "x", "-n", "9" * 4301], "-n: invalid int value"),
+    (["--prompt", "caf\udce9"], "--prompt 'caf\\udce9': is not UTF-8"),
+    (["--prompt", "\ud800"], "is not UTF-8"),
     (["--prompt", "x", "--out", "picture.jpg"], ".png"),
     (["--prompt", "x", "--out", "/nowhere/x.png"], "/nowhere"),
     (["--prompt", "x", "--out", "/proc/x.png"], "--out /proc/x.png: nothing can be written to /proc ("),
@@ -374,11 +455,29 @@ def test_resume_from_nothing(capsys, write_config, tmp_path):
     (["--prompt", "x", "--steps", "0"], "--steps (0) must be at least 1 and at most 1000"),
     (["--prompt", "x", "--steps", "1001"], "--steps (1001)"),
     (["--prompt", "x", "--guidance", "nan"], "--guidance (nan)"),
-], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
+], ids=lambda v: "" if isinstance(v, str) else ascii(" ".join(v))[:40])
 def test_sample(capsys, tiny_teacher, tmp_path, args, words):
     defaults = ["--model", str(tiny_teacher), "--out", str(tmp_path / "x.png")]
     assert words in fails(capsys, cli.main, "sample", *defaults, *args)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--seeds-per-prompt", "--seeds", "--resize", "--seed-offset"])
+def test_numbers_of_an_evaluation_that_are_too_large(capsys, tiny_teacher, tmp_path, option):
+    args = ["--model", tiny_teacher, "--prompts", "shapes:held_out", "--metrics", "clip", "--images", "2"]
+    line = fails(capsys, cli.main, "evaluate", *args, "--out", tmp_path / "r.json", option, 10**30)
+    assert option in line and str(10**30) in line
+
+
+def test_reader_that_is_gone(write_config):
+    """As in `... --dry-run | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = "import sys; from sidfast.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", script, "--config", write_config(), "--dry-run"], cwd=ROOT,
+                          stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_sample_works(tiny_teacher, tmp_path):

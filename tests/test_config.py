@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sidfast.config import Config, build_config, load_config
+from sidfast.config_deepspeed import _INSTEAD, DEEPSPEED_KEYS
 from sidfast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,9 @@ MISSPELT = {
     "trian.steps=5": "train",
     "train.batchsize=8": "train.batch_size",
     "train.lr=1e-5": "optimizer.generator.lr",
+    "train.learning_rate=1e-5": "optimizer.generator.lr",
+    "optimizer.fake_score.learning_rate=1e-5": "optimizer.fake_score.lr",
+    "train.iterations=5": "train.steps",
     "noise.tmin=30": "noise.t_min",
     "optimizer.generator.bta1=0": "optimizer.generator.beta1",
     "optimizer.fake_score.bta1=0": "optimizer.fake_score.beta1",
@@ -103,7 +107,7 @@ OUT_OF_RANGE = ("train.steps=0", "train.batch_size=-4", "train.micro_batch=0", "
                 "train.keep=0", "noise.t_min=-1", "noise.t_init=0", "noise.density=edn", "model.resolution=4",
                 "guidance.prompt_dropout=1", "guidance.prompt_dropout=-0.1", "optimizer.generator.lr=0",
                 "optimizer.fake_score.beta2=1", "optimizer.generator.eps=0", "ema.half_life=-1", "ema.ramp_up=0",
-                "evaluation.images=-1")
+                "evaluation.images=-1", "evaluation.resize=16385", "evaluation.seeds_per_prompt=1000000001")
 NOT_FINITE = ("guidance.kappa1=NaN", "guidance.kappa4=Infinity", "loss.alpha=-Infinity",
               "optimizer.generator.lr=Infinity", "ema.half_life=NaN")
 
@@ -200,6 +204,59 @@ def test_evaluation_needs_prompts_outside_the_shapes_world(mistake):
 def test_reserved_deepspeed_keys(mistake, engine, key, instead):
     text = mistake(f"deepspeed.{engine}{key}=4")
     assert f"deepspeed.{engine}{key}" in text and f"set {instead}" in text, text
+
+
+@pytest.mark.parametrize("key, near", [
+    ("zero_stage", "zero_optimization"), ("zero", "zero_optimization"), ("zero_optim", "zero_optimization"),
+    ("BF16.enabled", "bf16"), ("bfloat16.enabled", "bf16"), ("fp16_enabled", "fp16"), ("fp32.enabled", None),
+    ("amp.enabled", None), ("fake_scores.zero_optimization.stage", "fake_score"), ("Generator", "generator"),
+    ("generator.zero_stage", "zero_optimization"), ("fake_score.generator", None)])
+def test_keys_that_deepspeed_does_not_know(mistake, key, near):
+    top = ".".join(key.split(".")[:2 if key.startswith(("generator.", "fake_score.")) else 1])
+    assert mistake(f"deepspeed.{key}=2") == (
+        f"deepspeed.{top}: DeepSpeed knows no such key" + (f"; did you mean {near}?" if near else ""))
+
+
+@pytest.mark.parametrize("engine", ("", "generator."), ids=("both", "generator"))
+def test_negative_gradient_clipping(mistake, engine):
+    assert mistake(f"deepspeed.{engine}gradient_clipping=-1") == (
+        f"deepspeed.{engine}gradient_clipping: must be at least 0, not -1")
+
+
+class Asked(dict):
+    """A dictionary that remembers the keys it was asked for."""
+
+    def __init__(self, **values):
+        super().__init__(values)
+        self.keys_asked = set()
+
+    def __contains__(self, key):
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self
+
+    def __copy__(self):
+        return self
+
+
+def test_keys_are_those_that_deepspeed_asks_for():
+    from deepspeed.runtime import config
+
+    section = Asked(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+    config.DeepSpeedConfig(section)
+    refused = {"bfloat16", *_INSTEAD, *config._REMOVED_TOP_LEVEL_CONFIG_KEYS}    # an old name; ours; gone
+    joined = {"sequence_parallel_size", "data_parallel_size"}                    # read once processes have joined
+    assert section.keys_asked - refused - joined == set(DEEPSPEED_KEYS) - joined
 
 
 @pytest.mark.parametrize("section", SMALLEST)

@@ -14,12 +14,13 @@ from test_fuzz import LONG, QUICK, Tally, garbage, outcome, texts
 from sidfast import cli
 
 CLIP = ROOT / "assets" / "clip"
-NUMBERS = ["0", "1", "2", "-1", "x", "", "1.5", "nan", "1e9", "٣", "0x10", "--"]
+NUMBERS = ["0", "1", "2", "-1", "x", "", "1.5", "nan", "1e9", "٣", "0x10", "--", str(10**30)]
 # option -> what may follow it, beside the files of `material`
 OPTIONS = {
-    "sample": {"--prompt": ["a cat", "", "\ud800", "x" * 3000], "--prompts": ["prompts.txt"] * 3,
+    "sample": {"--prompt": ["a cat", "", "\ud800", "\udce9", "x" * 3000], "--prompts": ["prompts.txt"] * 3,
                "--seed": [*NUMBERS, str(2**80)],
-               "-n": ["0", "1", "-1", "x"], "--steps": ["1", "0", "-3", "x"], "--guidance": ["1", "nan", "x", "-1e300"],
+               "-n": ["0", "1", "-1", "x", str(10**30)], "--steps": ["1", "0", "-3", "x"],
+               "--guidance": ["1", "nan", "x", "-1e300"],
                "--model": ["teacher"] * 9 + ["no/such", "", "\0", "x" * 5000],
                "--out": ["a.png", "b.png", "c.png", "a.jpg", "", "no/a.png", "\0.png"]},
     "evaluate": {"--model": ["no/such", "\0", "x" * 5000], "--prompts": ["shapes:held_out", "shapes:train", "\0"],

@@ -97,6 +97,14 @@ def test_nothing_half_written_is_left(killed):
     assert not [p for p in killed.rglob("*") if ".partial" in p.name or p.name.endswith(".old")]
 
 
+def test_run_that_is_already_beyond_its_end_says_so(config, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    errors = finish(fork_training(config, run, 29726, "--set", "train.steps=3"))
+    assert errors.count("sidfast: the run is already at step 24 of 3: nothing is left to train\n") == 1
+    assert losses(run) == losses(whole)
+
+
 def test_old_checkpoints_are_removed(whole):
     names = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert names == ["latest", "step-00000016", "step-00000020", "step-00000024"]

@@ -117,6 +117,11 @@ def test_bad_study(capsys, study_file, tmp_path, changes, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_configuration_that_is_no_study(capsys, tmp_path):
+    line = fails(capsys, ROOT / "configs" / "ddpm.json", "--out", tmp_path / "out")
+    assert "ddpm.json: is no study (docs/ablations.md) but a configuration" in line
+
+
 def test_two_variants_of_one_name(capsys, study_file, tmp_path):
     text = study_file().read_text().replace('"b":', '"a":')
     assert "'a' is given twice" in fails(capsys, study_file(text), "--out", tmp_path / "out")
@@ -125,7 +130,8 @@ def test_two_variants_of_one_name(capsys, study_file, tmp_path):
 def test_no_file_no_json_no_jobs(capsys, study_file, tmp_path):
     assert "no such file" in fails(capsys, tmp_path / "none.json")
     assert "line 1: not JSON" in fails(capsys, study_file("{"))
-    assert "--jobs" in fails(capsys, study_file(), "--jobs", "0", "--out", tmp_path / "out")
+    for jobs in ("0", str(10**30)):
+        assert "--jobs" in fails(capsys, study_file(), "--jobs", jobs, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

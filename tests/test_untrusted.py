@@ -122,7 +122,7 @@ def test_our_exports_run_our_code(marker, folder, tmp_path):
     assert cli.main([str(a) for a in args]) == 0
 
 
-@pytest.mark.parametrize("t_init", [None, "625", -1, 1000, [1]], ids=str)
+@pytest.mark.parametrize("t_init", [None, "625", -1, 1000, [1], True], ids=str)
 def test_an_export_whose_starting_timestep_is_wrong(capsys, folder, write_config, tmp_path, t_init):
     edit(folder / "model_index.json",
          lambda index: index.update(_class_name=["pipeline", "OneStepPipeline"], t_init=t_init))

@@ -199,7 +199,7 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
     if _is_one_step(folder):                             # its code is ours: nothing of the folder's is run
         parts = load_teacher(str(folder), what)
         t_init = read_index(folder, what).get("t_init")
-        if not isinstance(t_init, int) or not 0 < t_init < len(parts.schedule):
+        if type(t_init) is not int or not 0 < t_init < len(parts.schedule):
             raise UserError(f"{what}: t_init in model_index.json must be a timestep, 1 to {len(parts.schedule) - 1}")
         return one_step_pipeline(parts, parts.unet, t_init).to(device, dtype), True
     if folder.is_dir():

@@ -18,9 +18,12 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
 
     Raises UserError for bad arguments, before anything is computed.
     """
-    prompts = [prompt] if prompt is not None else read_prompts(prompts_file)
+    prompts = [_checked(prompt)] if prompt is not None else read_prompts(prompts_file)
     if n < 1:
         raise UserError(f"-n must be at least 1, not {n}")
+    if n * len(prompts) > _MOST:
+        raise UserError(f"-n {n} with {len(prompts)} prompts: too many images for one picture; {_MOST} at most (for "
+                        "more: sidfast evaluate)")
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
@@ -31,9 +34,6 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
     check_writable(out.parent, f"--out {out}")
     if not 0 <= seed < 2**63 - n:
         raise UserError(f"--seed must be at least 0 and below 2^63, not {seed}")
-    if n * len(prompts) > _MOST:
-        raise UserError(f"-n {n} with {len(prompts)} prompts: {n * len(prompts)} images in one picture are too many; "
-                        f"{_MOST} at most (for more: sidfast evaluate)")
     pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32)
     options = sampler_options(model, pipe, one_step, steps, guidance)
     pipe.set_progress_bar_config(disable=True)
@@ -47,3 +47,12 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
     partial = out.with_name(f".{out.name}.partial")
     image_grid(rows, prompts).save(partial, format="PNG")
     partial.replace(out)
+
+
+def _checked(prompt):
+    """A prompt from the command line, whose bytes Python takes for half characters where they are not UTF-8."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt {prompt[:80]!a}: is not UTF-8") from None
+    return prompt

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from sidfast.environment import omp_threads
 from sidfast.errors import UserError
 from sidfast.files import check_folder, write_atomically
 from sidfast.studies.plots import encode, plots
@@ -27,8 +28,8 @@ def ablate(path, out, jobs=1):
     Returns whether it is. Raises UserError for whatever can be found at fault before training begins.
     """
     study, out = read_study(path), Path(out or Path("runs") / "ablations" / Path(path).stem)
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if not 1 <= jobs <= 1000:
+        raise UserError(f"--jobs must be 1 to 1000, not {jobs}")
     check_folder(out)
     _check_ours(out)
     for run in study.runs:
@@ -113,7 +114,7 @@ def _work(study, path, out, jobs, left):
     """Start workers, tell of every run that ends, wait for all of them."""
     gpus = _gpus()
     devices = [gpu for gpu in gpus or [None] for _ in range(jobs)]
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // len(devices))))
+    threads = omp_threads() or max(1, os.cpu_count() // len(devices))
     (out / "logs").mkdir(exist_ok=True)
     workers = [_start(path, out, min(jobs, left), threads, gpu, k) for k, gpu in enumerate(devices[:left])]
     seen = {item.folder for item in study.items if is_final(read_record(out, item))}

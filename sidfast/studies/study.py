@@ -153,8 +153,11 @@ class Study:
 def read_study(path):
     """A Study from its file. Raises UserError, naming file and key, for whatever is wrong with it or with a variant."""
     path = Path(path)
+    values = read_values(path)
+    if "variants" not in values and not values.keys().isdisjoint(Config.model_fields.keys() - {"evaluation"}):
+        raise UserError(f"{path}: is no study (docs/ablations.md) but a configuration, which sidfast/train.py trains")
     try:
-        file = StudyFile.model_validate(read_values(path))
+        file = StudyFile.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, StudyFile)}") from None
     base = path.parent / file.base

@@ -13,12 +13,12 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, set_z3_leaf_modules
 
+from sidfast.config_deepspeed import ENGINES
 from sidfast.errors import UserError
 from sidfast.networks.fused import BLOCKS
 from sidfast.networks.trained import Trained
 from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 
-ENGINES = ("generator", "fake_score")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
 

@@ -6,8 +6,11 @@ import tempfile
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import ValidationError
 from torch import nn
 
+from sidfast.config import explain, first_fault
 from sidfast.errors import UserError
 from sidfast.training.engines import ENGINES, build_engine, compute_dtype, engine_config
 
@@ -40,7 +43,9 @@ def _refusals(config, name):
     """Turns whatever DeepSpeed raises into a UserError that names the section."""
     try:
         yield
-    except Exception as error:                           # DeepSpeed asserts, and raises pydantic's and Python's own
+    except ValidationError as error:
+        raise UserError(_explain(error, config, name)) from None
+    except Exception as error:                           # DeepSpeed asserts, and raises Python's own
         where = f"deepspeed (with deepspeed.{name})" if name in config.deepspeed else "deepspeed"
         raise UserError(f"{where}: DeepSpeed does not take this section ({_reason(error)})") from None
 
@@ -70,6 +75,37 @@ def _inside(folder):
 
 def _reason(error):
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if type(error).__name__ == "ValidationError":        # pydantic: a count, then key and fault line by line
-        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
     return f"{lines[0] if lines else 'no reason given'}; {type(error).__name__}"
+
+
+def _explain(error, config, name):
+    """One line out of pydantic's ValidationError about a part of a section, which tells neither where the part stands
+    nor what class it has, but for its name."""
+    fault = first_fault(error)
+    sections = ((f"deepspeed.{name}.", config.deepspeed.get(name, {})), ("deepspeed.", config.deepspeed))
+    places = (prefix + place for prefix, section in sections
+              for place in _places(section, fault["loc"], fault["input"]))
+    place = next(places, "deepspeed.")
+    if fault["type"] in ("value_error", "assertion_error"):                      # DeepSpeed's own words, without a key
+        return f"{'.'.join((place.rstrip('.'), *map(str, fault['loc'])))}: {fault['msg']}"
+    model = next((m for m in _models(DeepSpeedConfigModel) if m.__name__ == error.title), DeepSpeedConfigModel)
+    return explain(error, model, place)
+
+
+def _places(section, location, value, prefix=""):
+    """What stands before `location`, keys one inside the other, wherever in nested sections they lead to a value."""
+    found = section
+    for key in location:
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is not None and found == value:
+        yield prefix
+    for key, inner in section.items():
+        if isinstance(inner, dict):
+            yield from _places(inner, location, value, f"{prefix}{key}.")
+
+
+def _models(base):
+    """A class and all that are derived from it."""
+    yield base
+    for derived in base.__subclasses__():
+        yield from _models(derived)
