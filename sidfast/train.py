@@ -114,7 +114,7 @@ def run(args):
         _tell(f"the run is already at step {step} of {steps}: nothing is left to train")
     result = train(config, out, checkpoint, teacher, device, profile=args.profile)
     comm.destroy_process_group()
-    if first and result:
+    if first:
         _report(out, result)
 
 
@@ -182,18 +182,20 @@ def _tell(message):
 
 
 def _report(out, end):
-    """The measures before and after, on standard output."""
+    """Where things are, after the measures before and after (if there are any), on standard output."""
     import json
 
     from sidfast.errors import say
     from sidfast.evaluation.metrics import title
 
-    start = json.loads((out / "evaluation.json").read_text())["start"]
-    say(f"\n{end['images']} images, one step{'':<14}start      end")
-    for key, value in end.items():
-        if isinstance(value, float) and not key.startswith("accuracy_"):
-            say(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
-    say(f"\nexport: {out / 'export'}   samples: {out / 'samples'}")
+    if end:
+        start = json.loads((out / "evaluation.json").read_text())["start"]
+        say(f"\n{end['images']} images, one step{'':<14}start      end")
+        for key, value in end.items():
+            if isinstance(value, float) and not key.startswith("accuracy_"):
+                say(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
+    folders = [f"{name}: {out / name}" for name in ("export", "samples") if (out / name).is_dir()]
+    say("\n" + "   ".join([*folders, f"report: {out / 'report.html'}"]))
 
 
 def _parser():

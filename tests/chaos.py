@@ -372,6 +372,7 @@ def main():
     parser.add_argument("--port", type=int, default=29950)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)                      # (ignored, if run in the background)
     try:
         chaos(folder, args.faults, args.seed, args.kinds, args.port, seconds=args.seconds, ranks=args.ranks,
               say=lambda line: print(line, flush=True))

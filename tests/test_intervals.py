@@ -10,6 +10,7 @@ from PIL import Image
 from scipy import stats
 
 from sidfast import cli
+from sidfast.errors import INTERRUPTED
 from sidfast.evaluation import metrics
 from sidfast.evaluation.images import sized
 from sidfast.evaluation.intervals import of_mean, of_repeats, of_share
@@ -81,13 +82,13 @@ def test_names_are_those_of_compute():
     assert metrics.title("fid_small_clip") == "FID (small CLIP)" and metrics.title("clip_score") == "CLIP score"
 
 
-def run(model, out, *args):
-    """The result of the command, measured by the CLIP score alone."""
+def run(model, out, *args, code=0):
+    """The result of the command, measured by the CLIP score alone; None if it must end with another code than 0."""
     command = ["evaluate", "--model", model, "--prompts", "shapes:held_out", "--metrics", "clip,accuracy",
                "--resize", 64, "--images", 6, "--assets", ASSETS, "--cache", out.parent, "--steps", 1, "--out", out,
                *args]
-    assert cli.main([str(part) for part in command]) == 0
-    return json.loads(out.read_text())
+    assert cli.main([str(part) for part in command]) == code
+    return None if code else json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,7 @@ def test_interrupted_between_sets(three, tiny_teacher, tmp_path, monkeypatch):
         put(self, start, rows)
 
     monkeypatch.setattr(FolderRows, "put", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_teacher, tmp_path / "r.json", "--seeds", 3, "--seed-offset", 10)
+    run(tiny_teacher, tmp_path / "r.json", "--seeds", 3, "--seed-offset", 10, code=INTERRUPTED)
     monkeypatch.undo()
     again = run(tiny_teacher, tmp_path / "r.json", "--seeds", 3, "--seed-offset", 10)
     assert again["repeats"] == three["repeats"] and [p.name for p in tmp_path.iterdir()] == ["r.json"]
