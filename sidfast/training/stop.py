@@ -25,7 +25,7 @@ class Stop:
         several = torch.distributed.get_world_size() > 1
         self._group = torch.distributed.new_group(backend="gloo") if several else None
         self._handlers = {number: signal.signal(number, self._ask) for number in _SIGNALS
-                          if signal.getsignal(number) != signal.SIG_IGN}         # (a shell's background job: not Ctrl-C)
+                          if signal.getsignal(number) != signal.SIG_IGN}         # (Ctrl-C is not for background jobs)
         self._launcher, self._looked = _tie_to_launcher(), 0.0
 
     def agreed(self):
