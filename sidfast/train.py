@@ -41,6 +41,7 @@ class Unfailing:
         self._stream = stream
 
     def write(self, text):
+        """As a stream's; what it cannot write counts as written."""
         with contextlib.suppress(OSError):
             self._stream.write(text)
             self._stream.flush()
