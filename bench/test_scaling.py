@@ -5,13 +5,12 @@ what the GPUs of this machine send to one another, for the estimates of docs/sca
 """
 
 import os
-import socket
 import time
 
 import pytest
 import torch
 from test_step import teacher  # noqa: F401 (a fixture)
-from training import median_speed, run_training
+from training import free_port, median_speed, run_training
 
 
 def zero(stage, **options):
@@ -55,10 +54,7 @@ def test_sharding_saves_memory(micro_batch, teacher, record, tmp_path):  # noqa:
 
 def test_bandwidth(record):
     """Of a sum over all GPUs of as many bytes as SD 1.5's gradients have in bf16."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    gpus = torch.cuda.device_count()
+    port, gpus = free_port(), torch.cuda.device_count()
     seconds = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(_sum_up, (gpus, port, seconds), gpus)
     size, took = _ELEMENTS * 2, seconds.get()

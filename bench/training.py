@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,20 @@ def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    launcher = [shutil.which("deepspeed", path=path), "--log_level", "error"]
+    launcher = [shutil.which("deepspeed", path=path), "--log_level", "error", "--master_port", str(free_port())]
     command = [*launcher, *(["--num_gpus", str(gpus)] if gpus else []), "sidfast/train.py", "--config",
                str(folder / "config.json"), "--out", str(folder / "run")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0", "PATH": path},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+def free_port():
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def median_speed(rows):
