@@ -160,8 +160,9 @@ class Tally:
 
 
 @pytest.fixture
-def alone(monkeypatch):
-    """The environment of one process; nothing that a case does to it stays."""
+def alone(monkeypatch, tmp_path):
+    """The environment of one process; nothing that a case does to it stays, nor what DeepSpeed's monitors write."""
+    monkeypatch.chdir(tmp_path)
     for name, value in (environment(30011) | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}).items():     # one thread
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
