@@ -166,7 +166,7 @@ class Planner:
         steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
         parts["update"] = passes + steps if self._graphed(zeros.values()) else max(passes, steps)
-        parts["packed weights"] = sum(self.packed)
+        parts["packed weights"] = sum(self.packed) * all(zero.stage < 3 for zero in zeros.values())
         parts["fragments and workspaces"] = SLACK * sum(parts.values())
         host = sum(memory.on_host(zero, P) for zero in zeros.values()) + 4 * P * ema.share(1) * ema.offload
         return Option(label, stage, offload, micro_batch, checkpointing, sum(parts.values()), parts, host,
