@@ -114,7 +114,7 @@ def test_stopped_process_is_named(write_config, tmp_path, rank):
     processes = start_two(config, tmp_path / "run", 29902 + rank)
     try:
         wait_for_lines(tmp_path / "run", 2, processes)
-        time.sleep(5)                                    # (they say where they are every 30 / 8 s)
+        time.sleep(10)                                   # (they say where they are every 30 / 8 s, if not kept waiting)
         processes[rank].send_signal(signal.SIGSTOP)
         _, errors = processes[1 - rank].communicate(timeout=120)
     finally:
