@@ -18,7 +18,7 @@ from sidfast.studies.record import claimed
 from sidfast.studies.results import interval, metric_names
 from sidfast.studies.study import Run, load_study, read_study
 from sidfast.studies.table import label, markdown
-from sidfast.training import speed
+from sidfast.training import measure, speed
 
 STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
 
@@ -105,6 +105,8 @@ def fails(capsys, *args):
     ({"evaluation": {"imges": 3}}, ["unknown key evaluation.imges", "evaluation.images"]),
     ({"evaluation": {"clip": "folder"}}, ["evaluation.clip", "shapes world"]),
     ({"evaluation": {"assets": "/nowhere"}}, ["evaluation.assets", "/nowhere"]),
+    ({"evaluation": {"images": 100}}, ["evaluation.images", "100 are too few"]),
+    ({}, ["the images are 16 x 16, those of the reference 64 x 64"]),            # the tiny teacher's
     ({"settings": {"model.teacher": "/nowhere"}}, ["model.teacher", "/nowhere"]),
     ({"variants": {"a": {"noise.t_init": 5000}}}, ["variants.a", "noise.t_init (5000)"]),
     ({"variants": {"a": {}, "b": {"model.teacher": "other"}}}, ["the same model.teacher"]),
@@ -155,6 +157,7 @@ def test_folder_of_a_study(study_file, tmp_path, names, monkeypatch):
     for name in names:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("x")
+    monkeypatch.setattr(measure, "check_measures", lambda *_: None)              # (of a teacher of 16 x 16 pixels)
     monkeypatch.setattr(ablate, "_work", lambda *_: None)
     monkeypatch.setattr(ablate, "write_results", lambda *_: None)
     assert cli.main(["ablate", str(study_file()), "--out", str(tmp_path / "out")]) == 1

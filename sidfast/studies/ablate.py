@@ -85,6 +85,7 @@ def _check_inputs(study, path):
     from sidfast.networks.loading import load_teacher
     from sidfast.train import check_teacher_fits
     from sidfast.training.engines import compute_dtype, engine_config, zero_stages
+    from sidfast.training.measure import check_measures
     from sidfast.training.speed import check_speed
 
     measures = study.file.evaluation
@@ -108,6 +109,7 @@ def _check_inputs(study, path):
         if prompts not in checked:
             checked.add(prompts)
             training_prompts(config.data.prompts, run.seed, config.synthetic)
+    check_measures(study.runs[0].config, teacher)        # (the same for all runs)
 
 
 def _work(study, path, out, jobs, left):
