@@ -24,6 +24,17 @@ def write_text(path, text):
         os.fsync(f.fileno())
 
 
+def check_file(out, suffix):
+    """Raise UserError unless `out`, of a command's --out, has the suffix of its kind and is no folder, in one that is
+    there."""
+    if out.suffix.lower() != suffix:
+        raise UserError(f"--out {out}: must end in {suffix}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; a file is needed")
+
+
 def flush(path):
     """Make a file's or a folder's contents survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

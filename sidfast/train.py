@@ -216,7 +216,9 @@ def _parser():
 
 
 if __name__ == "__main__":
+    from sidfast.errors import INTERRUPTED
+
     code = main()
-    if code == 130:                                      # at once: threads may still be writing
+    if code == INTERRUPTED:                              # at once: threads may still be writing
         os._exit(code)
     sys.exit(code)

@@ -27,7 +27,7 @@ from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
-from sidfast.files import drop_lock, take_lock
+from sidfast.files import check_file, drop_lock, take_lock
 from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
@@ -214,12 +214,7 @@ def _check_numbers(request):
 
 def check_out(out):
     """Raise UserError unless a result can be written to `out`, and nothing but a result would be replaced by it."""
-    if out.suffix.lower() != ".json":
-        raise UserError(f"--out {out}: must end in .json")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; a file is needed")
+    check_file(out, ".json")
     if out.exists() and not is_result(out):
         raise UserError(f"--out {out}: is no result of `sidfast evaluate` and is not replaced; choose another name")
 

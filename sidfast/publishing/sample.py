@@ -6,7 +6,7 @@ import torch
 
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
-from sidfast.files import check_writable
+from sidfast.files import check_file, check_writable
 from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
 
@@ -25,12 +25,7 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
         raise UserError(f"-n {n} with {len(prompts)} prompts: too many images for one picture; {_MOST} at most (for "
                         "more: sidfast evaluate)")
     out = Path(out)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: must end in .png")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder")
+    check_file(out, ".png")
     check_writable(out.parent, f"--out {out}")
     if not 0 <= seed < 2**63 - n:
         raise UserError(f"--seed must be at least 0 and below 2^63, not {seed}")
