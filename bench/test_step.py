@@ -15,9 +15,10 @@ PLAIN = {"speed": {"fused": False, "cuda_graphs": False}}
 FAST = {"speed": {"fused": True, "cuda_graphs": True}}
 BF16, FP16 = ({name: {"enabled": True}, "zero_optimization": {"stage": 1}} for name in ("bf16", "fp16"))
 VARIANTS = {
-    **{f"fused, micro-batch {m}": ({"deepspeed": BF16, **FAST}, m, 1) for m in (4, 8, 16, 32)},
+    **{f"fused, micro-batch {m}": ({"deepspeed": BF16, **FAST}, m, 1) for m in (4, 8)},
+    "fused, micro-batch 16": ({"deepspeed": BF16, "speed": FAST["speed"] | {"overlap": False}}, 16, 1),  # (for 80 GB)
     "fused, generator 8, fake score 16": ({"deepspeed": BF16, **FAST}, 8, 2),
-    "plain bf16": ({"deepspeed": BF16, **PLAIN}, 16, 1), "plain fp16": ({"deepspeed": FP16, **PLAIN}, 16, 1),
+    "plain bf16": ({"deepspeed": BF16, **PLAIN}, 8, 1), "plain fp16": ({"deepspeed": FP16, **PLAIN}, 8, 1),
     "plain fp32": ({"deepspeed": {}, "speed": PLAIN["speed"] | {"tf32": False}}, 4, 1)}
 
 
@@ -36,8 +37,9 @@ def test_step(name, teacher, machine, record, tmp_path):
     changes, micro_batch, factor = VARIANTS[name]
     if not machine.gpu and name != "plain fp32":
         pytest.skip("needs a GPU")
-    size = 128 if machine.gpu else 4
-    rows = run_training(tmp_path, teacher, changes, size, min(micro_batch, size), steps=4, factor=factor)
+    size = 4 if not machine.gpu else 32 if name == "plain fp32" else 128         # (where 128 images take over a minute)
+    rows = run_training(tmp_path, teacher, changes, size, min(micro_batch, size), steps=4, gpus=machine.gpu and 1,
+                        factor=factor)
     speed = median_speed(rows)
     numbers = {"ms": 1e3 / speed, "images_per_s": speed}
     if machine.gpu:
@@ -59,7 +61,7 @@ def test_small_card(name, teacher, machine, record, tmp_path):
     offloaded = {"bf16": {"enabled": True},
                  "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}}
     rows = run_training(tmp_path, teacher, {"deepspeed": offloaded, "speed": {"gradient_checkpointing": True}}, 128,
-                        micro_batch, steps=3)
+                        micro_batch, steps=3, gpus=1)
     record("SD 1.5 on small cards, global batch 128", name, {"images_per_s": median_speed(rows),
            "peak_gib": rows[-1]["peak_gib"], "reserved_gib": rows[-1]["reserved_gib"]})
     assert rows[-1]["reserved_gib"] + 0.6 < budget           # (CUDA takes its own .6)

@@ -136,6 +136,9 @@ class Speed(Section):
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto", description="replay each update's forward and backward pass as CUDA graphs; auto: on a GPU, unless "
                            "deepspeed.zero_optimization.stage is 3, which moves parameters about in memory")
+    overlap: bool | Literal["auto"] = Field(
+        "auto", description="run teacher and fake score at the same time in the generator's update, with memory of "
+                           "their own; auto: if there are CUDA graphs and no gradient_checkpointing")
     compile: bool = Field(False, description="torch.compile by regions, in place of the fused kernels")
     attention: Literal["auto", "cudnn", "flash", "xformers", "efficient", "math"] = Field(
         "auto", description="of the fused kernels; auto: time them at start, check them, take the fastest")

@@ -186,6 +186,23 @@ def test_checkpointing_changes_nothing():
     assert all(torch.equal(got[k], want[k]) for k in want)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["small", "sd21, half", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_images_with_two_texts_each(name, device, exact):
+    """Output and gradients of images that come once, with two texts, are those of images that come twice."""
+    unet = unet_of(name).to(device)
+    x, t, text, more, dy = to(device, torch.float32, *inputs_of(unet, n=2))
+    texts, dys = torch.cat([text.flip(1), text]), torch.cat([dy, -2 * dy])
+    more = {k: {name: torch.cat([v, v]) for name, v in group.items()} for k, group in more.items()}
+    want = run(copy.deepcopy(unet), torch.cat([x, x]), torch.cat([t, t]), texts, more, dys)
+    want["dx"] = want["dx"][:2] + want["dx"][2:]
+    unet = fuse(unet, checkpointing=name == "small")
+    got = run(unet, x, t, texts, more, dys)
+    scale = max(v.norm() for k, v in want.items() if k not in ("y", "dx"))
+    for key, value in want.items():
+        assert error(got[key], value) <= 2e-5 or (got[key] - value).norm() <= 1e-5 * scale, key
+
+
 def test_odd_sizes():
     """Latents whose side does not halve evenly, as diffusers handles them, and more than one of them."""
     unet = unet_of("sd15")

@@ -1,6 +1,7 @@
 """CUDA graphs give what running as written gives. Needs a GPU: `make test-gpu`."""
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,15 @@ from helpers_method import micro_batches, objective_of, setting
 from test_losses import small_unet
 
 from sidfast.method.distill import fake_score_update, generator_update
-from sidfast.networks.graphs import Graphs
+from sidfast.networks.graphs import Graphs, side_by_side
 
 pytestmark = pytest.mark.gpu
 CASES = [(stage, kind) for stage in (0, 1, 2) for kind in ("fp32", "bf16", "fp16")]
 
 
-@pytest.mark.parametrize("update, engine", [(generator_update, "generator"), (fake_score_update, "fake_score")],
-                         ids=["generator", "fake_score"])
+@pytest.mark.parametrize("update, engine", [
+    (generator_update, "generator"), (functools.partial(generator_update, run=side_by_side), "generator"),
+    (fake_score_update, "fake_score")], ids=["generator", "side by side", "fake_score"])
 @pytest.mark.parametrize("poisoned", (False, True))
 def test_graphed_update_equals_the_written_one(update, engine, poisoned):
     """Two updates of three micro-batches each; in the second case one sample overflows in the trained network."""
@@ -92,9 +94,16 @@ def embedded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind, bound", [("fp32", 1e-3), ("bf16", 5e-2)])
-def test_same_curve_fused_with_graphs(embedded, kind, bound):
-    want, got = (losses(embedded / f"{kind}-{fast}") for fast in (False, True))
+def test_same_curve_fused_with_graphs(embedded):
+    want, got = (losses(embedded / f"fp32-{fast}") for fast in (False, True))
     assert len(got) == 10
     for a, b in zip(got, want, strict=True):
-        assert a == pytest.approx(b, rel=bound)
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_bf16_fused_is_no_further_from_fp32(embedded):
+    """Than plain bf16: while teacher and fake score are nearly alike, the generator's loss in bf16 is mostly
+    rounding."""
+    exact, plain, fused = (torch.tensor(losses(embedded / name)) for name in ("fp32-False", "bf16-False", "bf16-True"))
+    assert (exact[:, 0] == fused[:, 0]).all()            # (step, loss of the fake score, of the generator)
+    assert ((fused - exact).norm(dim=0)[1:] <= 1.25 * (plain - exact).norm(dim=0)[1:]).all()

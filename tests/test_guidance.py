@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from helpers_method import TinyUNet, assert_close, objective_of, random_batch
 from sidfast.kernels.guidance import denoise, guide
 from sidfast.kernels.noising import add_noise
 
 from sidfast.method.denoise import denoise_coefficients, predict, prediction_target
 from sidfast.method.distill import generate
+from sidfast.method.guidance import copies, predict_guided
 from sidfast.method.guidance import passes as passes_of
-from sidfast.method.guidance import predict_guided
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.fused import fuse
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEPS = (1, 20, 400, 979)
@@ -51,6 +52,22 @@ def test_passes(kappas, passes):
     repeat = len(rows) // 3
     assert torch.equal(x, batch.z.repeat(repeat, 1, 1, 1)) and torch.equal(t, batch.t.repeat(repeat))
     assert output.shape == (len(rows), *batch.z.shape[1:])
+    assert copies(network, kappas) == passes_of(kappas)
+
+
+def test_a_fused_network_gets_every_image_once():
+    """It repeats images itself; what comes out is the same."""
+    unet = UNet2DConditionModel(
+        sample_size=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
+        block_out_channels=(8,), layers_per_block=1, cross_attention_dim=12, attention_head_dim=4).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x, text, null = (torch.randn(*shape, generator=g) for shape in ((3, 4, 4, 4), (3, 5, 12), (1, 5, 12)))
+    t, outputs = torch.tensor([3, 400, 990]), []
+    for network in (unet, fuse(unet)):
+        x_in = x.repeat(copies(network, [1.5]), 1, 1, 1)
+        outputs.append(predict_guided(network, x_in, t, text, null, [1.5]))
+    assert len(x_in) == 3 and outputs[0].shape == (6, 4, 4, 4)
+    assert_close("output", outputs[1], outputs[0], 1e-5)
 
 
 @pytest.mark.parametrize("kappa", (0, 1, 1.5, -1, 4.5), ids="kappa={}".format)

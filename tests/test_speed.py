@@ -31,6 +31,7 @@ def decide(teacher, stages=(0, 0), device=CPU, **section):
 @pytest.mark.parametrize("section, message", [
     ({"fused": True}, "speed.fused: impossible, there is no GPU here"),
     ({"cuda_graphs": True}, "speed.cuda_graphs: impossible, there is no GPU here"),
+    ({"overlap": True}, "speed.overlap: impossible without CUDA graphs"),
     ({"compile": True, "fused": True}, "speed.compile is for networks without the fused kernels"),
     ({"attention": "flash", "fused": "auto"}, "speed.attention .flash. chooses for the fused kernels.*no GPU here"),
 ], ids=str)
@@ -44,13 +45,15 @@ def test_graphs_and_zero_3_exclude_each_other(teacher):
     with pytest.raises(UserError, match="cuda_graphs: impossible, ZeRO stage 3 moves parameters"):
         decide(teacher, (0, 3), gpu, fused=False, cuda_graphs=True)
     assert decide(teacher, (2, 2), gpu, fused=False).cuda_graphs
+    assert decide(teacher, (2, 2), gpu, fused=False).overlap
+    assert not decide(teacher, (2, 2), gpu, fused=False, overlap=False).overlap
     decided = decide(teacher, (0, 3), gpu, fused=False)
-    assert not decided.cuda_graphs and "ZeRO stage 3" in decided.notes[0]
+    assert not decided.cuda_graphs and not decided.overlap and "ZeRO stage 3" in decided.notes[0]
 
 
 def test_auto_falls_back_and_says_why(teacher):
     decided = decide(teacher, fused="auto", cuda_graphs="auto")
-    assert not decided.fused and not decided.cuda_graphs
+    assert not decided.fused and not decided.cuda_graphs and not decided.overlap
     assert decided.notes == ("no fused kernels: there is no GPU here", "no CUDA graphs: there is no GPU here")
     assert decide(teacher) == decided
     assert not decide(teacher, fused=False, cuda_graphs=False).notes

@@ -14,9 +14,10 @@ from sidfast.errors import NothingFinite
 from sidfast.kernels.guidance import denoise
 from sidfast.kernels.noising import add_noise
 from sidfast.method.denoise import denoise_coefficients, predict
-from sidfast.method.guidance import drop_prompts, passes, predict_guided
+from sidfast.method.guidance import copies, drop_prompts, predict_guided
 from sidfast.method.losses import fake_score_loss, generator_loss
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.graphs import in_turn
 from sidfast.networks.summed import SummedLoss
 
 
@@ -96,7 +97,7 @@ def fake_score_update(networks, objective, source=None, **options):
         a, s = objective.schedule.coefficients(batch.t)
         with torch.no_grad():
             x_g = source(batch)
-            _, x_in = add_noise(x_g, batch.eps, a, s, passes(kappas), batch.text.dtype)
+            _, x_in = add_noise(x_g, batch.eps, a, s, copies(fake_score, kappas), batch.text.dtype)
         text = drop_prompts(batch.text, batch.null, batch.dropped)
         output = predict_guided(fake_score, x_in, batch.t, text, batch.null, kappas)
         loss, finite = fake_score_loss(output, x_g, batch.eps, a, s, objective.prediction_type, objective.kappa1)
@@ -108,19 +109,21 @@ def fake_score_update(networks, objective, source=None, **options):
     return Update(networks.fake_score, compute, **options)
 
 
-def generator_update(networks, objective, **options):
-    """The generator's Update (eqs. 6 to 8). Gradients pass through both denoisers, which stand still. `options` of
-    Update."""
+def generator_update(networks, objective, run=in_turn, **options):
+    """The generator's Update (eqs. 6 to 8). Gradients pass through both denoisers, which stand still; `run`: in_turn or
+    side_by_side (networks/graphs.py) for the passes of the two. `options` of Update."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
 
     def compute(generator, *tensors):
         batch, keep = Batch(*tensors[:-1]), tensors[-1]
         a, s = objective.schedule.coefficients(batch.t)
         x_g = generate(generator, batch.z, batch.text, objective)
-        x_t, x_in = add_noise(x_g, batch.eps, a, s, max(passes(kappas[:2]), passes(kappas[2:])), batch.text.dtype)
-        o_fake, o_real = (
-            predict_guided(network, x_in[:passes(scales) * len(x_t)], batch.t, batch.text, batch.null, scales)
-            for network, scales in ((fake_score, kappas[:2]), (networks.teacher, kappas[2:])))
+        rows = copies(trained.unet, kappas[:2]), copies(networks.teacher, kappas[2:])
+        x_t, x_in = add_noise(x_g, batch.eps, a, s, max(rows), batch.text.dtype)
+        inputs = batch.t, batch.text, batch.null
+        o_fake, o_real = run(
+            lambda: predict_guided(fake_score, x_in[:rows[0] * len(x_t)], *inputs, kappas[:2]),
+            lambda: predict_guided(networks.teacher, x_in[:rows[1] * len(x_t)], *inputs, kappas[2:]), x_t.device)
         loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
                                       objective.alpha)
         finite, loss = finite & loss.isfinite(), torch.where(keep, loss, 0)

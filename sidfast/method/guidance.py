@@ -11,10 +11,15 @@ def passes(kappas):
     return 1 if all(k == 1 for k in kappas) or all(k == 0 for k in kappas) else 2
 
 
+def copies(network, kappas):
+    """How often `predict_guided` wants x_t: once for each pass, unless the network itself repeats it (FusedUNet)."""
+    return 1 if getattr(network, "repeats_images", False) else passes(kappas)
+
+
 def predict_guided(network, x, t, text, null, kappas):
     """o_null and o_cond of eq. 3, which `sidfast.kernels` combine at the given scales; or the one that these need.
 
-    x [passes * N, C, H, W], x_t as often as there are passes; timesteps t [N]; text [N, L, D]; null [1, L, D]. Returns
+    x [copies * N, C, H, W], x_t as often as `copies` says; timesteps t [N]; text [N, L, D]; null [1, L, D]. Returns
     [passes * N, C, H, W], null half first.
     """
     if all(k == 1 for k in kappas):
@@ -22,7 +27,7 @@ def predict_guided(network, x, t, text, null, kappas):
     null = null.expand_as(text)
     if all(k == 0 for k in kappas):
         return predict(network, x, t, null)
-    return predict(network, x, torch.cat([t, t]), torch.cat([null, text]))
+    return predict(network, x, t.repeat(len(x) // len(t)), torch.cat([null, text]))
 
 
 def drops_prompts(kappa1, kappa2, kappa3):

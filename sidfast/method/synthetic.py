@@ -10,7 +10,7 @@ import math
 import torch
 
 from sidfast.method.distill import denoise_at, generate
-from sidfast.method.guidance import passes, predict_guided
+from sidfast.method.guidance import copies, passes, predict_guided
 
 SOURCES, DEGRADATIONS = {}, {}                           # name -> class
 
@@ -126,10 +126,10 @@ class TeacherShare:
     def _sample(self, x, text, null):
         x = x * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps.tolist():
-            both = passes([self.guidance])
+            x_in = x.repeat(copies(self.teacher, [self.guidance]), 1, 1, 1)
             steps = torch.full((len(x),), t, device=x.device)
-            o = predict_guided(self.teacher, x.repeat(both, 1, 1, 1), steps, text, null, [self.guidance]).float()
-            if both == 2:
+            o = predict_guided(self.teacher, x_in, steps, text, null, [self.guidance]).float()
+            if passes([self.guidance]) == 2:
                 o_null, o_cond = o.chunk(2)
                 o = o_null + self.guidance * (o_cond - o_null)
             x = self.scheduler.step(o, t, x).prev_sample

@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional as F
 
-from sidfast.networks.fused import FusedConvIn, FusedNormOut, FusedResnet, FusedUpsample
+from sidfast.networks.fused_blocks import FusedConvIn, FusedNormOut, FusedResnet, FusedUpsample
 from sidfast.networks.fused_ops import conv, group_norm
 from sidfast.networks.packed import Packed
 

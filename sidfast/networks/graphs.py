@@ -1,5 +1,7 @@
 """CUDA graphs: what launches the same kernels on the same memory every time, replayed without Python's overhead."""
 
+import functools
+
 import torch
 
 
@@ -55,3 +57,28 @@ def warm_up(step, device, times):
         for _ in range(times):
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def in_turn(first, second, device):
+    """(first(), second())."""
+    return first(), second()
+
+
+def side_by_side(first, second, device):
+    """(first(), second()) at the same time on a GPU, so that the kernels of one run in the gaps between the other's.
+
+    Their backward passes do likewise: autograd runs each where the forward pass ran. What `second` reads must live
+    until this returns. Each has memory of its own, where one after the other would share.
+    """
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        beside = second()
+    result = first()
+    current.wait_stream(side)
+    return result, beside
+
+
+@functools.cache
+def _side_stream(device):
+    return torch.cuda.Stream(device)                     # (one: PyTorch keeps memory for each)

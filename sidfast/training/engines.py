@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, 
 
 from sidfast.config_deepspeed import ENGINES
 from sidfast.errors import UserError
-from sidfast.networks.fused import BLOCKS
+from sidfast.networks.fused_blocks import BLOCKS
 from sidfast.networks.trained import Trained
 from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 

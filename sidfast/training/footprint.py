@@ -29,16 +29,24 @@ _SIZES = (2, 3)                                          # (a single row makes s
 
 @dataclass(frozen=True)
 class Footprint:
-    """One update of one network. `rows`: (fixed, per image, gradients) bytes alive at each event, weights aside, where
-    gradients are those of the network's parameters."""
+    """One update of one network. `rows`: bytes alive at each event, weights aside, as (fixed, per image) of three
+    kinds: the gradients of the network's parameters, what the pass beside another makes (`side_by_side`), the rest."""
 
     rows: tuple
     flops: float                                         # of one image
     parameters: int
 
-    def peak(self, micro_batch, gradients=True):
-        """Most bytes alive at once with `micro_batch` images; `gradients`: with those of the network's parameters."""
-        return max(fixed + each * micro_batch + own * gradients for fixed, each, own in self.rows)
+    def peak(self, micro_batch, gradients=True, beside=True):
+        """Most bytes alive at once with `micro_batch` images; `gradients`, `beside`: with these kinds."""
+        return self._most(micro_batch, gradients, beside, True)
+
+    def beside(self, micro_batch):
+        """The same of what the pass beside another makes."""
+        return self._most(micro_batch, False, True, False)
+
+    def _most(self, micro_batch, *kinds):
+        return max(sum((fixed + each * micro_batch) * wanted for (fixed, each), wanted in zip(row, kinds, strict=True))
+                   for row in self.rows)
 
 
 def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
@@ -53,10 +61,9 @@ def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
     if len(small) != len(large):
         raise RuntimeError(f"the {name} update does not do the same at every micro-batch: {len(small)} and "
                            f"{len(large)} tensors")
-    step, rows = _SIZES[1] - _SIZES[0], set()
-    for (a, own), (b, _) in zip(small, large, strict=True):
-        each = (b - a) / step
-        rows.add((a - each * _SIZES[0], each, own))
+    step = _SIZES[1] - _SIZES[0]
+    rows = {tuple((a - (b - a) / step * _SIZES[0], (b - a) / step) for a, b in zip(*both, strict=True))
+            for both in zip(small, large, strict=True)}
     parameters = sum(p.numel() for p in unets[name].parameters())
     return Footprint(tuple(rows), (runs[1][1] - runs[0][1]) / step, parameters)
 
@@ -66,7 +73,8 @@ def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
 
     latent_shape: (C, H, W), text_shape: (L, D); `kappas`: (kappa1, ..., kappa4); `shared`: both updates take the same
     pass of the generator. The same number as that of the two updates as a whole (`Footprint.flops`), in a fraction of
-    the time. Memory layout and gradient checkpointing do not matter here.
+    the time, for plain networks: those of the method. (A fused one computes once what both texts of an image share.)
+    Memory layout and gradient checkpointing do not matter here.
     """
     from sidfast.method.guidance import passes
 
@@ -106,10 +114,11 @@ def count_flops(config, teacher, latent_shape):
 
 
 def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
-    """([(bytes, bytes of the parameters' gradients), ...] after every event, FLOPs) of one micro-batch of n images."""
-    engines = {k: PlainEngine(u) for k, u in unets.items()}
+    """(Ledger.timeline, FLOPs) of one micro-batch of n images."""
+    engines, ledger = {k: PlainEngine(u) for k, u in unets.items()}, Ledger()
+    options = {"run": ledger.side_by_side} if name == "generator" else {}
     update = UPDATES[name](Networks(engines["generator"], engines["fake_score"], unets["teacher"]), objective,
-                           agree=lambda finite: True)
+                           agree=lambda finite: True, **options)
     device = next(unets[name].parameters()).device
     x = torch.zeros(n, *latent_shape, device=device)
     batch = Batch(torch.zeros(n, *text_shape, device=device, dtype=dtype),
@@ -119,7 +128,6 @@ def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
     for role, unet in unets.items():
         unet.requires_grad_(role != "teacher")
         unet.zero_grad(set_to_none=True)
-    ledger = Ledger()
     with gpu_attention(), without_launches(), without_collection(), ledger:
         update([batch])
     grads = [p.grad for p in unets[name].parameters() if p.grad is not None]
@@ -153,7 +161,17 @@ class Ledger(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = 0
-        self.events, self._known = [], {}                # (storage's number, bytes; negative at its death)
+        self.events, self._known = [], {}                # (storage's number, bytes; negative at its death, beside)
+        self._beside = False
+
+    def side_by_side(self, first, second, device):
+        """In the place of networks/graphs.py's, in turn: notes which storages the second makes."""
+        result = first()
+        self._beside = True
+        try:
+            return result, second()
+        finally:
+            self._beside = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -175,23 +193,20 @@ class Ledger(TorchDispatchMode):
             return
         number = len(self.events)
         self._known[key] = number
-        self.events.append((number, size))
-        weakref.finalize(storage, self._gone, key, number, size)
+        self.events.append((number, size, self._beside))
+        weakref.finalize(storage, self._gone, key, number, size, self._beside)
 
-    def _gone(self, key, number, size):
+    def _gone(self, key, number, size, beside):
         self._known.pop(key, None)
-        self.events.append((number, -size))
+        self.events.append((number, -size, beside))
 
     def timeline(self, grads):
-        """[(bytes alive, bytes of `grads` among them), ...] after every event."""
+        """[bytes alive (of `grads`, of what was made beside, of the rest), ...] after every event."""
         own = {self._known[g.untyped_storage()._cdata] for g in grads}
-        alive, gradients, rows = 0, 0, []
-        for number, size in self.events:
-            if number in own:
-                gradients += size
-            else:
-                alive += size
-            rows.append((alive, gradients))
+        alive, rows = [0, 0, 0], []
+        for number, size, beside in self.events:
+            alive[0 if number in own else 1 if beside else 2] += size
+            rows.append(tuple(alive))
         return rows
 
 

@@ -1,6 +1,5 @@
 """How a plan is written down."""
 
-from sidfast.training.memory import Zero, sent_per_step
 from sidfast.training.planner import GIB, STAGES, recommend
 
 _ASSUMED = (100, 200, 400)                               # TFLOP/s: what is shown where nothing was measured
@@ -85,21 +84,3 @@ def _time(planner, gpus, rate, option, bandwidth):
         each = assumed * 1e12 / planner.flops
         lines.append(f"  {assumed} TFLOP/s: {each * gpus:.4g} images/s, {images / each / gpus / 3600:.3g} h")
     return lines, None
-
-
-def scaling_table(P, width, flops, tflops, bandwidths, settings):
-    """Markdown: bytes and seconds of a step per ZeRO stage; a pure calculation, for docs/scaling.md.
-
-    `tflops`: assumed TFLOP/s of a GPU; `bandwidths`: assumed GB/s that it sends; `settings`: (GPUs, global batch,
-    micro-batch). P: parameters of a network, width: bytes of one, flops: of an image.
-    """
-    lines = ["| GPUs | images a step | ZeRO | sent, GB | computing, s | " +
-             " | ".join(f"at {b} GB/s, s" for b in bandwidths) + " |", "|" + "---|" * (5 + len(bandwidths))]
-    for gpus, batch, micro_batch in settings:
-        for stage, title in ((0, "0"), (1, "1, 2"), (3, "3")):                   # (2 sends what 1 does)
-            zero = Zero(stage, gpus, width, False, int(5e8), int(1e9))
-            sent = sent_per_step(zero, P, batch // (micro_batch * gpus)) / 1e9
-            computing = batch / gpus * flops / (tflops * 1e12)
-            cells = [gpus, batch, title, f"{sent:.1f}", f"{computing:.2f}", *(f"{sent / b:.2f}" for b in bandwidths)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)

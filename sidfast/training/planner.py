@@ -161,8 +161,10 @@ class Planner:
         parts["text encoder and VAE"] = 4 * (sizes["vae"] + sizes["text_encoder"])
         parts["sums of gradients"] = max(memory.sums(zero, P) for zero in zeros.values())
         at_once = {"generator": micro_batch, "fake_score": micro_batch * factor}
-        passes = max(prints[name].peak(at_once[name], gradients=False)
-                     + sum(memory.gathered(zero, P) for zero in (*zeros.values(), teacher)) for name in ENGINES)
+        overlap = self._overlaps(zeros.values(), checkpointing)                  # (memory apart: it does not mix)
+        passes = max(prints[name].peak(at_once[name], gradients=False, beside=not overlap)
+                     + sum(memory.gathered(zero, P) for zero in (*zeros.values(), teacher)) for name in ENGINES
+                     ) + overlap * prints["generator"].beside(micro_batch)
         steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
         parts["update"] = passes + steps if self._graphed(zeros.values()) else max(passes, steps)
@@ -188,6 +190,11 @@ class Planner:
     def _graphed(self, zeros):
         """Whether passes are CUDA graphs, which keep their memory while the optimizer steps."""
         return self.config.speed.cuda_graphs is not False and all(zero.stage < 3 for zero in zeros)
+
+    def _overlaps(self, zeros, checkpointing):
+        """Whether teacher and fake score run side by side in the generator's update."""
+        wanted = self.config.speed.overlap
+        return self._graphed(zeros) and (not checkpointing if wanted == "auto" else wanted)
 
     def _zero(self, name, stage, offload, gpus):
         section = engine_section(self.config, name)

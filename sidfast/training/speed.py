@@ -20,6 +20,7 @@ class Speed:
 
     fused: bool
     cuda_graphs: bool
+    overlap: bool
     compile: bool
     attention: str
     gradient_checkpointing: bool
@@ -58,7 +59,7 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
     Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here,
     RuntimeError if no implementation of attention works.
     """
-    fused, graphs, notes = check_speed(section, teacher, stages, device, capturing)
+    fused, graphs, overlap, notes = check_speed(section, teacher, stages, device, capturing)
     attention, timed = section.attention, {}
     if fused and attention == "auto":
         shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
@@ -67,12 +68,13 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
         if isinstance(timed[attention], str):
             raise RuntimeError(f"no implementation of attention works here: {timed}")
     packed = fused and 3 not in stages                   # (of stage 3's weights, only parts are here)
-    return Speed(fused, graphs, section.compile, attention, section.gradient_checkpointing,
+    return Speed(fused, graphs, overlap, section.compile, attention, section.gradient_checkpointing,
                  section.share_generator_forward, packed, timed, notes)
 
 
 def check_speed(section, teacher, stages, device, capturing=None):
-    """What of a Speed follows without running anything: (fused, cuda_graphs, notes). Raises the same UserErrors."""
+    """What of a Speed follows without running anything: (fused, cuda_graphs, overlap, notes). Raises the same
+    UserErrors."""
     notes, gpu, sharded = [], device.type == "cuda", 3 in stages
     kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
     reason = cannot_fuse(teacher.unet) if kernels_run else "there is no GPU here"
@@ -84,10 +86,13 @@ def check_speed(section, teacher, stages, device, capturing=None):
               "gradient checkpointing of networks that are not fused draws random states" if
               section.gradient_checkpointing and not fused else capturing)
     graphs = _wanted("cuda_graphs", section.cuda_graphs, reason, notes)
+    overlap = graphs and not section.gradient_checkpointing if section.overlap == "auto" else section.overlap
+    if overlap and not graphs:                           # (the host would be too slow for two streams)
+        raise UserError("speed.overlap: impossible without CUDA graphs; leave it at auto")
     if not fused and section.attention != "auto":
         raise UserError(f"speed.attention ({section.attention}) chooses for the fused kernels, which do not run here"
                         f"{': ' + notes[0] if notes else ''}; leave it at auto")
-    return fused, graphs, tuple(notes)
+    return fused, graphs, overlap, tuple(notes)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from sidfast.errors import RunError
 from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
 from sidfast.method.guidance import drops_prompts
 from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
-from sidfast.networks.graphs import Graphs
+from sidfast.networks.graphs import Graphs, in_turn, side_by_side
 from sidfast.networks.precision import allow_tf32
 from sidfast.networks.summed import GradientSums
 from sidfast.publishing.export import recover_export
@@ -113,7 +113,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
                       noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
                       source.noises, device, rank, processes, speed.share_generator_forward)
 
-    updates = _updates(networks, objective, source, capture, 3 in stages, speed.share_generator_forward)
+    updates = _updates(networks, objective, source, capture, 3 in stages, speed)
     if speed.cuda_graphs:
         for name, update in updates.items():             # (all of them before the first capture takes memory for good)
             update.warm_up(batches(progress.step, name)[0])
@@ -167,14 +167,15 @@ def _warn(message):
         print(f"sidfast: {message}", file=sys.stderr, flush=True)
 
 
-def _updates(networks, objective, source, capture, sharded, shared):
+def _updates(networks, objective, source, capture, sharded, speed):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
     options = {"sums": GradientSums(), "scale": loss_scale, "capture": capture}
     if sharded:
         options["agree"] = _all_agree
+    run = side_by_side if speed.overlap else in_turn
     updates = {"fake_score": fake_score_update(networks, objective, source, **options),
-               "generator": generator_update(networks, objective, **options)}
-    return dict(reversed(updates.items())) if shared else updates
+               "generator": generator_update(networks, objective, run, **options)}
+    return dict(reversed(updates.items())) if speed.share_generator_forward else updates
 
 
 def _all_agree(flag):
