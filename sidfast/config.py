@@ -4,22 +4,18 @@ Every key is typed and explained here; unknown keys are errors. The `deepspeed` 
 config_deepspeed.py) and is passed through as it stands, once for each engine.
 """
 
-import difflib
 import json
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sidfast.config_data import Noise, Section, Synthetic
 from sidfast.config_deepspeed import check_deepspeed
+from sidfast.config_faults import explain
 from sidfast.errors import UserError
 from sidfast.method.synthetic import cannot_capture
 from sidfast.parse import check_finite, parse_json
-
-_MEANT = {"learning_rate": "lr", "iterations": "steps"}                          # names that others give to keys
-_NO_SECTION = ("model_type", "dict_type")                # pydantic's names of that fault
 
 
 class Model(Section):
@@ -242,7 +238,7 @@ def build_config(values, source):
     except RecursionError:
         raise UserError(f"{source}: sections are nested too deep") from None
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from None
+        raise UserError(f"{source}: {explain(error, Config)}") from None
 
 
 def _override(values, text):
@@ -264,73 +260,3 @@ def set_key(values, key, value, source):
         if not isinstance(values, dict):
             raise UserError(f"{source}: {section} is not a section")
     values[last] = value
-
-
-def explain(validation, of=Config, under=""):
-    """One line out of pydantic's ValidationError about a Section: its first fault, or a section that is none. `under`:
-    what keys begin with."""
-    error = first_fault(validation)
-    key = under + ".".join(str(part) for part in _place(error["loc"], of))
-    if error["type"] == "extra_forbidden":
-        near = _nearest(error["loc"], of)
-        return f"unknown key {key}" + (f"; did you mean {under}{near}?" if near else "")
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    if error["type"] in _NO_SECTION:
-        return f"{key}: must be a section, not {_short(error['input'])}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, not {_short(error['input'])}"
-
-
-def first_fault(validation):
-    """The error of pydantic's ValidationError that `explain` tells."""
-    errors = validation.errors()
-    return next((e for e in errors if e["type"] in _NO_SECTION), errors[0])
-
-
-def _place(location, section):
-    """An error's location without what pydantic adds to it: the member of a union that it tried."""
-    field = None
-    for depth, part in enumerate(location):
-        if part not in getattr(section, "model_fields", ()):
-            union = field and not section and get_origin(field.annotation) in (Union, UnionType)
-            return location[:depth] if union else location
-        field = section.model_fields[part]
-        section = _section(field.annotation)
-    return location
-
-
-def _section(annotation):
-    """The section among the types that a field may have, or None."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _short(value, limit=80):
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _nearest(location, of):
-    """The valid key most like an unknown one: in its own section, or in any."""
-    keys = list(_keys(of))
-    siblings = [k for k in keys if k.split(".")[:-1] == [str(p) for p in location[:-1]]]
-    name = _MEANT.get(str(location[-1]).lower(), str(location[-1]))
-    for candidates in (siblings, keys):
-        by_name = {}
-        for key in candidates:
-            by_name.setdefault(key.split(".")[-1], key)
-        match = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
-        if match:
-            return by_name[match[0]]
-    return None
-
-
-def _keys(section, prefix=""):
-    for name, field in section.model_fields.items():
-        yield prefix + (field.alias or name)
-        inner = _section(field.annotation)
-        if inner:
-            yield from _keys(inner, f"{prefix}{name}.")

@@ -10,7 +10,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ValidationError
 from torch import nn
 
-from sidfast.config import explain, first_fault
+from sidfast.config_faults import explain, first_fault
 from sidfast.errors import UserError
 from sidfast.training.engines import ENGINES, build_engine, compute_dtype, engine_config
 

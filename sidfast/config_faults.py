@@ -1,0 +1,80 @@
+"""What is wrong with a configuration, in one line that names the key, and the key that may have been meant."""
+
+import difflib
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+_MEANT = {"learning_rate": "lr", "iterations": "steps"}                          # names that others give to keys
+_NO_SECTION = ("model_type", "dict_type")                # pydantic's names of that fault
+
+
+def explain(validation, of, under=""):
+    """One line out of pydantic's ValidationError about the Section `of`: its first fault, or a section that is none.
+    `under`: what keys begin with."""
+    error = first_fault(validation)
+    key = under + ".".join(str(part) for part in _place(error["loc"], of))
+    if error["type"] == "extra_forbidden":
+        near = _nearest(error["loc"], of)
+        return f"unknown key {key}" + (f"; did you mean {under}{near}?" if near else "")
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] in _NO_SECTION:
+        return f"{key}: must be a section, not {_short(error['input'])}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message}, not {_short(error['input'])}"
+
+
+def first_fault(validation):
+    """The error of pydantic's ValidationError that `explain` tells."""
+    errors = validation.errors()
+    return next((e for e in errors if e["type"] in _NO_SECTION), errors[0])
+
+
+def _place(location, section):
+    """An error's location without what pydantic adds to it: the member of a union that it tried."""
+    field = None
+    for depth, part in enumerate(location):
+        if part not in getattr(section, "model_fields", ()):
+            union = field and not section and get_origin(field.annotation) in (Union, UnionType)
+            return location[:depth] if union else location
+        field = section.model_fields[part]
+        section = _section(field.annotation)
+    return location
+
+
+def _section(annotation):
+    """The section among the types that a field may have, or None."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _short(value, limit=80):
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _nearest(location, of):
+    """The valid key most like an unknown one: in its own section, or in any."""
+    keys = list(_keys(of))
+    siblings = [k for k in keys if k.split(".")[:-1] == [str(p) for p in location[:-1]]]
+    name = _MEANT.get(str(location[-1]).lower(), str(location[-1]))
+    for candidates in (siblings, keys):
+        by_name = {}
+        for key in candidates:
+            by_name.setdefault(key.split(".")[-1], key)
+        match = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+        if match:
+            return by_name[match[0]]
+    return None
+
+
+def _keys(section, prefix=""):
+    for name, field in section.model_fields.items():
+        yield prefix + (field.alias or name)
+        inner = _section(field.annotation)
+        if inner:
+            yield from _keys(inner, f"{prefix}{name}.")
