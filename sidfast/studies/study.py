@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sidfast.config import Config, build_config, read_values, set_key
-from sidfast.config_faults import explain
 from sidfast.config_data import Section
+from sidfast.config_faults import explain
 from sidfast.errors import UserError
 from sidfast.evaluation.metrics import OF_FEATURES, parse_metrics
 
