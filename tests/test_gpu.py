@@ -14,6 +14,7 @@ from sidfast.method.distill import fake_score_update, generator_update
 from sidfast.networks.graphs import Graphs, side_by_side
 
 pytestmark = pytest.mark.gpu
+STEPS = 200                                              # of the embedded teacher's curves
 CASES = [(stage, kind) for stage in (0, 1, 2) for kind in ("fp32", "bf16", "fp16")]
 
 
@@ -83,7 +84,7 @@ def embedded(tmp_path_factory):
         for fast in (False, True):
             config = {
                 "model": {"teacher": str(ROOT / "assets" / "teacher")}, "data": {"prompts": "shapes:train"},
-                "train": {"steps": 10, "batch_size": 16, "micro_batch": 8, "log_every": 1, "save_every": 0,
+                "train": {"steps": STEPS, "batch_size": 16, "micro_batch": 8, "log_every": 1, "save_every": 0,
                           "samples": 0},
                 "optimizer": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
                 "speed": {"fused": fast, "cuda_graphs": fast, "tf32": False},
@@ -94,16 +95,30 @@ def embedded(tmp_path_factory):
     return folder
 
 
-def test_same_curve_fused_with_graphs(embedded):
-    want, got = (losses(embedded / f"fp32-{fast}") for fast in (False, True))
-    assert len(got) == 10
-    for a, b in zip(got, want, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+@pytest.fixture
+def curves(embedded):
+    """{run: [STEPS, 2]}: the losses of fake score and generator."""
+    found = {kind: torch.tensor([row[1:] for row in losses(embedded / kind)], dtype=torch.float64)
+             for kind in ("fp32-False", "fp32-True", "bf16-False", "bf16-True")}
+    assert all(curve.shape == (STEPS, 2) and curve.isfinite().all() for curve in found.values())
+    return found
 
 
-def test_bf16_fused_is_no_further_from_fp32(embedded):
-    """Than plain bf16: while teacher and fake score are nearly alike, the generator's loss in bf16 is mostly
-    rounding."""
-    exact, plain, fused = (torch.tensor(losses(embedded / name)) for name in ("fp32-False", "bf16-False", "bf16-True"))
-    assert (exact[:, 0] == fused[:, 0]).all()            # (step, loss of the fake score, of the generator)
-    assert ((fused - exact).norm(dim=0)[1:] <= 1.25 * (plain - exact).norm(dim=0)[1:]).all()
+def test_same_curve_fused_with_graphs(curves):
+    """In fp32: step by step at first, and the mean of every twenty steps until the end."""
+    torch.testing.assert_close(curves["fp32-True"][:10], curves["fp32-False"][:10], rtol=1e-3, atol=0)
+    torch.testing.assert_close(smooth(curves["fp32-True"]), smooth(curves["fp32-False"]), rtol=1e-2, atol=0)
+
+
+def test_same_curve_fused_in_bf16(curves):
+    """No further from fp32 than plain bf16 is: while teacher and fake score are nearly alike, the generator's loss in
+    bf16 is mostly rounding."""
+    exact, plain, fused = (curves[name] for name in ("fp32-False", "bf16-False", "bf16-True"))
+    for view in (lambda curve: curve[:10], smooth):
+        errors = [(view(curve) - view(exact)).norm(dim=0) for curve in (fused, plain)]
+        assert (errors[0] <= 1.25 * errors[1]).all(), errors
+
+
+def smooth(curve):
+    """The mean of every twenty steps."""
+    return curve.view(-1, 20, 2).mean(1)
