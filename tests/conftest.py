@@ -110,13 +110,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_launcher(script, *args, processes=1, port, gpu=False):
-    """Start DeepSpeed's launcher, as a user does."""
+def start_launcher(script, *args, processes=1, port, gpu=False, **more):
+    """Start DeepSpeed's launcher, as a user does; `more`: environment variables."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
                "--master_port", str(port), script, *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path} | more,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @functools.cache

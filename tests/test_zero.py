@@ -1,10 +1,11 @@
 """Training does not depend on ZeRO's stage, on the number of processes, or on how the batch is split."""
 
 import copy
+import json
 
 import pytest
 import torch
-from conftest import losses, run_jobs
+from conftest import free_port, losses, run_jobs, start_launcher, wait_for_all
 from helpers_method import assert_close, in_float64, naive_fake_score_update, naive_generator_update, objective_of
 from tiny import NO_MIDDLE, write_tiny_teacher
 
@@ -146,6 +147,30 @@ def test_resume_with_other_stage_and_process_count(tiny_config, runs, tmp_path):
                "out": str(tmp_path / "resumed"),
                "resume": str(tmp_path / "short" / "checkpoints" / "step-00000010")}], tmp_path, 2, 29714)
     assert_same_curve(losses(tmp_path / "resumed"), losses(runs / "stage-0-of-1")[10:], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fused_in_stage_3(tiny_teacher, tiny_config, tmp_path, checkpointing):
+    """Blocks of one parameter each, on two processes, in Triton's interpreter: the curve and the checkpoint of a plain
+    run; another stage goes on from it."""
+    config = changed(tiny_config, model__teacher=str(tiny_teacher), train__steps=2, train__save_every=1,
+                     train__batch_size=2, train__micro_batch=1)
+    fused = changed(config, deepspeed__zero_optimization={"stage": 3}, speed__fused=True,
+                    speed__gradient_checkpointing=checkpointing)
+    run_jobs([{"config": config, "out": str(tmp_path / "plain")}], tmp_path, 1, free_port())
+    (tmp_path / "fused.json").write_text(json.dumps([{"config": fused, "out": str(tmp_path / "fused")}]))
+    wait_for_all([start_launcher("tests/jobs.py", tmp_path / "fused.json", processes=2, port=free_port(),
+                                 TRITON_INTERPRET="1")])
+    assert_same_curve(losses(tmp_path / "fused"), losses(tmp_path / "plain"), 1e-4)
+    first, second = (tmp_path / "fused" / "checkpoints" / f"step-0000000{k}" for k in (1, 2))
+    for kind in ("weights", "exp_avg_sq", "ema"):
+        got = read_tensors(second, "generator", kind)
+        want = read_tensors(tmp_path / "plain" / "checkpoints" / "step-00000002", "generator", kind)
+        assert got.keys() == want.keys()
+        assert_close(kind, *(torch.cat([v[name].flatten() for name in want]) for v in (got, want)), bound=1e-3)
+    run_jobs([{"config": config, "out": str(tmp_path / "on"), "resume": str(first)}], tmp_path, 1, free_port())
+    assert_same_curve(losses(tmp_path / "on"), losses(tmp_path / "plain")[1:], 1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids="stage={}".format)

@@ -158,5 +158,6 @@ def repeat(x, rows):
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
-BLOCKS = [FusedResnet, FusedTransformer, FusedDownsample, FusedUpsample]
-"""The modules that read the parameters of the modules inside them: ZeRO stage 3 must gather all of those at once."""
+BLOCKS = (FusedResnet, FusedTransformer, FusedDownsample, FusedUpsample)
+"""The modules that read the parameters of the modules inside them: ZeRO stage 3 must gather all of those at once, as
+it does if they are one (joined.py)."""

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from sidfast.errors import UserError
 from sidfast.files import flush, write_atomically, write_text
+from sidfast.networks.joined import places
 from sidfast.training.engines import (
     ENGINES,
     MOMENTS,
@@ -256,7 +257,8 @@ def restore(path, engines, ema):
 
 def _share(engine, rank, ranks):
     """The parameter names that this process writes: every `ranks`-th."""
-    return {name for i, (name, _) in enumerate(engine.module.unet.named_parameters()) if i % ranks == rank}
+    names = [place.name for _, found in places(engine.module.unet) for place in found]
+    return set(names[rank::ranks])
 
 
 def _best(folder):

@@ -11,11 +11,11 @@ import copy
 import deepspeed
 import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, set_z3_leaf_modules
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 from sidfast.config_deepspeed import ENGINES
 from sidfast.errors import UserError
-from sidfast.networks.fused_blocks import BLOCKS
+from sidfast.networks.joined import join_blocks, places
 from sidfast.networks.trained import Trained
 from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 
@@ -89,9 +89,8 @@ def build_engine(unet, adam, section, device):
     `adam`: the configuration's optimizer.NETWORK; `section`: from `engine_config`. DeepSpeed's errors pass through
     (probe.py asks it first).
     """
-    module = Trained(unet.requires_grad_(True).train(), is_flat(section))
-    if not module.flat:
-        set_z3_leaf_modules(module, BLOCKS, raise_if_not_found=False)
+    flat = is_flat(section)
+    module = Trained((unet if flat else join_blocks(unet)).requires_grad_(True).train(), flat)
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
@@ -103,9 +102,8 @@ def build_engine(unet, adam, section, device):
 def shard(unet, section):
     """Deal the weights of a frozen network out to the processes, as ZeRO stage 3 does: each block is gathered for its
     passes. In place; a collective call. `section`: that of an engine at stage 3."""
-    set_z3_leaf_modules(unet, BLOCKS, raise_if_not_found=False)
     zero = {k: v for k, v in section["zero_optimization"].items() if k != "offload_optimizer"}
-    deepspeed.initialize(model=unet.requires_grad_(False), config=section | {"zero_optimization": zero})
+    deepspeed.initialize(model=join_blocks(unet).requires_grad_(False), config=section | {"zero_optimization": zero})
 
 
 def set_learning_rate(engine, adam, step, total):
@@ -175,8 +173,9 @@ def _each(engine, tensors):
     try:
         flat = engine.module.flat
         if not flat:
-            for name, parameter in engine.module.unet.named_parameters():
-                yield name, safe_get_full_fp32_param(parameter).detach()
+            for parameter, found in places(engine.module.unet):
+                whole = safe_get_full_fp32_param(parameter).detach()
+                yield from ((place.name, place.view(whole)) for place in found)
             return
         for i, chunk in enumerate(flat.chunks):
             yield from flat.parts(i, safe_get_full_fp32_param(chunk) if hasattr(chunk, "_hp_mapping") else own[i])
@@ -197,8 +196,11 @@ def scatter(engine, full, tensors):
     try:
         flat, device = engine.module.flat, own[0].device
         if not flat:
-            for name, parameter in engine.module.unet.named_parameters():
-                safe_set_full_fp32_param(parameter, full[name].to(device))
+            for parameter, found in places(engine.module.unet):
+                whole = torch.zeros(parameter.ds_shape, device=device)
+                for place in found:
+                    place.view(whole).copy_(full[place.name])
+                safe_set_full_fp32_param(parameter, whole)
             return
         for i, chunk in enumerate(flat.chunks):
             whole = torch.zeros_like(chunk, dtype=torch.float32, device=device, requires_grad=False)
@@ -213,11 +215,9 @@ def scatter(engine, full, tensors):
 
 
 def _host_copy(value):
-    """An fp32 copy in host memory; from a GPU into pinned memory (which PyTorch keeps for the next time), without
-    waiting."""
-    if not value.is_cuda:
-        return value.to("cpu", torch.float32, copy=True)
-    return torch.empty(value.shape, dtype=torch.float32, pin_memory=True).copy_(value, non_blocking=True)
+    """An fp32 copy in host memory, contiguous; from a GPU into pinned memory (which PyTorch keeps for the next time),
+    without waiting."""
+    return torch.empty(value.shape, dtype=torch.float32, pin_memory=value.is_cuda).copy_(value, non_blocking=True)
 
 
 def _swap(left, right):
