@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
@@ -83,7 +84,7 @@ def run(args):
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
     from sidfast.training.checkpoint import check_fits, choose_checkpoint, read_state
-    from sidfast.training.engines import compute_dtype, engine_config, zero_stages
+    from sidfast.training.engines import ENGINES, compute_dtype, engine_config, engine_section, offloads, zero_stages
     from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
     from sidfast.training.measure import check_measures
@@ -104,6 +105,9 @@ def run(args):
         check_measures(config, teacher)
     claim(out, first, warn=_tell)
     device = join()
+    if any(offloads(engine_section(config, name)) for name in ENGINES):
+        _tell("loading DeepSpeed's Adam for the CPU; the first time it is compiled. (If this does not end: remove the "
+              "file `lock` that a compilation that was killed has left in ~/.cache/torch_extensions/*/cpu_adam)")
     probe_engines(config, processes, device)
     config = with_micro_batch(config, teacher, processes, device)
     checkpoint = choose_checkpoint(out, args.resume, _tell)
@@ -156,13 +160,29 @@ def join():
     if gpu:
         torch.cuda.set_device(device)
     try:
-        deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+        _meet("nccl" if gpu else "gloo", device)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(f"port {os.environ['MASTER_PORT']} is taken on this machine, perhaps by another run: choose "
                         "another, as `deepspeed --master_port PORT` or MASTER_PORT=PORT") from None
     return device
+
+
+def _meet(backend, device):
+    """Wait for the others, then let collective calls take as long as they need: processes wait in one while the first
+    measures, and one that hangs is Watch's to find, which can name it."""
+    import deepspeed
+    import torch
+    from torch.distributed import distributed_c10d
+
+    others, needed = timedelta(minutes=30), timedelta(days=30)
+    # (DeepSpeed makes groups of its own, which take the defaults)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = needed
+    store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=others))
+    bound = {"device_id": device} if device.type == "cuda" and processes > 1 else {}         # (as DeepSpeed has it)
+    torch.distributed.init_process_group(backend, timeout=needed, store=store, rank=rank, world_size=processes, **bound)
+    deepspeed.init_distributed(backend, verbose=False, timeout=needed)
 
 
 def _cpu_threads():

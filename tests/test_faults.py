@@ -15,12 +15,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, Forked, environment, losses, run_jobs
+from conftest import ROOT, Forked, environment, free_port, losses, run_jobs
 from tiny import NO_MIDDLE, write_tiny_teacher
 
+from sidfast.config import Train
 from sidfast.errors import RunError, UserError
 from sidfast.publishing import export
-from sidfast.train import Unfailing
+from sidfast.train import Unfailing, join
 from sidfast.training import checkpoint, lock
 from sidfast.training.channel import Channel
 from sidfast.training.progress import Progress
@@ -105,6 +106,30 @@ def wait_for_lines(out, count, processes, timeout=300):
     while not path.exists() or len(path.read_text().splitlines()) < count:
         assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_collective_calls_wait_longer_than_the_watch(monkeypatch):
+    """In the groups that DeepSpeed makes, too: else they would end a run while its first process measures, and before a
+    process that hangs is named."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):               # (both are put back afterwards)
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    for name, value in environment(free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    join()
+    try:
+        for group in (torch.distributed.group.WORLD, groups._clone_world_group(), torch.distributed.new_group()):
+            timeout = group._get_backend(torch.device("cpu")).options._timeout
+            assert timeout.total_seconds() > 100 * Train.model_fields["hang_timeout"].default
+    finally:
+        comm.destroy_process_group()
 
 
 @pytest.mark.slow
