@@ -105,9 +105,11 @@ def test_every_value_is_documented(profiled):
     assert phases >= {"seconds/data", "seconds/text", "seconds/fake_score", "seconds/generator", "seconds/average",
                       "seconds/generator_optimizer", "seconds/fake_score_optimizer", "seconds/sampling",
                       "seconds/checkpoint"}
-    for line in lines[:2]:                               # (the third has the writing of the trace in it)
+    for line in lines:                                   # (samples and a checkpoint come between the second and third)
         spent = sum(v for k, v in line.items() if k in phases - {"seconds/sampling", "seconds/checkpoint"})
-        assert 0.5 * 4 / line["images_per_s"] < spent    # the phases are nearly all of training's time
+        assert spent < 4 / line["images_per_s"]
+        if line["step"] == 2:                            # (the others have starting and writing the trace in them)
+            assert 0.5 * 4 / line["images_per_s"] < spent                        # nearly all of training's time
 
 
 def test_trace(profiled):

@@ -1,6 +1,7 @@
 """The training loop: fake score and generator take turns; between steps come logs, samples, measures, checkpoints."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +98,17 @@ class Loop:
         if not self._warm:                               # (after the first step: capturing graphs gives it back)
             self._warm = True
             self.watch.at(f"step {progress.step}, memory for checkpoints")
-            with self.phase("checkpoint"):
+            with self._apart(), self.phase("checkpoint"):
                 self.beside.saver.warm_up(self.engines, self.ema, self._further())
+
+    @contextmanager
+    def _apart(self):
+        """What the speed, which is that of training alone, leaves out."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()                     # (what the GPU still has to do is training)
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def _log(self):
         step = self.progress.step
@@ -116,7 +126,7 @@ class Loop:
     def _save(self):
         """Begin to save a checkpoint."""
         self.watch.at(f"step {self.progress.step}, checkpoint")
-        with self.phase("checkpoint"):
+        with self._apart(), self.phase("checkpoint"):
             self.beside.saver.save(self.progress.step, self.engines, self.ema, self.progress.describe(),
                                    self._further())
 
@@ -133,7 +143,7 @@ class Loop:
         measuring = is_measured(step, every, train.total_steps)
         if not (sampling or saving or measuring):
             return
-        with self.watch.patiently(f"step {step}, samples, measures and export"):
+        with self._apart(), self.watch.patiently(f"step {step}, samples, measures and export"):
             with self.phase("checkpoint" if saving else "sampling"):
                 weights = self.ema.gather(lambda name: self.rank == 0)
                 if saving and self.rank == 0:
@@ -142,7 +152,6 @@ class Loop:
                 self._look(self.preview.student(weights), sampling and (again or not self.run.has_sample(step)),
                            measuring, again or not self.run.has_measures(step))
             comm.barrier()
-        self._clock, self._timed = time.perf_counter(), step                     # speed is that of training alone
 
     def _look(self, student, sampling, measuring, again):
         step = self.progress.step

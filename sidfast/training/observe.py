@@ -105,7 +105,7 @@ class Observer:
 
     def read(self, steps, seconds):
         """{key: value} for one log line (keys and units: docs/observability.md): `steps` steps in `seconds` of training
-        alone. Every process may call it."""
+        alone, since the last line. Every process may call it."""
         rate = steps * self.batch_size / seconds
         values = {"images_per_s": rate}
         if self.flops:
