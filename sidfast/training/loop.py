@@ -8,8 +8,10 @@ import torch
 from deepspeed import comm
 from tqdm import tqdm
 
+from sidfast.errors import NothingFinite
 from sidfast.training.engines import ENGINES, set_learning_rate
 from sidfast.training.observe import Observer, Profiler
+from sidfast.training.progress import diverged
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
 from sidfast.training.stop import Stop
@@ -83,7 +85,7 @@ class Loop:
             self.watch.at(f"step {progress.step + 1}, {name} update")
             before = self.engines[name].skipped_steps
             with self.phase(name):
-                sums[name] = update(batch)
+                sums[name] = self._update(update, batch)
                 self.speed.repack(self.engines[name].module.unet)
             progress.count_skipped(name, self.engines[name].skipped_steps - before, config.train.max_skipped,
                                    self.beside.saver)
@@ -101,6 +103,12 @@ class Loop:
             with self._apart(), self.phase("checkpoint"):
                 self.beside.saver.warm_up(self.engines, self.ema, self._further())
 
+    def _update(self, update, batch):
+        try:
+            return update(batch)
+        except NothingFinite as error:
+            raise diverged(error, self.progress.step + 1, self.beside.saver) from None
+
     @contextmanager
     def _apart(self):
         """What the speed, which is that of training alone, leaves out."""
@@ -113,7 +121,8 @@ class Loop:
     def _log(self):
         step = self.progress.step
         self.watch.at(f"step {step}, log")
-        values, spikes = self.progress.reduce(self.config.train.batch_size), self.beside.spikes.take()
+        values = self.progress.reduce(self.config.train.batch_size, self.beside.saver)
+        spikes = self.beside.spikes.take()
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         values |= self.beside.observer.read(step - self._timed, seconds)
         self._timed = step
