@@ -62,7 +62,7 @@ class Loop:
             saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
             if saving or (stopped and train.save_every):
                 self._save()
-            self._show(saving)
+            self._show(saving, looking=not stopped)
             self.beside.profiler.step()
         self.bar.close()
         return stopped
@@ -143,13 +143,13 @@ class Loop:
         """What checkpoints hold besides engines and average."""
         return {"generator": {kind: tensors for one in self.copies for kind, tensors in one.state().items()}}
 
-    def _show(self, saving, again=True):
-        """The export that goes with a checkpoint, samples, and measures, if it is time for them; unless `again`, only
-        those samples and measures that are not there."""
+    def _show(self, saving, looking=True, again=True):
+        """The export that goes with a checkpoint, and if `looking` samples and measures, if it is time for them; unless
+        `again`, only those samples and measures that are not there. After a stop the next start makes them."""
         train, step, every = self.config.train, self.progress.step, self.config.evaluation.every
         last = step == train.total_steps
-        sampling = bool(train.samples) and (step % train.sample_every == 0 or last)
-        measuring = is_measured(step, every, train.total_steps)
+        sampling = looking and bool(train.samples) and (step % train.sample_every == 0 or last)
+        measuring = looking and is_measured(step, every, train.total_steps)
         if not (sampling or saving or measuring):
             return
         with self._apart(), self.watch.patiently(f"step {step}, samples, measures and export"):
