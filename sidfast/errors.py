@@ -27,8 +27,7 @@ class NothingFinite(Diverged):
     """A network whose output is not finite for any input."""
 
     def __init__(self):
-        super().__init__("a network's output is not finite for any input: the run has diverged. Go on from an earlier "
-                         "checkpoint with lower learning rates")
+        super().__init__("a network's output is not finite for any input")
 
 
 class NonFiniteImage(UserError):

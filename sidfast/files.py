@@ -11,8 +11,11 @@ from sidfast.errors import UserError, check_paths
 def write_atomically(path, text):
     """Replace a text file as a whole, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    write_text(partial, text)
-    partial.replace(path)
+    try:
+        write_text(partial, text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     flush(path.parent)
 
 
@@ -82,7 +85,10 @@ def check_folder(path, option="--out"):
 
 def check_writable(folder, what):
     """Raise UserError, which begins with `what`, unless a folder takes files: tried with one that has no name."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()       # (os.access says that root may write to /proc)
+    try:                                                 # (os.access says that root may write to /proc)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))                      # (a full disk takes empty files)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{what}: nothing can be written to {folder} ({error.strerror})") from None

@@ -12,15 +12,18 @@ import torch
 from conftest import ROOT, fork_training
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from test_faults import files_up_to
 
 from sidfast import cli, errors, files, train
 from sidfast.config import load_config
 from sidfast.environment import check_environment, omp_threads
+from sidfast.errors import RunError
 from sidfast.evaluation.attributes import AttributeChecker
 from sidfast.networks.loading import load_teacher
 from sidfast.teacher import build
 from sidfast.training import run as run_module
 from sidfast.training import speed
+from sidfast.training.lock import NAME as LOCK
 from sidfast.training.run import RunDirectory, describe_inputs, open_run
 
 
@@ -331,6 +334,26 @@ def test_folder_without_permission(capsys, write_config, tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)                 # (root is refused nothing)
     line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
     assert f"nothing can be written to {tmp_path} (Permission denied)" in line
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+def test_full_disk(capsys, write_config, tmp_path, begun):
+    """Said before anything is written, or, if it is full just then, as a run that cannot begin; no part of a file is
+    left, and with room again the same command begins, or goes on."""
+    path, run = write_config(), tmp_path / "run"
+    config = load_config(path)
+    if begun:
+        RunDirectory(run, config, 0).close()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != LOCK}
+    with files_up_to(0):
+        line = fails(capsys, train.main, "--config", path, "--out", run)
+        assert f"--out {run}: nothing can be written to {run if begun else tmp_path} (File too large)" in line
+        assert run.exists() == begun
+        with pytest.raises(RunError, match=f"the run cannot begin: File too large in {run}"):
+            RunDirectory(run, config, 0)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != LOCK} == before
+    open_run(run, config, "auto")
+    RunDirectory(run, config, 0).close()
 
 
 @pytest.mark.parametrize("where", ["describe", "claim", "write", "after"])

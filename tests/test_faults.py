@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, Forked, environment, free_port, losses, run_jobs
+from conftest import ROOT, Forked, environment, fork_training, free_port, losses, run_jobs
 from tiny import NO_MIDDLE, write_tiny_teacher
 
 from sidfast.config import Train
@@ -23,6 +23,7 @@ from sidfast.errors import RunError, UserError
 from sidfast.publishing import export
 from sidfast.train import Unfailing, join
 from sidfast.training import checkpoint, lock
+from sidfast.training import progress as progress_module
 from sidfast.training.channel import Channel
 from sidfast.training.progress import Progress
 from sidfast.training.run import LineFile
@@ -179,6 +180,23 @@ def test_too_many_skipped_updates_end_the_run():
     assert progress.skipped == 4 and progress.in_a_row == {"generator": 2, "fake_score": 0}
     with pytest.raises(RunError, match=r"last 3 updates of the generator .* The last good checkpoint is none"):
         progress.count_skipped("generator", 1, 3, NoSaver())
+
+
+def test_run_without_a_finite_sample_ends(group, monkeypatch):
+    monkeypatch.setattr(progress_module, "comm", torch.distributed)              # (DeepSpeed's has no group here)
+    progress = Progress(step=7, logged=3, sums=[torch.tensor(0.0), torch.tensor(0.0), torch.tensor(2 * 4 * 4)])
+    with pytest.raises(RunError, match=r"every sample of the last 4 steps was non-finite: .* at step 7\. The last good "
+                                       "checkpoint is none; begin again with lower learning rates"):
+        progress.reduce(4, NoSaver())
+
+
+def test_diverged_run_names_its_last_good_checkpoint(write_config, tmp_path):
+    config = write_config(**{"train.save_every": 1, "optimizer.generator.lr": 1e30})
+    _, errors = (process := fork_training(config, tmp_path / "run", 29910)).communicate()
+    assert process.returncode == 1
+    assert ("sidfast: a network's output is not finite for any input: the run has diverged at step 2. The last good "
+            f"checkpoint is {tmp_path}/run/checkpoints/step-00000001; go on from it (--resume PATH) with lower "
+            "learning rates and another --out\n") in errors, errors[-2000:]
 
 
 # ---- loss spikes

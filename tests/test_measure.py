@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -115,6 +118,28 @@ def test_measures_of_a_run_killed_after_its_checkpoint(config, tmp_path):
                                                    or json.loads(line)["step"] == 0))
         (out / "evaluation.json").write_text(json.dumps({"start": known[0][0]["start"]}))
     assert known[0] == known[1] and [step for step, _ in known[0][1]] == [0, 2, 4]
+
+
+def test_what_is_due_as_a_run_is_stopped_comes_when_it_goes_on(config, tmp_path):
+    out, path = tmp_path / "run", config(metrics="clip", images=10, every=1)
+    sets = [f"--set=train.{key}" for key in ("samples=1", "sample_every=1", "save_every=1000")]
+    process = fork_training(path, out, 30113, *sets, "--set", "train.steps=1000")
+    while not (out / "samples" / "step-00000001.png").exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0, process.stderr.read()[-2000:]
+    step = int(re.search(r"stopped by SIGTERM after step (\d+)", process.stderr.read())[1])
+
+    def made():
+        return [(out / "samples" / f"step-{n:08d}.png").exists() for n in range(1, step + 1)], [
+            line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if "evaluation/clip_score" in line]
+
+    assert made() == ([n < step for n in range(1, step + 1)], list(range(step)))
+    process = fork_training(path, out, 30113, *sets, "--set", f"train.steps={step + 1}")
+    assert process.wait() == 0, process.stderr.read()[-2000:]
+    assert made() == ([True] * step, list(range(step + 2)))
 
 
 def numbers(protocol="p", **values):

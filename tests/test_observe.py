@@ -10,14 +10,16 @@ from conftest import ROOT, environment
 from helpers_engine import optimize
 from sidfast.kernels import backend
 from test_bad_input import fails
+from test_faults import files_up_to
 from test_plan import LATENT, TEXT, device  # noqa: F401 (a fixture)
 
 from sidfast import train
-from sidfast.config import build_config
+from sidfast.config import build_config, load_config
 from sidfast.teacher.networks import build_unet
 from sidfast.training import speed
 from sidfast.training.engines import ENGINES, build_engine, engine_config
-from sidfast.training.observe import Clock, Observer, peak_tflops
+from sidfast.training.observe import Clock, Observer, Profiler, peak_tflops
+from sidfast.training.run import RunDirectory
 
 CPU = torch.device("cpu")
 
@@ -105,9 +107,11 @@ def test_every_value_is_documented(profiled):
     assert phases >= {"seconds/data", "seconds/text", "seconds/fake_score", "seconds/generator", "seconds/average",
                       "seconds/generator_optimizer", "seconds/fake_score_optimizer", "seconds/sampling",
                       "seconds/checkpoint"}
-    for line in lines[:2]:                               # (the third has the writing of the trace in it)
+    for line in lines:                                   # (samples and a checkpoint come between the second and third)
         spent = sum(v for k, v in line.items() if k in phases - {"seconds/sampling", "seconds/checkpoint"})
-        assert 0.5 * 4 / line["images_per_s"] < spent    # the phases are nearly all of training's time
+        assert spent < 4 / line["images_per_s"]
+        if line["step"] == 2:                            # (the others have starting and writing the trace in them)
+            assert 0.5 * 4 / line["images_per_s"] < spent                        # nearly all of training's time
 
 
 def test_trace(profiled):
@@ -117,6 +121,31 @@ def test_trace(profiled):
               for name in ("data", "text", "fake_score", "generator", "generator_optimizer", "fake_score_optimizer")}
     assert counts == {"data": 4, "text": 4, "fake_score": 2, "generator": 2, "generator_optimizer": 2,
                       "fake_score_optimizer": 2}
+
+
+@pytest.mark.parametrize("steps, left", [(3, []), (4, ["trace-1-steps.json"]), (9, ["trace-5-steps.json"])])
+def test_trace_is_named_by_its_steps(write_config, tmp_path, steps, left):
+    run = RunDirectory(tmp_path, load_config(write_config()), 0)
+    trace(run, steps)
+    assert [path.name for path in tmp_path.glob("profile/*")] == left
+    run.close()
+
+
+def test_trace_on_a_full_disk_ends_nothing(capfd, write_config, tmp_path):
+    run = RunDirectory(tmp_path, load_config(write_config()), 0)
+    with files_up_to(5000):
+        trace(run, 9)
+    assert run.lost == ["the trace"] and not list((tmp_path / "profile").iterdir())
+    assert "sidfast: the trace could not be written: PyTorch's profiler found no room, or" in capfd.readouterr().err
+    run.close()
+
+
+def trace(run, steps):
+    profiler = Profiler(5, run.out / "profile", CPU, run)
+    for _ in range(steps):
+        torch.ones(2).sum()
+        profiler.step()
+    profiler.close()
 
 
 def test_profile_wants_a_number_of_steps(capsys, write_config, tmp_path):

@@ -1,5 +1,6 @@
 """One job at a time in a run directory."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -35,9 +36,10 @@ def claim(out, first, patience=45, warn=print):
         lock.close()
         return
     _held[path] = lock
-    lock.truncate(0)
-    lock.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "parent": os.getppid()}))
-    lock.flush()
+    holder = {"host": socket.gethostname(), "process": os.getpid(), "parent": os.getppid()}
+    with contextlib.suppress(OSError):                   # on a full disk it is a lock all the same
+        lock.truncate(0)
+        os.write(lock.fileno(), json.dumps(holder).encode())         # (a buffer would try again as it is closed)
 
 
 def _take(lock, first):

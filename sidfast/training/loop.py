@@ -1,14 +1,17 @@
 """The training loop: fake score and generator take turns; between steps come logs, samples, measures, checkpoints."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from deepspeed import comm
 from tqdm import tqdm
 
+from sidfast.errors import NothingFinite
 from sidfast.training.engines import ENGINES, set_learning_rate
 from sidfast.training.observe import Observer, Profiler
+from sidfast.training.progress import diverged
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
 from sidfast.training.stop import Stop
@@ -59,7 +62,7 @@ class Loop:
             saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
             if saving or (stopped and train.save_every):
                 self._save()
-            self._show(saving)
+            self._show(saving, looking=not stopped)
             self.beside.profiler.step()
         self.bar.close()
         return stopped
@@ -82,7 +85,7 @@ class Loop:
             self.watch.at(f"step {progress.step + 1}, {name} update")
             before = self.engines[name].skipped_steps
             with self.phase(name):
-                sums[name] = update(batch)
+                sums[name] = self._update(update, batch)
                 self.speed.repack(self.engines[name].module.unet)
             progress.count_skipped(name, self.engines[name].skipped_steps - before, config.train.max_skipped,
                                    self.beside.saver)
@@ -97,13 +100,29 @@ class Loop:
         if not self._warm:                               # (after the first step: capturing graphs gives it back)
             self._warm = True
             self.watch.at(f"step {progress.step}, memory for checkpoints")
-            with self.phase("checkpoint"):
+            with self._apart(), self.phase("checkpoint"):
                 self.beside.saver.warm_up(self.engines, self.ema, self._further())
+
+    def _update(self, update, batch):
+        try:
+            return update(batch)
+        except NothingFinite as error:
+            raise diverged(error, self.progress.step + 1, self.beside.saver) from None
+
+    @contextmanager
+    def _apart(self):
+        """What the speed, which is that of training alone, leaves out."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()                     # (what the GPU still has to do is training)
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def _log(self):
         step = self.progress.step
         self.watch.at(f"step {step}, log")
-        values, spikes = self.progress.reduce(self.config.train.batch_size), self.beside.spikes.take()
+        values = self.progress.reduce(self.config.train.batch_size, self.beside.saver)
+        spikes = self.beside.spikes.take()
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         values |= self.beside.observer.read(step - self._timed, seconds)
         self._timed = step
@@ -116,7 +135,7 @@ class Loop:
     def _save(self):
         """Begin to save a checkpoint."""
         self.watch.at(f"step {self.progress.step}, checkpoint")
-        with self.phase("checkpoint"):
+        with self._apart(), self.phase("checkpoint"):
             self.beside.saver.save(self.progress.step, self.engines, self.ema, self.progress.describe(),
                                    self._further())
 
@@ -124,16 +143,16 @@ class Loop:
         """What checkpoints hold besides engines and average."""
         return {"generator": {kind: tensors for one in self.copies for kind, tensors in one.state().items()}}
 
-    def _show(self, saving, again=True):
-        """The export that goes with a checkpoint, samples, and measures, if it is time for them; unless `again`, only
-        those samples and measures that are not there."""
+    def _show(self, saving, looking=True, again=True):
+        """The export that goes with a checkpoint, and if `looking` samples and measures, if it is time for them; unless
+        `again`, only those samples and measures that are not there. After a stop the next start makes them."""
         train, step, every = self.config.train, self.progress.step, self.config.evaluation.every
         last = step == train.total_steps
-        sampling = bool(train.samples) and (step % train.sample_every == 0 or last)
-        measuring = is_measured(step, every, train.total_steps)
+        sampling = looking and bool(train.samples) and (step % train.sample_every == 0 or last)
+        measuring = looking and is_measured(step, every, train.total_steps)
         if not (sampling or saving or measuring):
             return
-        with self.watch.patiently(f"step {step}, samples, measures and export"):
+        with self._apart(), self.watch.patiently(f"step {step}, samples, measures and export"):
             with self.phase("checkpoint" if saving else "sampling"):
                 weights = self.ema.gather(lambda name: self.rank == 0)
                 if saving and self.rank == 0:
@@ -142,7 +161,6 @@ class Loop:
                 self._look(self.preview.student(weights), sampling and (again or not self.run.has_sample(step)),
                            measuring, again or not self.run.has_measures(step))
             comm.barrier()
-        self._clock, self._timed = time.perf_counter(), step                     # speed is that of training alone
 
     def _look(self, student, sampling, measuring, again):
         step = self.progress.step

@@ -105,7 +105,7 @@ class Observer:
 
     def read(self, steps, seconds):
         """{key: value} for one log line (keys and units: docs/observability.md): `steps` steps in `seconds` of training
-        alone. Every process may call it."""
+        alone, since the last line. Every process may call it."""
         rate = steps * self.batch_size / seconds
         values = {"images_per_s": rate}
         if self.flops:
@@ -155,19 +155,22 @@ def memory(device):
 
 
 class Profiler:
-    """A Chrome trace of `steps` steps after `warm_up`, written to `folder`; does nothing if `steps` is 0."""
+    """A Chrome trace of `steps` steps after `warm_up`, written to `folder`; does nothing if `steps` is 0.
 
-    def __init__(self, steps, folder, device, rank=0, warm_up=3):
-        self._profile = None
-        if not steps or rank:
+    `run`: the RunDirectory on the first process, whose steps are traced; None on others.
+    """
+
+    def __init__(self, steps, folder, device, run, warm_up=3):
+        self._profile, self._folder, self._run, self._warm_up = None, Path(folder), run, warm_up
+        if not steps or run is None:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(
             activities=activities, record_shapes=True,
-            schedule=torch.profiler.schedule(wait=max(0, warm_up - 1), warmup=1, active=steps, repeat=1),
-            on_trace_ready=lambda profile: self._write(profile, Path(folder), steps))
+            schedule=torch.profiler.schedule(wait=warm_up - 1, warmup=1, active=steps, repeat=1),
+            on_trace_ready=self._write)
         self._profile.start()
 
     def step(self):
@@ -180,9 +183,19 @@ class Profiler:
         if self._profile is not None:
             self._profile.stop()
 
-    @staticmethod
-    def _write(profile, folder, steps):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".trace.partial.json"
-        profile.export_chrome_trace(str(partial))
-        partial.replace(folder / f"trace-{steps}-steps.json")
+    def _write(self, profile):
+        partial, steps = self._folder / ".trace.partial.json", profile.step_num - self._warm_up
+        if not steps:                                    # (the run ended as it was warm)
+            return
+        with self._run.attempt("the trace"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                profile.export_chrome_trace(str(partial))
+                if not partial.is_file():                # how Kineto, which raises nothing, leaves a full disk
+                    raise OSError("PyTorch's profiler found no room, or another fault,")
+                partial.replace(self._folder / f"trace-{steps}-steps.json")
+            except RuntimeError as error:
+                raise OSError(str(error).partition("\n")[0]) from None
+            finally:
+                for path in self._folder.glob(f"{partial.name}*"):
+                    path.unlink()

@@ -50,12 +50,10 @@ class Progress:
         self.skipped += skipped
         self.in_a_row[name] = self.in_a_row[name] + 1 if skipped else 0
         if self.in_a_row[name] >= most:
-            saver.wait()
-            raise Diverged(f"the last {most} updates of the {name} had a gradient that is not finite and were left "
-                           f"out: the run has diverged at step {self.step + 1}. The last good checkpoint is "
-                           f"{last_good(saver.folder)}; go on from it with lower learning rates (--resume PATH)")
+            raise diverged(f"the last {most} updates of the {name} had a gradient that is not finite and were left out",
+                           self.step + 1, saver)
 
-    def reduce(self, batch_size):
+    def reduce(self, batch_size, saver):
         """{name: mean} over the steps since the last log line and over processes; resets the sums.
 
         Raises Diverged if not a single sample in that time was finite.
@@ -68,7 +66,15 @@ class Progress:
         skipped = self.skipped
         self.sums, self.logged, self.skipped = [0.0, 0.0, 0.0], self.step, 0
         if non_finite >= 2 * batch_size * steps:
-            raise Diverged(f"every sample of the last {steps} steps was non-finite: the run has diverged at step "
-                           f"{self.step}. Go on from a checkpoint with lower learning rates")
+            raise diverged(f"every sample of the last {steps} steps was non-finite", self.step, saver)
         losses = dict(zip(_LOSSES, (fake / steps / processes, gen / steps / processes, non_finite), strict=True))
         return losses | {"skipped_updates": skipped}
+
+
+def diverged(what, step, saver):
+    """A Diverged that says at which step, and which checkpoint to go on from; waits for one that is being written."""
+    saver.wait()
+    good = last_good(saver.folder)
+    advice = "begin again" if good == "none" else "go on from it (--resume PATH)"
+    return Diverged(f"{what}: the run has diverged at step {step}. The last good checkpoint is {good}; {advice} with "
+                    "lower learning rates and another --out")

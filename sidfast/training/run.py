@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sidfast.config import build_config
-from sidfast.errors import UserError
+from sidfast.errors import RunError, UserError
 from sidfast.files import check_folder, write_atomically
 from sidfast.publishing.grid import save_grid
 from sidfast.training.checkpoint import checkpoint_fault, checksum
@@ -145,10 +145,16 @@ class RunDirectory:
     def __init__(self, out, config, step, **facts):
         """Open (or go on with) a run at `step`: metrics of later steps are dropped, they will come again.
 
-        `facts`: JSON values that config.json keeps beside the configuration.
+        `facts`: JSON values that config.json keeps beside the configuration. Raises RunError if the disk is full.
         """
         self.out, self.lost = Path(out), []
         about = json.dumps(_describe(config) | facts, indent=2) + "\n"
+        try:
+            self._open(about, step)
+        except WRITE_ERRORS as error:
+            raise RunError(f"the run cannot begin: {describe(error)} in {out}") from None
+
+    def _open(self, about, step):
         self.out.mkdir(parents=True, exist_ok=True)
         claim(self.out, first=True)
         write_atomically(self.out / "config.json", about)          # the first file: by it `open_run` knows a run

@@ -122,7 +122,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
         Spikes(config.train.spike, batches),
         Observer(engines, teacher.text_encoder, device, dtype, config.train.batch_size, processes, flops,
                  config.speed.tf32),
-        Profiler(profile, f"{out}/profile", device, rank))
+        Profiler(profile, f"{out}/profile", device, run))
     stopped = Loop(config, engines, ema, copies.values(), batches, updates, progress, run, preview, out, speed,
                    beside)()
     beside.profiler.close()
