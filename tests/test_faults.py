@@ -216,10 +216,29 @@ def test_pruning_spares_the_best_and_clears_away_what_was_damaged(group, tmp_pat
 
 
 def test_what_killed_processes_left_is_removed(group, tmp_path):
-    for name in (".partial-step-00000005", ".old-step-00000001", "step-00000004"):
+    for name in (".partial-step-00000005", ".old-step-00000001", ".old-notes", "step-00000004"):
         (tmp_path / name).mkdir()
     Saver(tmp_path, 2, Channel(), 60, print)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".old-notes", "step-00000004"]
+
+
+def test_foreign_folders_among_the_checkpoints_stay(group, tmp_path, monkeypatch):
+    """Copies of checkpoints too; and a step of nine digits is newer than one of eight."""
+    save(Saver(tmp_path, 1, Channel(), 60, print), 99_999_998, monkeypatch)
+    foreign = ["step-notes", "step-99999998.bak", "step-7", "step-099999999", "step-", "step-file.txt", "step-99999999"]
+    for name in foreign[:-2]:
+        shutil.copytree(tmp_path / "step-99999998", tmp_path / name)
+    for name in foreign[-2:]:
+        (tmp_path / name).write_text("mine")
+    saver, told = Saver(tmp_path, 1, Channel(), 60, print, begun=tmp_path / "step-99999998"), []
+    saver.warn = told.append
+    assert "Not a directory" in save(saver, 99_999_999, monkeypatch) and len(told) == 1      # what is in the way stays
+    assert save(saver, 100_000_000, monkeypatch) is None and saver.saved == 100_000_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["latest", "step-100000000", *foreign])
+    assert (tmp_path / "step-notes" / "state.json").is_file() and (tmp_path / "step-file.txt").read_text() == "mine"
+    (tmp_path / "step-99999999").unlink()
+    (tmp_path / "step-99999999").mkdir()
+    assert [f.name for f in checkpoint.by_age(tmp_path)] == ["step-100000000", "step-99999999"]
 
 
 def test_lines_wait_for_room(tmp_path):

@@ -5,11 +5,13 @@
     latest                                                  the name of the newest folder, written last
     best                                                    if there: names of folders, one a line, never pruned
 
+Folders of other names, copies of checkpoints too, are not ours: nothing here reads, moves or removes them.
 `saver.py` writes them; this module is their format, and reads them.
 """
 
 import hashlib
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,7 @@ from sidfast.training.engines import (
 
 STATE = "state.json"
 _PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
+_NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})")                    # what `step_folder` makes of a step
 
 
 def snapshot(engines, ema, further=None):
@@ -78,7 +81,7 @@ def complete(folder, step, state, keep, lost=()):
     for file in partial.iterdir():                       # (safetensors writes files that their owner alone can read)
         shutil.copymode(partial / STATE, file)
     flush(partial)
-    if final.exists():                                   # a damaged one: a good one is never written twice
+    if final.is_dir():                                   # a damaged one: a good one is never written twice
         discard(final)
     partial.rename(final)
     flush(folder)
@@ -94,7 +97,7 @@ def discard(folder):
 
     Raises OSError if it cannot be renamed.
     """
-    old = folder.with_name(_OLD + folder.name.lstrip("."))
+    old = folder.with_name(_OLD + folder.name)
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)
@@ -102,14 +105,16 @@ def discard(folder):
 
 def sweep(folder):
     """Remove what killed processes left half-done."""
-    for pattern in (_PARTIAL, _OLD):
-        for left in Path(folder).glob(f"{pattern}*"):
-            shutil.rmtree(left, ignore_errors=True)
+    for prefix in (_PARTIAL, _OLD):
+        for left in Path(folder).glob(f"{prefix}*"):
+            if _step(left.name.removeprefix(prefix)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def by_age(folder):
     """Checkpoint folders, newest first."""
-    return sorted(Path(folder).glob(f"{_PREFIX}*"), reverse=True)
+    own = [f for f in Path(folder).glob(f"{_PREFIX}*") if _step(f.name) is not None and f.is_dir()]
+    return sorted(own, key=lambda f: _step(f.name), reverse=True)
 
 
 def find_checkpoint(folder, warn):
@@ -259,6 +264,12 @@ def _share(engine, rank, ranks):
     """The parameter names that this process writes: every `ranks`-th."""
     names = [place.name for _, found in places(engine.module.unet) for place in found]
     return set(names[rank::ranks])
+
+
+def _step(name):
+    """The step in a checkpoint's name; None for any other name."""
+    found = _NAME.fullmatch(name)
+    return found and int(found[1])
 
 
 def _best(folder):

@@ -32,7 +32,8 @@ class Saver:
         the first process, what could not be saved; `begun`: the checkpoint that training goes on from. Newer ones were
         damaged: they go once there is a good one again."""
         self.folder, self.keep, self.warn = Path(folder), keep, warn
-        self._lost = [f for f in checkpoint.by_age(folder) if begun is not None and f.name > Path(begun).name]
+        found = checkpoint.by_age(folder)
+        self._lost = found[:found.index(Path(begun))] if begun is not None and Path(begun) in found else []
         self.rank, self.ranks = channel.rank, channel.ranks
         self._store = channel.connect(timeout)
         self._thread, self._saves, self._fault = None, 0, None
