@@ -32,7 +32,8 @@ from forks import fork  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tiny import write_tiny_teacher  # noqa: E402
 
-from sidfast.training.checkpoint import by_age, checkpoint_fault, checksum, read_state, read_tensors  # noqa: E402
+from sidfast.training.checkpoint import by_age, checkpoint_fault, checksum, read_tensors  # noqa: E402
+from sidfast.training.state import STATE, read_state  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, PATIENCE = 24, 4, 300                      # of a run; seconds that anything may take
@@ -234,7 +235,7 @@ class Run:
         newest, *older = by_age(self.out / "checkpoints") or [None]
         if not older:
             return False
-        file = self.chance.choice(sorted(newest.glob("*.safetensors")))
+        file = self.chance.choice((newest / STATE, self.chance.choice(sorted(newest.glob("*.safetensors")))))
         content = bytearray(file.read_bytes())
         content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
         file.write_bytes(content)

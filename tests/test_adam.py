@@ -1,6 +1,5 @@
 """Adam with beta1 = 0 without a first moment: PyTorch's numbers, no memory of its own, checkpoints of both kinds."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +15,7 @@ from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMo
 from sidfast.training.checkpoint import check_fits, engine_states, read_tensors, restore, snapshot
 from sidfast.training.ema import Ema
 from sidfast.training.engines import build_engine, engine_config, gather, masters
+from sidfast.training.state import seal
 
 # A flat shard, parameters of a UNet, and what vectors and blocks do not divide.
 SHAPES = ((1_000_003,), (64, 32, 3, 3), (320, 77), (7,), (1,), ())
@@ -138,7 +138,8 @@ def save(folder, engine):
     files = snapshot({"generator": engine}, Ema(engine, 1, None))
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-    (folder / "state.json").write_text(json.dumps({"engines": engine_states({"generator": engine})}))
+    (folder / "state.json").write_text(seal({"engines": engine_states({"generator": engine}),
+                                             "files": dict.fromkeys(files)}))
     return {name.split("-")[0].removeprefix("generator.") for name in files}
 
 

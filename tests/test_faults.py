@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import ROOT, Forked, environment, losses, run_jobs
+from helpers_checkpoint import EXTRA, KINDS, STATE
 from tiny import NO_MIDDLE, write_tiny_teacher
 
 from sidfast.errors import RunError, UserError
@@ -27,6 +28,7 @@ from sidfast.training.progress import Progress
 from sidfast.training.run import LineFile
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
+from sidfast.training.state import file_name
 from sidfast.training.stop import Stop
 from sidfast.training.watch import judge
 
@@ -182,8 +184,11 @@ def test_spikes_name_their_samples(group):
 # ---- checkpoints and files on a full disk
 
 def save(saver, step, monkeypatch, size=1000):
-    monkeypatch.setattr(checkpoint, "snapshot", lambda *_: {"generator.ema-0.safetensors": {"a": torch.ones(size)}})
-    saver.save(step, {}, None, {})
+    kinds, others = [file_name(*kind, 0, 1) for kind in KINDS], torch.ones(1)
+    monkeypatch.setattr(checkpoint, "snapshot", lambda *_: {k: {"a": others if "ema" not in k else torch.ones(size)}
+                                                            for k in kinds})
+    monkeypatch.setattr(checkpoint, "engine_states", lambda _: STATE["engines"])
+    saver.save(step, {}, None, EXTRA | {"step": step})
     return saver.wait()
 
 
@@ -193,7 +198,7 @@ def test_checkpoint_that_finds_no_room_costs_nothing_else(group, tmp_path, monke
     assert save(saver, 1, monkeypatch) is None
     with files_up_to(2000):
         fault = save(saver, 2, monkeypatch)
-    assert str(tmp_path) in fault and "needs 3.91 KiB" in fault and "free)" in fault
+    assert str(tmp_path) in fault and "needs 3.92 KiB" in fault and "free)" in fault
     line, = told
     assert line.endswith(f"Training goes on; the last good checkpoint is {tmp_path / 'step-00000001'}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]

@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, never half; safetensors and JSON, no pickle; any ZeRO stage, any process count.
 
     step-XXXXXXXX/NETWORK.KIND-RANK-of-RANKS.safetensors    whole fp32 tensors by parameter name, dealt out to processes
-    step-XXXXXXXX/state.json                                step, counters, loss scale, size and SHA-256 of every file
+    step-XXXXXXXX/state.json                                step, counters, loss scale, size and SHA-256 of every file;
+                                                            and of itself (state.py)
     latest                                                  the name of the newest folder, written last
     best                                                    if there: names of folders, one a line, never pruned
 
@@ -10,7 +11,6 @@ Folders of other names, copies of checkpoints too, are not ours: nothing here re
 """
 
 import hashlib
-import json
 import re
 import shutil
 from contextlib import contextmanager
@@ -34,8 +34,8 @@ from sidfast.training.engines import (
     restore_moments,
     scatter,
 )
+from sidfast.training.state import STATE, check_state, file_name, files_of, read_state, seal
 
-STATE = "state.json"
 _PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
 _NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})")                    # what `step_folder` makes of a step
 
@@ -55,7 +55,7 @@ def snapshot(engines, ema, further=None):
             kinds["ema"] = ema.shards
         kinds |= (further or {}).get(name, {})
         for kind, tensors in kinds.items():
-            files[f"{name}.{kind}-{rank:05d}-of-{ranks:05d}.safetensors"] = gather(engine, tensors, mine.__contains__)
+            files[file_name(name, kind, rank, ranks)] = gather(engine, tensors, mine.__contains__)
     return files
 
 
@@ -77,7 +77,7 @@ def complete(folder, step, state, keep, lost=()):
     OSError.
     """
     partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
-    write_text(partial / STATE, json.dumps(state, indent=1))
+    write_text(partial / STATE, seal(state))
     for file in partial.iterdir():                       # (safetensors writes files that their owner alone can read)
         shutil.copymode(partial / STATE, file)
     flush(partial)
@@ -163,17 +163,23 @@ def _first_whole(candidates, fault_of, warn):
 
 
 def checkpoint_fault(path):
-    """What is wrong with a checkpoint folder at first sight (files and sizes), in a few words, or None."""
+    """What is wrong with a checkpoint folder at first sight (all but the files' contents), in a few words, or None."""
     try:
-        files = {name: entry["bytes"] for name, entry in read_state(path)["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{STATE} is missing or broken"
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
+        state = read_state(path)
+        check_state(state)
+    except OSError as error:
+        return f"{STATE} is missing" if isinstance(error, FileNotFoundError) else f"{STATE}: {error.strerror}"
+    except ValueError as error:
+        return f"{STATE} is broken ({error})"
+    if _step(path.name) not in (None, state["step"]):    # (a copy may be called anything)
+        return f"{STATE} is of step {state['step']}"
+    for name, entry in state["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+        if size != entry["bytes"]:
+            return f"{name} has {size} of {entry['bytes']} bytes"
     return None
 
 
@@ -215,24 +221,20 @@ def check_fits(path, unet, optimizers):
 def _shapes(path, network, kind):
     """{name: shape} of what `read_tensors` reads."""
     shapes = {}
-    for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
-        with _opened(file) as f:
-            shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}            # noqa: SIM118
+    for name in files_of(read_state(path), network, kind):
+        with _opened(Path(path) / name) as f:
+            shapes |= {key: f.get_slice(key).get_shape() for key in f.keys()}   # noqa: SIM118 (not a dictionary)
     return shapes
-
-
-def read_state(path):
-    """A checkpoint's state.json. Raises OSError or ValueError if it is missing or broken."""
-    return json.loads((Path(path) / STATE).read_text())
 
 
 def read_tensors(path, network, kind):
     """Whole tensors {name: fp32} of one kind ("weights", "exp_avg", "exp_avg_sq", "ema") of a network, {} of a
-    kind that the checkpoint lacks. Raises UserError for a file that is something else."""
+    kind that the checkpoint lacks; of the files that its state.json lists, whose contents were checked, and no others.
+    Raises UserError for a file that is something else."""
     tensors = {}
-    for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
-        with _opened(file) as f:
-            tensors |= {name: f.get_tensor(name) for name in f.keys()}          # noqa: SIM118 (not a dictionary)
+    for name in files_of(read_state(path), network, kind):
+        with _opened(Path(path) / name) as f:
+            tensors |= {key: f.get_tensor(key) for key in f.keys()}             # noqa: SIM118 (not a dictionary)
     return tensors
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from sidfast.files import flush
 from sidfast.training import checkpoint
+from sidfast.training.state import FORMAT
 
 WRITE_ERRORS = (OSError, SafetensorError)                # what a full or broken disk raises
 _FILES_AT_ONCE = 4                                       # writing and checksums are both slower than disks
@@ -59,7 +60,7 @@ class Saver:
         """
         self.wait()
         tensors = checkpoint.snapshot(engines, ema, further)
-        state = {"format": 2, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines)}
+        state = {"format": FORMAT, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines)}
         self._saves += 1
         self._thread = threading.Thread(target=self._run, args=(self._saves, step, tensors, state), daemon=True)
         self._thread.start()
