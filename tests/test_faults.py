@@ -12,6 +12,9 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from sidfast.errors import RunError, UserError
 from sidfast.publishing import export
 from sidfast.train import Unfailing
 from sidfast.training import checkpoint, lock
+from sidfast.training import saver as saving
 from sidfast.training.channel import Channel
 from sidfast.training.progress import Progress
 from sidfast.training.run import LineFile
@@ -244,6 +248,60 @@ def test_foreign_folders_among_the_checkpoints_stay(group, tmp_path, monkeypatch
     (tmp_path / "step-99999999").unlink()
     (tmp_path / "step-99999999").mkdir()
     assert [f.name for f in checkpoint.by_age(tmp_path)] == ["step-100000000", "step-99999999"]
+
+
+@pytest.mark.parametrize("text", [b"step-00000001\n\xff\xfe\n", "step-00000001\r\n".encode("utf-16"),
+                                  b"\xef\xbb\xbfstep-00000001"])
+def test_best_in_any_encoding(group, tmp_path, monkeypatch, text):
+    saver = Saver(tmp_path, 1, Channel(), 60, print)
+    save(saver, 1, monkeypatch)
+    (tmp_path / "best").write_bytes(text)
+    for step in (2, 3):
+        assert save(saver, step, monkeypatch) is None
+    assert [f.name for f in checkpoint.by_age(tmp_path)] == ["step-00000003", "step-00000001"]
+
+
+@pytest.mark.parametrize("error, words", [(MemoryError(), "MemoryError in"), (KeyError("x"), "KeyError ('x') in"),
+                                          (RuntimeError("can't start new thread"), "(can't start new thread) in")])
+@pytest.mark.parametrize("place", [(saving, "ThreadPoolExecutor"), (checkpoint, "complete")], ids=["write", "complete"])
+def test_whatever_fails_while_saving_is_no_success(group, tmp_path, monkeypatch, error, words, place):
+    told = []
+    saver = Saver(tmp_path, 2, Channel(), 60, told.append)
+    assert save(saver, 1, monkeypatch) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, Mock(side_effect=error))
+        assert words in save(saver, 2, monkeypatch) and words in told[0] and len(told) == 1
+    assert saver.saved == 1 and [f.name for f in checkpoint.by_age(tmp_path)] == ["step-00000001"]
+    assert save(saver, 3, monkeypatch) is None and saver.saved == 3
+
+
+@pytest.mark.parametrize("failing", ["00000-of", "00001-of", "complete", None])
+def test_every_process_learns_the_outcome(group, tmp_path, monkeypatch, failing):
+    """Two savers, of two ranks, in one process; what fails is a file of one of them, or the first one's last part."""
+    store, write = torch.distributed.HashStore(), saving.save_file
+    store.set_timeout(timedelta(seconds=20))
+
+    def write_or_fail(tensors, path):
+        if failing and failing in path.name:
+            raise MemoryError
+        write(tensors, path)
+
+    monkeypatch.setattr(saving, "save_file", write_or_fail)
+    monkeypatch.setattr(checkpoint, "engine_states", lambda _: STATE["engines"])
+    if failing == "complete":
+        monkeypatch.setattr(checkpoint, "complete", Mock(side_effect=MemoryError))
+    savers = [Saver(tmp_path, 2, SimpleNamespace(rank=rank, ranks=2, connect=lambda _: store), 20, print)
+              for rank in range(2)]
+    for saver in savers:
+        files = {file_name(*kind, saver.rank, 2): {"a": torch.ones(3)} for kind in KINDS}
+        monkeypatch.setattr(checkpoint, "snapshot", lambda *_, files=files: files)
+        saver.save(1, {}, None, EXTRA | {"step": 1})
+    first, second = (saver.wait() for saver in savers)
+    assert first == second
+    if failing:
+        assert first.startswith("MemoryError in ") and [saver.saved for saver in savers] == [None, None]
+    else:
+        assert first is None and checkpoint.checkpoint_fault(tmp_path / "step-00000001") is None
 
 
 def test_lines_wait_for_room(tmp_path):

@@ -275,8 +275,9 @@ def _step(name):
 
 
 def _best(folder):
-    path = Path(folder) / "best"
-    return path.read_text().split() if path.is_file() else []
+    path = Path(folder) / "best"                         # written by hand, whatever the editor puts around the names
+    text = path.read_bytes().replace(b"\0", b"").decode("ascii", "replace") if path.is_file() else ""
+    return [found[0] for found in _NAME.finditer(text)]
 
 
 def _gathered(value):
