@@ -11,6 +11,7 @@ Folders of other names, copies of checkpoints too, are not ours: nothing here re
 """
 
 import hashlib
+import heapq
 import re
 import shutil
 from contextlib import contextmanager
@@ -263,9 +264,15 @@ def restore(path, engines, ema):
 
 
 def _share(engine, rank, ranks):
-    """The parameter names that this process writes: every `ranks`-th."""
-    names = [place.name for _, found in places(engine.module.unet) for place in found]
-    return set(names[rank::ranks])
+    """The parameter names that this process writes: from the largest on, each goes to the process with least so far."""
+    sizes = {place.name: place.shape.numel() for _, found in places(engine.module.unet) for place in found}
+    dealt, names = [(0, r) for r in range(ranks)], set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        size, to = dealt[0]
+        heapq.heapreplace(dealt, (size + sizes[name], to))
+        if to == rank:
+            names.add(name)
+    return names
 
 
 def _step(name):
