@@ -38,7 +38,7 @@ from sidfast.training.engines import (
 from sidfast.training.state import STATE, check_state, file_name, files_of, read_state, seal
 
 _PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
-_NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})")                    # what `step_folder` makes of a step
+_NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})(?![0-9])")           # what `step_folder` makes of a step
 
 
 def snapshot(engines, ema, further=None):
