@@ -83,7 +83,7 @@ def run(args):
 
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
-    from sidfast.training.checkpoint import check_fits, choose_checkpoint, read_state
+    from sidfast.training.checkpoint import check_fits, choose_checkpoint
     from sidfast.training.engines import ENGINES, compute_dtype, engine_config, engine_section, offloads, zero_stages
     from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
@@ -91,6 +91,7 @@ def run(args):
     from sidfast.training.probe import probe_engines
     from sidfast.training.run import check_inputs, describe_inputs, open_run
     from sidfast.training.speed import check_speed
+    from sidfast.training.state import read_state
     from sidfast.training.trainer import train
 
     engine_config(config, "generator", processes)

@@ -32,7 +32,8 @@ from forks import fork  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tiny import write_tiny_teacher  # noqa: E402
 
-from sidfast.training.checkpoint import checkpoint_fault, checksum, read_state, read_tensors  # noqa: E402
+from sidfast.training.checkpoint import by_age, checkpoint_fault, checksum, read_tensors  # noqa: E402
+from sidfast.training.state import STATE, read_state  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, PATIENCE = 24, 4, 300                      # of a run; seconds that anything may take
@@ -231,25 +232,25 @@ class Run:
 
     def _damage(self):
         """Flip one bit of the newest of at least two checkpoints; the next start must say so and fall back."""
-        checkpoints = sorted(self.out.glob("checkpoints/step-*"))
-        if len(checkpoints) < 2:
+        newest, *older = by_age(self.out / "checkpoints") or [None]
+        if not older:
             return False
-        file = self.chance.choice(sorted(checkpoints[-1].glob("*.safetensors")))
+        file = self.chance.choice((newest / STATE, self.chance.choice(sorted(newest.glob("*.safetensors")))))
         content = bytearray(file.read_bytes())
         content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
         file.write_bytes(content)
         job = Job(self.config, self.out, self.port, self.ranks)
         if not job.wait_until(lambda: "resuming from" in job.text()):
             raise Failed(f"no start: {job.text()[-3000:]}")
-        if f"{checkpoints[-1]} is damaged ({file.name}" not in job.text() or str(checkpoints[-2]) not in job.text():
+        if f"{newest} is damaged ({file.name}" not in job.text() or str(older[0]) not in job.text():
             raise Failed(f"the damage was not seen: {job.text()[-3000:]}")
-        job.wait_until(lambda: not checkpoints[-1].exists() or read_intact(checkpoints[-1]))
+        job.wait_until(lambda: not newest.exists() or read_intact(newest))
         self.done["damaged checkpoint"] += 1
         return self._kill(job, "kill a process")
 
     def check(self):
         """Everything that looks whole is whole."""
-        for folder in self.out.glob("checkpoints/step-*"):
+        for folder in by_age(self.out / "checkpoints"):
             if not read_intact(folder):
                 raise Failed(f"{folder} is not what was written")
         export = self.out / "export"

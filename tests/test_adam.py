@@ -1,6 +1,5 @@
 """Adam with beta1 = 0 without a first moment: PyTorch's numbers, no memory of its own, checkpoints of both kinds."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,13 @@ from test_plan import device  # noqa: F401
 
 from sidfast.config import Adam, build_config
 from sidfast.errors import UserError
+from sidfast.networks.fused import fuse
 from sidfast.networks.loading import load_teacher
 from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
-from sidfast.training.checkpoint import check_fits, engine_states, read_tensors, restore, snapshot
+from sidfast.training.checkpoint import _share, check_fits, engine_states, read_tensors, restore, snapshot
 from sidfast.training.ema import Ema
-from sidfast.training.engines import build_engine, engine_config, gather, masters
+from sidfast.training.engines import ENGINES, build_engine, engine_config, gather, masters
+from sidfast.training.state import seal
 
 # A flat shard, parameters of a UNet, and what vectors and blocks do not divide.
 SHAPES = ((1_000_003,), (64, 32, 3, 3), (320, 77), (7,), (1,), ())
@@ -110,7 +111,7 @@ def test_a_gradient_that_is_not_finite(kind, options):
 
 # ---- in DeepSpeed's engines: what checkpoints hold, and who goes on from them
 
-def engine_of(teacher, beta1, stage, device, weights=None, offload=False):  # noqa: F811
+def engine_of(teacher, beta1, stage, device, weights=None, offload=False, prepare=lambda unet: unet):  # noqa: F811
     """A generator's engine, of given weights."""
     zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
     config = build_config({"model": {"teacher": "x"}, "data": {"prompts": "shapes:train"},
@@ -118,7 +119,7 @@ def engine_of(teacher, beta1, stage, device, weights=None, offload=False):  # no
                            "deepspeed": {"zero_optimization": zero}}, "test")
     unet = load_teacher(teacher).unet
     unet.load_state_dict(weights or unet.state_dict())
-    return build_engine(unet, Adam(lr=1e-3, beta1=beta1), engine_config(config, "generator", 1), device)
+    return build_engine(prepare(unet), Adam(lr=1e-3, beta1=beta1), engine_config(config, "generator", 1), device)
 
 
 def take_steps(engine, count):
@@ -132,14 +133,15 @@ def whole_weights(engine):
     return torch.cat([v.flatten() for v in gather(engine, masters(engine)).values()])
 
 
-def save(folder, engine):
-    """A checkpoint of one engine; its kinds of tensors."""
+def save(folder, engine, networks=("generator",)):
+    """A checkpoint of one engine, as each of `networks`; the generator's kinds of tensors."""
     folder.mkdir()
-    files = snapshot({"generator": engine}, Ema(engine, 1, None))
+    files = snapshot(dict.fromkeys(networks, engine), Ema(engine, 1, None))
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-    (folder / "state.json").write_text(json.dumps({"engines": engine_states({"generator": engine})}))
-    return {name.split("-")[0].removeprefix("generator.") for name in files}
+    (folder / "state.json").write_text(seal({"engines": engine_states({"generator": engine}),
+                                             "files": dict.fromkeys(files)}))
+    return {name.split("-")[0].removeprefix("generator.") for name in files if name.startswith("generator.")}
 
 
 def goes_on(tiny_teacher, folder, device, stage, before, after, offload=(False, False)):  # noqa: F811
@@ -167,6 +169,20 @@ def test_going_on(tiny_teacher, tmp_path, device, stage, before, after):  # noqa
     assert torch.equal(kept, new) if before == after else (kept - new).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("stage, prepare", [(0, fuse), (2, lambda unet: unet), (3, lambda unet: unet), (3, fuse)])
+def test_processes_write_alike(tiny_teacher, device, stage, prepare):  # noqa: F811
+    """Every parameter is written by one process, and no process has much more to write than another."""
+    engine = engine_of(tiny_teacher, 0, stage, device, prepare=prepare)
+    sizes = {name: value.numel() for name, value in gather(engine, masters(engine)).items()}
+    for ranks in (1, 2, 3, 8):
+        shares = [_share(engine, rank, ranks) for rank in range(ranks)]
+        assert sorted(name for share in shares for name in share) == sorted(sizes)
+        written = [sum(sizes[name] for name in share) for share in shares]
+        assert max(written) - min(written) <= max(sizes.values())
+        assert ranks != 2 or max(written) < 1.01 * min(written)
+    engine.destroy()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", [(False, True), (True, False), (True, True)], ids=str)
 def test_going_on_with_the_optimizer_elsewhere(tiny_teacher, tmp_path, device, offload):  # noqa: F811
@@ -178,9 +194,7 @@ def test_going_on_with_the_optimizer_elsewhere(tiny_teacher, tmp_path, device, o
 def test_momentum_cannot_come_from_nowhere(tiny_teacher, tmp_path, device):  # noqa: F811
     engine = engine_of(tiny_teacher, 0, 0, device)
     take_steps(engine, 1)
-    save(tmp_path / "step", engine)
-    for file in (tmp_path / "step").glob("generator.*"):
-        file.with_name(file.name.replace("generator", "fake_score")).write_bytes(file.read_bytes())
+    save(tmp_path / "step", engine, ENGINES)
     unet = load_teacher(tiny_teacher).unet
     check_fits(tmp_path / "step", unet, SimpleNamespace(generator=Adam(), fake_score=Adam()))
     with pytest.raises(UserError, match=r"^--resume \S*step: is of a run with optimizer.fake_score.beta1 = 0, [^\n]*$"):

@@ -1,13 +1,13 @@
 """`sidfast demo` and `sidfast export`: a real gradio page in this process, and folders that diffusers loads."""
 
 import builtins
-import hashlib
 import json
 import os
 import shutil
 
 import pytest
 import torch
+from helpers_checkpoint import write_checkpoint
 from PIL import Image
 
 from sidfast import cli
@@ -86,21 +86,13 @@ def test_gradio_is_not_installed(export, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tiny_teacher, tiny_config, tmp_path_factory):
-    """A run directory with a checkpoint, in the format of sidfast/training/checkpoint.py."""
-    from safetensors.torch import save_file
-
+    """A run directory with a checkpoint of two processes."""
     out = tmp_path_factory.mktemp("run") / "run"
-    folder = out / "checkpoints" / "step-00000007"
-    folder.mkdir(parents=True)
+    out.mkdir()
     config = build_config(tiny_config, "test")
     (out / "config.json").write_text(json.dumps({"config": config.model_dump()}))
     weights = {name: value + 0.01 for name, value in load_teacher(str(tiny_teacher)).unet.state_dict().items()}
-    names = sorted(weights)
-    for k in range(2):                                   # as two processes leave it
-        save_file({name: weights[name] for name in names[k::2]}, folder / f"generator.ema-0000{k}-of-00002.safetensors")
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
-             for f in folder.iterdir()}
-    (folder / "state.json").write_text(json.dumps({"step": 7, "files": files}))
+    write_checkpoint(out / "checkpoints", 7, weights, ranks=2)
     return out, weights
 
 

@@ -12,10 +12,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT, Forked, environment, fork_training, free_port, losses, run_jobs
+from helpers_checkpoint import EXTRA, KINDS, STATE
 from tiny import NO_MIDDLE, write_tiny_teacher
 
 from sidfast.config import Train
@@ -24,11 +28,13 @@ from sidfast.publishing import export
 from sidfast.train import Unfailing, join
 from sidfast.training import checkpoint, lock
 from sidfast.training import progress as progress_module
+from sidfast.training import saver as saving
 from sidfast.training.channel import Channel
 from sidfast.training.progress import Progress
 from sidfast.training.run import LineFile
 from sidfast.training.saver import Saver
 from sidfast.training.spikes import Spikes
+from sidfast.training.state import file_name
 from sidfast.training.stop import Stop
 from sidfast.training.watch import judge
 
@@ -225,8 +231,11 @@ def test_spikes_name_their_samples(group):
 # ---- checkpoints and files on a full disk
 
 def save(saver, step, monkeypatch, size=1000):
-    monkeypatch.setattr(checkpoint, "snapshot", lambda *_: {"generator.ema-0.safetensors": {"a": torch.ones(size)}})
-    saver.save(step, {}, None, {})
+    kinds, others = [file_name(*kind, 0, 1) for kind in KINDS], torch.ones(1)
+    monkeypatch.setattr(checkpoint, "snapshot", lambda *_: {k: {"a": others if "ema" not in k else torch.ones(size)}
+                                                            for k in kinds})
+    monkeypatch.setattr(checkpoint, "engine_states", lambda _: STATE["engines"])
+    saver.save(step, {}, None, EXTRA | {"step": step})
     return saver.wait()
 
 
@@ -236,7 +245,7 @@ def test_checkpoint_that_finds_no_room_costs_nothing_else(group, tmp_path, monke
     assert save(saver, 1, monkeypatch) is None
     with files_up_to(2000):
         fault = save(saver, 2, monkeypatch)
-    assert str(tmp_path) in fault and "needs 3.91 KiB" in fault and "free)" in fault
+    assert str(tmp_path) in fault and "needs 3.92 KiB" in fault and "free)" in fault
     line, = told
     assert line.endswith(f"Training goes on; the last good checkpoint is {tmp_path / 'step-00000001'}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
@@ -259,10 +268,83 @@ def test_pruning_spares_the_best_and_clears_away_what_was_damaged(group, tmp_pat
 
 
 def test_what_killed_processes_left_is_removed(group, tmp_path):
-    for name in (".partial-step-00000005", ".old-step-00000001", "step-00000004"):
+    for name in (".partial-step-00000005", ".old-step-00000001", ".old-notes", "step-00000004"):
         (tmp_path / name).mkdir()
     Saver(tmp_path, 2, Channel(), 60, print)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".old-notes", "step-00000004"]
+
+
+def test_foreign_folders_among_the_checkpoints_stay(group, tmp_path, monkeypatch):
+    """Copies of checkpoints too; and a step of nine digits is newer than one of eight."""
+    save(Saver(tmp_path, 1, Channel(), 60, print), 99_999_998, monkeypatch)
+    foreign = ["step-notes", "step-99999998.bak", "step-7", "step-099999999", "step-", "step-file.txt", "step-99999999"]
+    for name in foreign[:-2]:
+        shutil.copytree(tmp_path / "step-99999998", tmp_path / name)
+    for name in foreign[-2:]:
+        (tmp_path / name).write_text("mine")
+    saver, told = Saver(tmp_path, 1, Channel(), 60, print, begun=tmp_path / "step-99999998"), []
+    saver.warn = told.append
+    assert "Not a directory" in save(saver, 99_999_999, monkeypatch) and len(told) == 1      # what is in the way stays
+    assert save(saver, 100_000_000, monkeypatch) is None and saver.saved == 100_000_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["latest", "step-100000000", *foreign])
+    assert (tmp_path / "step-notes" / "state.json").is_file() and (tmp_path / "step-file.txt").read_text() == "mine"
+    (tmp_path / "step-99999999").unlink()
+    (tmp_path / "step-99999999").mkdir()
+    assert [f.name for f in checkpoint.by_age(tmp_path)] == ["step-100000000", "step-99999999"]
+
+
+@pytest.mark.parametrize("text", [b"step-123456789\n\xff\xfe\n", "step-123456789\r\n".encode("utf-16"),
+                                  b"\xef\xbb\xbfstep-123456789"])
+def test_best_in_any_encoding(group, tmp_path, monkeypatch, text):
+    saver = Saver(tmp_path, 1, Channel(), 60, print)
+    save(saver, 123456789, monkeypatch)
+    (tmp_path / "best").write_bytes(text)
+    for step in (123456790, 123456791):
+        assert save(saver, step, monkeypatch) is None
+    assert [f.name for f in checkpoint.by_age(tmp_path)] == ["step-123456791", "step-123456789"]
+
+
+@pytest.mark.parametrize("error, words", [(MemoryError(), "MemoryError in"), (KeyError("x"), "KeyError ('x') in"),
+                                          (RuntimeError("can't start new thread"), "(can't start new thread) in")])
+@pytest.mark.parametrize("place", [(saving, "ThreadPoolExecutor"), (checkpoint, "complete")], ids=["write", "complete"])
+def test_whatever_fails_while_saving_is_no_success(group, tmp_path, monkeypatch, error, words, place):
+    told = []
+    saver = Saver(tmp_path, 2, Channel(), 60, told.append)
+    assert save(saver, 1, monkeypatch) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, Mock(side_effect=error))
+        assert words in save(saver, 2, monkeypatch) and words in told[0] and len(told) == 1
+    assert saver.saved == 1 and [f.name for f in checkpoint.by_age(tmp_path)] == ["step-00000001"]
+    assert save(saver, 3, monkeypatch) is None and saver.saved == 3
+
+
+@pytest.mark.parametrize("failing", ["00000-of", "00001-of", "complete", None])
+def test_every_process_learns_the_outcome(group, tmp_path, monkeypatch, failing):
+    """Two savers, of two ranks, in one process; what fails is a file of one of them, or the first one's last part."""
+    store, write = torch.distributed.HashStore(), saving.save_file
+    store.set_timeout(timedelta(seconds=20))
+
+    def write_or_fail(tensors, path):
+        if failing and failing in path.name:
+            raise MemoryError
+        write(tensors, path)
+
+    monkeypatch.setattr(saving, "save_file", write_or_fail)
+    monkeypatch.setattr(checkpoint, "engine_states", lambda _: STATE["engines"])
+    if failing == "complete":
+        monkeypatch.setattr(checkpoint, "complete", Mock(side_effect=MemoryError))
+    savers = [Saver(tmp_path, 2, SimpleNamespace(rank=rank, ranks=2, connect=lambda _: store), 20, print)
+              for rank in range(2)]
+    for saver in savers:
+        files = {file_name(*kind, saver.rank, 2): {"a": torch.ones(3)} for kind in KINDS}
+        monkeypatch.setattr(checkpoint, "snapshot", lambda *_, files=files: files)
+        saver.save(1, {}, None, EXTRA | {"step": 1})
+    first, second = (saver.wait() for saver in savers)
+    assert first == second
+    if failing:
+        assert first.startswith("MemoryError in ") and [saver.saved for saver in savers] == [None, None]
+    else:
+        assert first is None and checkpoint.checkpoint_fault(tmp_path / "step-00000001") is None
 
 
 def test_lines_wait_for_room(tmp_path):

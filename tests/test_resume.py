@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, environment, fork_training, losses, start_launcher
+from helpers_checkpoint import write_checkpoint
 
 from sidfast.errors import UserError
-from sidfast.training.checkpoint import choose_checkpoint, read_tensors
+from sidfast.training.checkpoint import checkpoint_fault, choose_checkpoint, find_checkpoint, read_tensors
+from sidfast.training.state import read_state, seal
 
 STEPS = 24
 
@@ -147,6 +150,70 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoints", 4, {"a": torch.ones(3)})
+
+
+def test_every_bit_of_a_state_counts(small):
+    """Also one that turns a number's e into an E."""
+    state, chance = small / "state.json", random.Random(0)
+    change(small, lambda values: values["extra"].update(sums=[[1e-9, 0.0, 0.0]]))
+    whole = state.read_bytes()
+    assert checkpoint_fault(small) is None
+    bits = [8 * whole.index(b"e-09") + 5, *(chance.randrange(8 * len(whole)) for _ in range(500))]
+    for bit in bits:
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        state.write_bytes(content)
+        assert checkpoint_fault(small).startswith("state.json is broken ("), bit
+    state.write_bytes(whole.replace(b'"optimizer_step": 1', b'"optimizer_step": 7'))
+    assert checkpoint_fault(small) == "state.json is broken (its checksum differs)"
+
+
+def change(folder, how):
+    """Change a state.json, and its checksum with it."""
+    values = read_state(folder)
+    how(values)
+    (folder / "state.json").write_text(seal(values | {"digest": ""}))
+
+
+def test_a_checkpoint_is_of_the_step_in_its_name(small):
+    copy = shutil.copytree(small, small.with_name("mine"))
+    assert checkpoint_fault(copy) is None
+    assert checkpoint_fault(copy.rename(small.with_name("step-00000009"))) == "state.json is of step 4"
+
+
+FILE = "generator.ema-00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("how", [
+    lambda s: s["files"][FILE].pop("sha256"), lambda s: s["files"][FILE].update(sha256="0"),
+    lambda s: s["files"][FILE].update(bytes=True), lambda s: s["files"].pop(FILE), lambda s: s.update(files=[]),
+    lambda s: s["files"].update({FILE.replace("00001", "00002"): s["files"][FILE]}),
+    lambda s: s.pop("extra"), lambda s: s["extra"].pop("sums"), lambda s: s["extra"].update(sums=[[0.0]]),
+    lambda s: s["extra"].update(step=5), lambda s: s["extra"]["in_a_row"].pop("generator"), lambda s: s.pop("engines"),
+    lambda s: s["engines"].pop("fake_score"), lambda s: s["engines"]["generator"].update(loss_scale={"a": "b"}),
+    lambda s: s.update(step=-1), lambda s: s.update(step="4"), lambda s: s.update(format=2)])
+def test_ill_formed_state(small, how):
+    change(small, how)
+    assert re.fullmatch(r"state\.json is broken \([^\n]+\)", checkpoint_fault(small))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "null", "\ufeff{}", "[" * 100_000, '{"a":' * 100_000, '{"digest": 1}',
+                                  '{"digest": ""}', '{"digest": "\\ud800"}', "9" * 10_000, '{"format": 2, "step": 4}'])
+def test_state_that_is_none(small, group, text):
+    """The checkpoint before it is taken; an older format's is damaged, too."""
+    older = write_checkpoint(small.parent, 3, {"a": torch.ones(3)})
+    (small / "state.json").write_text(text)
+    told = []
+    assert find_checkpoint(small.parent, told.append) == older
+    assert choose_checkpoint(small.parents[1], "auto", told.append) == older
+    assert len(told) == 2 and all(f"{small} is damaged (state.json is broken (" in line for line in told)
+    (small / "state.json").write_bytes(b"\xff\xfe")
+    assert "state.json is broken" in checkpoint_fault(small)
 
 
 def test_no_pickle_anywhere(whole):

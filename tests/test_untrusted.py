@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers_checkpoint import write_checkpoint
+from safetensors.torch import save_file
 from test_bad_input import fails
 
 from sidfast import cli, train
 from sidfast.errors import UserError
-from sidfast.training.checkpoint import read_tensors
+from sidfast.training.checkpoint import checkpoint_fault, content_fault, read_tensors
+from sidfast.training.state import read_state, seal
 
 CLIP = ROOT / "assets" / "clip"
 NETWORKS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -176,9 +179,34 @@ def test_checker(capsys, bomb, tiny_teacher, tmp_path):
 
 
 def test_checkpoint(bomb, tmp_path):
-    bomb(tmp_path / "generator.weights-00000-of-00001.safetensors")
+    file = tmp_path / "generator.weights-00000-of-00001.safetensors"
+    bomb(file)
+    (tmp_path / "state.json").write_text(seal({"files": {file.name: {}}}))
     with pytest.raises(UserError, match="is no safetensors file"):
         read_tensors(tmp_path, "generator", "weights")
+
+
+@pytest.mark.parametrize("name", ["../x/generator.weights-00000-of-00001.safetensors", "/etc/passwd", "generator.py",
+                                  "generator.we/ghts-00000-of-00001.safetensors", "a.ema-00000-of-00001.safetensors"])
+def test_checkpoint_with_files_from_elsewhere(tmp_path, name):
+    """Its state.json is not damaged, and lists what no checkpoint has."""
+    tensors = {"a": torch.ones(2)}
+    folder = write_checkpoint(tmp_path / "checkpoints", 4, tensors)
+    assert checkpoint_fault(folder) is None and torch.equal(read_tensors(folder, "generator", "ema")["a"], tensors["a"])
+    state = read_state(folder)
+    state["files"][name] = next(iter(state["files"].values()))
+    (folder / "state.json").write_text(seal(state | {"digest": ""}))
+    assert "is no file of a checkpoint" in checkpoint_fault(folder)
+
+
+def test_checkpoint_with_a_file_that_it_does_not_list(tmp_path):
+    """Its checksum is nowhere, so it is not read."""
+    folder = write_checkpoint(tmp_path / "checkpoints", 4, {"a": torch.ones(2)})
+    save_file({"a": torch.zeros(2)}, folder / "generator.ema-00001-of-00002.safetensors")
+    save_file({"a": torch.zeros(2)}, folder / "fake_score.exp_avg-00000-of-00001.safetensors")
+    assert checkpoint_fault(folder) is None and content_fault(folder) is None
+    assert torch.equal(read_tensors(folder, "generator", "ema")["a"], torch.ones(2))
+    assert read_tensors(folder, "fake_score", "exp_avg") == {}
 
 
 def run(command, folder, write_config, tmp_path):

@@ -77,6 +77,7 @@ class Joined:
 
 class _Whole(NamedTuple):
     name: str
+    shape: torch.Size
 
     def view(self, whole):
         """All of it."""
@@ -93,10 +94,11 @@ def join_blocks(unet):
 
 
 def places(unet):
-    """[(parameter, its places)] of a UNet, joined or not. A place has the `name` of a parameter that the UNet had, and
-    `view(tensor)`, which is that parameter's part of a tensor shaped like the present one."""
+    """[(parameter, its places)] of a UNet, joined or not. A place has the `name` and `shape` of a parameter that the
+    UNet had, and `view(tensor)`, which is that parameter's part of a tensor shaped like the present one."""
     blocks = {id(block.joined): block.places for block in unet.modules() if isinstance(block, Joined)}
-    return [(p, blocks.get(id(p)) or (_Whole(name),)) for name, p in unet.named_parameters()]
+    return [(p, blocks.get(id(p)) or (_Whole(name, getattr(p, "ds_shape", p.shape)),))        # (stage 3 empties it)
+            for name, p in unet.named_parameters()]
 
 
 def _join(prefix, block):

@@ -1,15 +1,18 @@
 """Checkpoints: complete or absent, never half; safetensors and JSON, no pickle; any ZeRO stage, any process count.
 
     step-XXXXXXXX/NETWORK.KIND-RANK-of-RANKS.safetensors    whole fp32 tensors by parameter name, dealt out to processes
-    step-XXXXXXXX/state.json                                step, counters, loss scale, size and SHA-256 of every file
+    step-XXXXXXXX/state.json                                step, counters, loss scale, size and SHA-256 of every file;
+                                                            and of itself (state.py)
     latest                                                  the name of the newest folder, written last
     best                                                    if there: names of folders, one a line, never pruned
 
+Folders of other names, copies of checkpoints too, are not ours: nothing here reads, moves or removes them.
 `saver.py` writes them; this module is their format, and reads them.
 """
 
 import hashlib
-import json
+import heapq
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +35,10 @@ from sidfast.training.engines import (
     restore_moments,
     scatter,
 )
+from sidfast.training.state import STATE, check_state, file_name, files_of, read_state, seal
 
-STATE = "state.json"
 _PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
+_NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})(?![0-9])")           # what `step_folder` makes of a step
 
 
 def snapshot(engines, ema, further=None):
@@ -52,7 +56,7 @@ def snapshot(engines, ema, further=None):
             kinds["ema"] = ema.shards
         kinds |= (further or {}).get(name, {})
         for kind, tensors in kinds.items():
-            files[f"{name}.{kind}-{rank:05d}-of-{ranks:05d}.safetensors"] = gather(engine, tensors, mine.__contains__)
+            files[file_name(name, kind, rank, ranks)] = gather(engine, tensors, mine.__contains__)
     return files
 
 
@@ -74,11 +78,11 @@ def complete(folder, step, state, keep, lost=()):
     OSError.
     """
     partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
-    write_text(partial / STATE, json.dumps(state, indent=1))
+    write_text(partial / STATE, seal(state))
     for file in partial.iterdir():                       # (safetensors writes files that their owner alone can read)
         shutil.copymode(partial / STATE, file)
     flush(partial)
-    if final.exists():                                   # a damaged one: a good one is never written twice
+    if final.is_dir():                                   # a damaged one: a good one is never written twice
         discard(final)
     partial.rename(final)
     flush(folder)
@@ -94,7 +98,7 @@ def discard(folder):
 
     Raises OSError if it cannot be renamed.
     """
-    old = folder.with_name(_OLD + folder.name.lstrip("."))
+    old = folder.with_name(_OLD + folder.name)
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)
@@ -102,14 +106,16 @@ def discard(folder):
 
 def sweep(folder):
     """Remove what killed processes left half-done."""
-    for pattern in (_PARTIAL, _OLD):
-        for left in Path(folder).glob(f"{pattern}*"):
-            shutil.rmtree(left, ignore_errors=True)
+    for prefix in (_PARTIAL, _OLD):
+        for left in Path(folder).glob(f"{prefix}*"):
+            if _step(left.name.removeprefix(prefix)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def by_age(folder):
     """Checkpoint folders, newest first."""
-    return sorted(Path(folder).glob(f"{_PREFIX}*"), reverse=True)
+    own = [f for f in Path(folder).glob(f"{_PREFIX}*") if _step(f.name) is not None and f.is_dir()]
+    return sorted(own, key=lambda f: _step(f.name), reverse=True)
 
 
 def find_checkpoint(folder, warn):
@@ -158,17 +164,23 @@ def _first_whole(candidates, fault_of, warn):
 
 
 def checkpoint_fault(path):
-    """What is wrong with a checkpoint folder at first sight (files and sizes), in a few words, or None."""
+    """What is wrong with a checkpoint folder at first sight (all but the files' contents), in a few words, or None."""
     try:
-        files = {name: entry["bytes"] for name, entry in read_state(path)["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{STATE} is missing or broken"
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
+        state = read_state(path)
+        check_state(state)
+    except OSError as error:
+        return f"{STATE} is missing" if isinstance(error, FileNotFoundError) else f"{STATE}: {error.strerror}"
+    except ValueError as error:
+        return f"{STATE} is broken ({error})"
+    if _step(path.name) not in (None, state["step"]):    # (a copy may be called anything)
+        return f"{STATE} is of step {state['step']}"
+    for name, entry in state["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+        if size != entry["bytes"]:
+            return f"{name} has {size} of {entry['bytes']} bytes"
     return None
 
 
@@ -210,24 +222,20 @@ def check_fits(path, unet, optimizers):
 def _shapes(path, network, kind):
     """{name: shape} of what `read_tensors` reads."""
     shapes = {}
-    for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
-        with _opened(file) as f:
-            shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}            # noqa: SIM118
+    for name in files_of(read_state(path), network, kind):
+        with _opened(Path(path) / name) as f:
+            shapes |= {key: f.get_slice(key).get_shape() for key in f.keys()}   # noqa: SIM118 (not a dictionary)
     return shapes
-
-
-def read_state(path):
-    """A checkpoint's state.json. Raises OSError or ValueError if it is missing or broken."""
-    return json.loads((Path(path) / STATE).read_text())
 
 
 def read_tensors(path, network, kind):
     """Whole tensors {name: fp32} of one kind ("weights", "exp_avg", "exp_avg_sq", "ema") of a network, {} of a
-    kind that the checkpoint lacks. Raises UserError for a file that is something else."""
+    kind that the checkpoint lacks; of the files that its state.json lists, whose contents were checked, and no others.
+    Raises UserError for a file that is something else."""
     tensors = {}
-    for file in sorted(Path(path).glob(f"{network}.{kind}-*.safetensors")):
-        with _opened(file) as f:
-            tensors |= {name: f.get_tensor(name) for name in f.keys()}          # noqa: SIM118 (not a dictionary)
+    for name in files_of(read_state(path), network, kind):
+        with _opened(Path(path) / name) as f:
+            tensors |= {key: f.get_tensor(key) for key in f.keys()}             # noqa: SIM118 (not a dictionary)
     return tensors
 
 
@@ -256,14 +264,27 @@ def restore(path, engines, ema):
 
 
 def _share(engine, rank, ranks):
-    """The parameter names that this process writes: every `ranks`-th."""
-    names = [place.name for _, found in places(engine.module.unet) for place in found]
-    return set(names[rank::ranks])
+    """The parameter names that this process writes: from the largest on, each goes to the process with least so far."""
+    sizes = {place.name: place.shape.numel() for _, found in places(engine.module.unet) for place in found}
+    dealt, names = [(0, r) for r in range(ranks)], set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        size, to = dealt[0]
+        heapq.heapreplace(dealt, (size + sizes[name], to))
+        if to == rank:
+            names.add(name)
+    return names
+
+
+def _step(name):
+    """The step in a checkpoint's name; None for any other name."""
+    found = _NAME.fullmatch(name)
+    return found and int(found[1])
 
 
 def _best(folder):
-    path = Path(folder) / "best"
-    return path.read_text().split() if path.is_file() else []
+    path = Path(folder) / "best"                         # written by hand, whatever the editor puts around the names
+    text = path.read_bytes().replace(b"\0", b"").decode("ascii", "replace") if path.is_file() else ""
+    return [found[0] for found in _NAME.finditer(text)]
 
 
 def _gathered(value):

@@ -12,8 +12,9 @@ from sidfast.evaluation.metrics import title
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import holds_export, one_step_pipeline, student_unet, write_export
-from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_state, read_tensors
+from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_tensors
 from sidfast.training.run import describe_distillation
+from sidfast.training.state import read_state
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

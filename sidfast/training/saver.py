@@ -2,7 +2,7 @@
 
 A checkpoint becomes complete once every process has told the first that its files are on disk (through the store, not
 by a collective call: those belong to the training thread). What fails, a full disk above all, costs that checkpoint
-and nothing else.
+and nothing else; whatever it is, everyone is told, or the others would wait, and the last step would pass for saved.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from sidfast.files import flush
 from sidfast.training import checkpoint
+from sidfast.training.state import FORMAT
 
 WRITE_ERRORS = (OSError, SafetensorError)                # what a full or broken disk raises
 _FILES_AT_ONCE = 4                                       # writing and checksums are both slower than disks
@@ -32,7 +33,8 @@ class Saver:
         the first process, what could not be saved; `begun`: the checkpoint that training goes on from. Newer ones were
         damaged: they go once there is a good one again."""
         self.folder, self.keep, self.warn = Path(folder), keep, warn
-        self._lost = [f for f in checkpoint.by_age(folder) if begun is not None and f.name > Path(begun).name]
+        found = checkpoint.by_age(folder)
+        self._lost = found[:found.index(Path(begun))] if begun is not None and Path(begun) in found else []
         self.rank, self.ranks = channel.rank, channel.ranks
         self._store = channel.connect(timeout)
         self._thread, self._saves, self._fault = None, 0, None
@@ -58,7 +60,7 @@ class Saver:
         """
         self.wait()
         tensors = checkpoint.snapshot(engines, ema, further)
-        state = {"format": 2, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines)}
+        state = {"format": FORMAT, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines)}
         self._saves += 1
         self._thread = threading.Thread(target=self._run, args=(self._saves, step, tensors, state), daemon=True)
         self._thread.start()
@@ -74,8 +76,8 @@ class Saver:
     def _run(self, number, step, tensors, state):
         try:
             self._fault = self._write(number, step, tensors, state)
-        except torch.distributed.DistError as error:     # another process is gone: nothing can be agreed any more
-            self._fault = f"the other processes do not answer ({str(error).splitlines()[0]})"
+        except Exception as error:                       # (of the store: nothing can be agreed any more)
+            self._fault = describe(error)
         if self._fault is None:
             self.saved = step
         elif self.rank == 0:
@@ -85,8 +87,8 @@ class Saver:
 
     def _write(self, number, step, tensors, state):
         """Write this process's files, then agree with the others. Returns a fault, or None."""
-        files, fault = self._write_files(checkpoint.step_folder(self.folder, step, partial=True), tensors)
         size = sum(t.numel() * t.element_size() for file in tensors.values() for t in file.values())
+        files, fault = self._write_files(checkpoint.step_folder(self.folder, step, partial=True), tensors)
         self._store.set(f"save/{number}/{self.rank}", json.dumps({"files": files, "fault": fault, "bytes": size}))
         tensors.clear()
         if self.rank == 0:
@@ -100,7 +102,7 @@ class Saver:
             with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
                 written = pool.map(_write_file, (partial / name for name in tensors), tensors.values())
                 return dict(zip(tensors, written, strict=True)), None
-        except WRITE_ERRORS as error:
+        except Exception as error:
             for name in tensors:
                 with contextlib.suppress(OSError):       # (the folder may be what is at fault)
                     (partial / name).unlink()
@@ -108,14 +110,17 @@ class Saver:
 
     def _complete(self, number, step, state):
         """On the first process: make a checkpoint of everyone's files. Returns a fault, or None."""
-        reports = [json.loads(self._store.get(f"save/{number}/{rank}")) for rank in range(self.ranks)]
+        try:
+            reports = [json.loads(self._store.get(f"save/{number}/{rank}")) for rank in range(self.ranks)]
+        except Exception as error:                       # (others may wait for the outcome all the same)
+            return describe(error)
         fault = next((r["fault"] for r in reports if r["fault"]), None)
         if fault is None:
             files = dict(sorted(item for r in reports for item in r["files"].items()))
             try:
                 checkpoint.complete(self.folder, step, state | {"files": files}, self.keep, self._lost)
                 self._lost = []
-            except WRITE_ERRORS as error:
+            except Exception as error:
                 fault = describe(error)
         return fault and f"{fault} in {self.folder}, {space(self.folder, sum(r['bytes'] for r in reports))}"
 
@@ -128,8 +133,12 @@ def _write_file(path, tensors):
 
 
 def describe(error):
-    """A few words for an error of writing."""
-    text = getattr(error, "strerror", None) or str(error)
+    """A few words for an error: of writing, or in a thread that writes."""
+    text = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    if isinstance(error, torch.distributed.DistError):   # another process is gone
+        return f"the other processes do not answer ({text})"
+    if not isinstance(error, WRITE_ERRORS):
+        return f"{type(error).__name__} ({text})" if text else type(error).__name__
     return "no space left" if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in text else text
 
 

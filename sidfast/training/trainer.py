@@ -17,7 +17,7 @@ from sidfast.networks.summed import GradientSums
 from sidfast.publishing.export import recover_export
 from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.channel import Channel
-from sidfast.training.checkpoint import read_state, read_tensors, restore
+from sidfast.training.checkpoint import read_tensors, restore
 from sidfast.training.copies import COPIES
 from sidfast.training.ema import Ema
 from sidfast.training.engines import (
@@ -38,6 +38,7 @@ from sidfast.training.run import RunDirectory, describe_inputs
 from sidfast.training.saver import Saver, last_good
 from sidfast.training.speed import decide_speed
 from sidfast.training.spikes import Spikes
+from sidfast.training.state import read_state
 from sidfast.training.stop import Stop
 from sidfast.training.watch import Watch
 
