@@ -1,6 +1,7 @@
 """What is wrong with a configuration, in one line that names the key, and the key that may have been meant."""
 
 import difflib
+import re
 from types import UnionType
 from typing import Union, get_args, get_origin
 
@@ -25,6 +26,8 @@ def explain(validation, of, under=""):
     if error["type"] in _NO_SECTION:
         return f"{key}: must be a section, not {_short(error['input'])}"
     message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "enum":
+        message = message.replace(error["ctx"]["expected"], _distinct(error["ctx"]["expected"]))
     return f"{key}: {message}, not {_short(error['input'])}"
 
 
@@ -50,6 +53,12 @@ def _section(annotation):
     """The section among the types that a field may have, or None."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _distinct(listed):
+    """A list in words, such as "0, 1, 2, 3 or 3", with each value once (DeepSpeed has two names for stage 3)."""
+    values = list(dict.fromkeys(re.split(", | or ", listed)))
+    return " or ".join(part for part in (", ".join(values[:-1]), values[-1]) if part)
 
 
 def _short(value, limit=80):
