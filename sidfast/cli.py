@@ -160,11 +160,17 @@ def _device():
 
 
 def _random_teacher(args):
-    from sidfast.teacher.random_init import ARCHITECTURES, write_random_teacher
+    from sidfast.teacher.random_init import write_random_teacher
 
-    if args.architecture not in ARCHITECTURES:
-        raise UserError(f"--architecture {args.architecture}: must be one of {', '.join(ARCHITECTURES)}")
+    _check_architecture(args.architecture)
     write_random_teacher(args.architecture, args.out, _device())
+
+
+def _check_architecture(name):
+    from sidfast.teacher.random_init import ARCHITECTURES
+
+    if name not in ARCHITECTURES:
+        raise UserError(f"--architecture {name}: must be one of {', '.join(ARCHITECTURES)}")
 
 
 def _sample(args):
@@ -225,19 +231,21 @@ def _ablate(args):
 def _plan(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
     from sidfast.config import load_config
-    from sidfast.errors import UserError
     from sidfast.studies.study import is_study, load_study
     from sidfast.training.plan import parse_memory, plan
     from sidfast.training.planner import load_shapes
 
+    if args.architecture is not None:
+        _check_architecture(args.architecture)
     if is_study(args.config):
         if args.set:
             raise UserError(f"--set: {args.config} is a study; its own `settings` hold for all its runs")
         configs = load_study(args.config)
     else:
         configs = [(Path(args.config).stem, load_config(args.config, args.set))]
-    plan(configs, lambda c: load_shapes(args.architecture or c.model.teacher), args.gpus,
-         parse_memory(args.memory) if args.memory else None, args.throughput, args.measured, args.bandwidth,
+    teacher = configs[0][1].model.teacher                # (of all runs of a study)
+    plan(configs, lambda: load_shapes(args.architecture or teacher), args.gpus,
+         None if args.memory is None else parse_memory(args.memory), args.throughput, args.measured, args.bandwidth,
          out=say)
 
 

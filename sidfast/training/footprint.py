@@ -27,12 +27,13 @@ UPDATES = {"fake_score": fake_score_update, "generator": generator_update}
 _SIZES = (2, 3)                                          # (a single row makes some copies unnecessary)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Footprint:
-    """One update of one network. `rows`: bytes alive at each event, weights aside, as (fixed, per image) of three
-    kinds: the gradients of the network's parameters, what the pass beside another makes (`side_by_side`), the rest."""
+    """One update of one network. `rows` [events, 3, 2]: bytes alive at each event, weights aside, as (fixed, per image)
+    of three kinds: the gradients of the network's parameters, what the pass beside another makes (`side_by_side`), the
+    rest."""
 
-    rows: tuple
+    rows: torch.Tensor
     flops: float                                         # of one image
     parameters: int
 
@@ -45,8 +46,8 @@ class Footprint:
         return self._most(micro_batch, False, True, False)
 
     def _most(self, micro_batch, *kinds):
-        return max(sum((fixed + each * micro_batch) * wanted for (fixed, each), wanted in zip(row, kinds, strict=True))
-                   for row in self.rows)
+        alive = self.rows[..., 0] + self.rows[..., 1] * micro_batch
+        return (alive * torch.tensor(kinds)).sum(1).max().item()
 
 
 def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
@@ -62,10 +63,11 @@ def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
         raise RuntimeError(f"the {name} update does not do the same at every micro-batch: {len(small)} and "
                            f"{len(large)} tensors")
     step = _SIZES[1] - _SIZES[0]
-    rows = {tuple((a - (b - a) / step * _SIZES[0], (b - a) / step) for a, b in zip(*both, strict=True))
-            for both in zip(small, large, strict=True)}
+    at_small, at_large = (torch.tensor(timeline, dtype=torch.float64) for timeline in (small, large))
+    each = (at_large - at_small) / step
+    rows = torch.stack((at_small - each * _SIZES[0], each), dim=2).unique(dim=0)
     parameters = sum(p.numel() for p in unets[name].parameters())
-    return Footprint(tuple(rows), (runs[1][1] - runs[0][1]) / step, parameters)
+    return Footprint(rows, (runs[1][1] - runs[0][1]) / step, parameters)
 
 
 def image_flops(unet, latent_shape, text_shape, kappas, shared=False):

@@ -3,17 +3,18 @@
 Speeds are never guessed: they follow from a throughput that was measured, or that the user states.
 """
 
-import copy
 import json
 import math
 import re
 import sys
 from pathlib import Path
 
+from sidfast.config import build_config
 from sidfast.errors import UserError
 from sidfast.training.plan_text import describe
 from sidfast.training.planner import GIB, Planner
 from sidfast.training.probe import check_sections
+from sidfast.training.run import read_lines
 
 
 def parse_memory(text):
@@ -34,46 +35,64 @@ def parse_throughput(text, flops):
     return rate, f"from --throughput {text}"
 
 
-def measured_throughput(run):
-    """(images/s per GPU, how it is known) of a run directory: the median of its metrics.jsonl. Raises UserError."""
+def measured_throughput(run, shapes):
+    """(images/s per GPU, how it is known) of a run directory: the median of the lines of its metrics.jsonl, each on as
+    many GPUs as it was written on. Raises UserError, also for a teacher of another architecture than `shapes`."""
     run = Path(run)
     try:
-        processes = json.loads((run / "config.json").read_text())["processes"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rates = sorted(line["images_per_s"] for line in lines if "images_per_s" in line)
-        rate = rates[len(rates) // 2] / processes
+        about = json.loads((run / "config.json").read_text())
+        config, last = build_config(about["config"], run / "config.json"), about["processes"]
+        lines = [line for line in read_lines(run / "metrics.jsonl") if "images_per_s" in line]
+        known = [line for line in lines if "tflops_per_gpu" in line]
+        processes = [_processes(run, line, Planner(config, shapes).flops) for line in known] or [last] * len(lines)
+        rates = sorted(line["images_per_s"] / n for line, n in zip(known or lines, processes, strict=True))
+        rate = rates[len(rates) // 2]
         if not (math.isfinite(rate) and rate > 0):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RecursionError):
         raise UserError(f"--measured {run}: no run directory with images_per_s in its metrics.jsonl") from None
-    return rate, f"measured in {run}, median of {len(rates)} lines, {processes} processes"
+    text = f"measured in {run}, median of {len(rates)} lines, {' and '.join(map(str, sorted({*processes})))} processes"
+    return rate, text if known else f"{text} as in its last start, for the lines do not say"
 
 
-def plan(configs, shapes, gpus, limit, throughput=None, measured=None, bandwidth=None, out=print):
+def _processes(run, line, flops):
+    """On how many processes a line was written: what they did together over what each did, at `flops` an image."""
+    n = line["images_per_s"] * flops / (line["tflops_per_gpu"] * 1e12)
+    if round(n) < 1 or not math.isclose(n, round(n), rel_tol=1e-6):
+        raise UserError(f"--measured {run}: its teacher has another architecture (an image takes {flops / 1e12:.4g} "
+                        "TFLOP by this one, which its tflops_per_gpu does not fit)")
+    return round(n)
+
+
+def plan(configs, load, gpus, limit, throughput=None, measured=None, bandwidth=None, out=print):
     """Print the plan of each (name, Config) in `configs`, and of all together. Raises UserError.
 
-    `shapes(config)` gives its Shapes; `limit`: bytes of a GPU, or None; `throughput`, `measured`: as the command takes
-    them; `bandwidth`: GB/s that a GPU sends, or None.
+    `load()` gives the Shapes of their teacher, which they share; `limit`: bytes of a GPU, or None; `throughput`,
+    `measured`: as the command takes them; `bandwidth`: GB/s that a GPU sends, or None.
     """
     if bandwidth is not None and not 0 < bandwidth < 1e6:
         raise UserError(f"--bandwidth {bandwidth:g}: must be the GB/s that one GPU sends")
     if gpus < 1 or gpus > 100_000:
         raise UserError(f"--gpus {gpus}: must be 1 to 100000")
-    hours, known = 0.0, measured_throughput(measured) if measured else None
-    if throughput:
+    if throughput is not None:
         parse_throughput(throughput, 1.0)
-    planners = {}
-    for _, config in configs:
-        check_sections(config, 1)
     for name, config in configs:
-        key = config.model_copy(update={"train": None, "optimizer": None, "ema": None, "data": None}).model_dump_json()
-        if key not in planners:
-            planners[key] = Planner(config, shapes(config), lambda text: print(f"sidfast: {text}", file=sys.stderr))
-        planner = copy.copy(planners[key])
-        planner.config = config
-        rate = parse_throughput(throughput, planner.flops) if throughput else known
+        check_sections(config, 1)
+        _check_divides(config.train, gpus, f"{name}: " if len(configs) > 1 else "")
+    shapes, counted, hours = load(), {}, 0.0
+    known = None if measured is None else measured_throughput(measured, shapes)
+    for name, config in configs:
+        planner = Planner(config, shapes, lambda text: print(f"sidfast: {text}", file=sys.stderr), counted=counted)
+        rate = parse_throughput(throughput, planner.flops) if throughput is not None else known
         text, one = describe(name, planner, gpus, limit, rate, bandwidth and bandwidth * 1e9)
         out(text)
         hours += one or 0
     if len(configs) > 1 and hours:
         out(f"all {len(configs)} runs one after the other: {hours:.1f} h")
+
+
+def _check_divides(train, gpus, prefix):
+    """Raise UserError, which begins with `prefix`, for a global batch that no micro-batch splits among the GPUs."""
+    if train.batch_size % (gpus * train.fake_score_factor):
+        factor = f" x train.fake_score_factor ({train.fake_score_factor})" if train.fake_score_factor > 1 else ""
+        raise UserError(f"{prefix}train.batch_size ({train.batch_size}) does not divide among {gpus} GPUs{factor}")

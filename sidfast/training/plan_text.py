@@ -6,7 +6,7 @@ _ASSUMED = (100, 200, 400)                               # TFLOP/s: what is show
 
 
 def describe(name, planner, gpus, limit, rate, bandwidth=None):
-    """(the plan of one run as text, hours to its target or None).
+    """(the plan of one run, whose global batch divides among the GPUs, as text; hours to its target or None).
 
     `rate`: (images/s per GPU, how it is known) or None; `bandwidth`: bytes/s that a GPU sends, or None.
     """
@@ -17,9 +17,6 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
              f"{P['text_encoder'] / 1e6:.1f} M, VAE {P['vae'] / 1e6:.1f} M",
              f"work: {planner.flops / 1e12:.4g} TFLOP per image, one update of each network", ""]
     options = planner.options(gpus)
-    if not options:
-        fault = f"train.batch_size ({config.train.batch_size}) does not divide among {gpus} GPUs"
-        return "\n".join([*lines, fault]), None
     best = recommend(options, limit) if limit else None
     lines += [*_memory_table(options), ""]
     current = None
@@ -32,8 +29,8 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
     lines.append(f"counted as {'the fused kernels run' if planner.fused else 'plain PyTorch runs'} the networks"
                  f"{'; torch.compile makes that less' if config.speed.compile else ''}")
     if limit:
-        lines.append(f"fits {limit / GIB:g} GiB, with what CUDA itself takes: "
-                     + (best.settings() if best else "nothing does; more GPUs, or a smaller resolution"))
+        fitting = best.settings(config.deepspeed) if best else "nothing does; more GPUs, or a smaller resolution"
+        lines.append(f"fits {limit / GIB:g} GiB, with what CUDA itself takes: {fitting}")
     text, hours = _time(planner, gpus, rate, best or current, bandwidth)
     return "\n".join([*lines, "", *text, ""]), hours
 

@@ -13,6 +13,7 @@ import torch
 from sidfast.errors import UserError
 from sidfast.kernels.backend import without_launches
 from sidfast.method.distill import Objective
+from sidfast.method.guidance import passes
 from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.fused import cannot_fuse, fuse
 from sidfast.networks.loading import check_teacher, find_teacher
@@ -61,13 +62,19 @@ class Option:
     host: float
     accumulation: int
 
-    def settings(self):
-        """The --set options that ask for it."""
-        zero = {"stage": self.stage} | ({"offload_optimizer": {"device": "cpu"}} if self.offload else {})
-        compact = json.dumps(zero, separators=(",", ":"))
-        return (f"--set train.micro_batch={self.micro_batch} "
-                f"--set speed.gradient_checkpointing={str(self.checkpointing).lower()} "
-                f"--set 'deepspeed.zero_optimization={compact}'")
+    def settings(self, deepspeed):
+        """The --set options that ask for it, of a run with this `deepspeed` section: all else in it stays."""
+        words = [f"train.micro_batch={self.micro_batch}",
+                 f"speed.gradient_checkpointing={str(self.checkpointing).lower()}"]
+        places = {"deepspeed": deepspeed} | {f"deepspeed.{name}": deepspeed.get(name, {}) for name in ENGINES}
+        for place, section in places.items():            # an engine's own section, where it says so itself
+            zero = section.get("zero_optimization", {})
+            if place == "deepspeed" or "stage" in zero:
+                words.append(f"{place}.zero_optimization.stage={self.stage}")
+            if (place == "deepspeed" or "offload_optimizer" in zero) and offloads(section) != self.offload:
+                device = "cpu" if self.offload else "none"
+                words.append(f'\'{place}.zero_optimization.offload_optimizer={{"device":"{device}"}}\'')
+        return " ".join(f"--set {word}" for word in words)
 
 
 def load_shapes(teacher):
@@ -112,15 +119,18 @@ def _folder(teacher, architectures):
 class Planner:
     """Measures a configuration's updates once, then answers for any stage, micro-batch and number of GPUs."""
 
-    def __init__(self, config, shapes, note=lambda text: None, prepare=None):
+    def __init__(self, config, shapes, note=lambda text: None, prepare=None, counted=None):
         """`prepare(checkpointing)`: a network as it will run, on the device on which to measure; as a GPU would run it,
-        on the meta device, unless given."""
+        on the meta device, unless given. `counted`: a dictionary that planners without `prepare` share, to measure
+        alike updates once."""
         self.config, self.shapes, self.note, self._prepare = config, shapes, note, prepare or self._on_a_gpu
         factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
         side = config.model.resolution // factor if config.model.resolution else shapes.unet.config.sample_size
         self.latent_shape = (shapes.unet.config.in_channels, side, side)
         self.dtype = compute_dtype(config.deepspeed)
-        self._footprints, self.packed = {}, ()
+        speed = config.speed                             # whether a GPU would run the networks on the fused kernels
+        self.fused = bool(speed.fused) and not speed.compile and cannot_fuse(shapes.unet) is None
+        self._counted, self.packed = {} if counted is None else counted, ()
 
     @property
     def flops(self):
@@ -132,10 +142,22 @@ class Planner:
 
     def footprints(self, checkpointing):
         """{update: Footprint}, measured when first asked for."""
-        if checkpointing not in self._footprints:
+        keys = {name: (name, checkpointing, *self._alike(name)) for name in UPDATES}
+        missing = [name for name, key in keys.items() if key not in self._counted]
+        if missing:
             self.note(f"counting the updates, {'with' if checkpointing else 'without'} gradient checkpointing ...")
-            self._footprints[checkpointing] = self._measure(checkpointing)
-        return self._footprints[checkpointing]
+            measured, packed = self._measure(checkpointing, missing)
+            self._counted |= {keys[name]: (measured[name], packed) for name in missing}
+        self.packed = self._counted[keys["generator"]][1]
+        return {name: self._counted[key][0] for name, key in keys.items()}
+
+    def _alike(self, update):
+        """What the sizes of an update's tensors depend on, checkpointing and micro-batch aside: of the scales of
+        guidance only the passes that they need. (The empty text alone, shared by all images, is copied for them.)"""
+        g = self.config.guidance
+        denoisers = ((g.kappa1,),) if update == "fake_score" else ((g.kappa2, g.kappa3), (g.kappa4,))
+        return (self.shapes, self.latent_shape, self.dtype, self.fused,
+                *((passes(kappas), not any(kappas)) for kappas in denoisers))
 
     def configured(self, name="generator"):
         """(label, stage, offload) of an engine as configured."""
@@ -162,12 +184,12 @@ class Planner:
         parts["sums of gradients"] = max(memory.sums(zero, P) for zero in zeros.values())
         at_once = {"generator": micro_batch, "fake_score": micro_batch * factor}
         overlap = self._overlaps(zeros.values(), checkpointing)                  # (memory apart: it does not mix)
-        passes = max(prints[name].peak(at_once[name], gradients=False, beside=not overlap)
-                     + sum(memory.gathered(zero, P) for zero in (*zeros.values(), teacher)) for name in ENGINES
-                     ) + overlap * prints["generator"].beside(micro_batch)
+        running = max(prints[name].peak(at_once[name], gradients=False, beside=not overlap)
+                      + sum(memory.gathered(zero, P) for zero in (*zeros.values(), teacher)) for name in ENGINES
+                      ) + overlap * prints["generator"].beside(micro_batch)
         steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
-        parts["update"] = passes + steps if self._graphed(zeros.values()) else max(passes, steps)
+        parts["update"] = running + steps if self._graphed(zeros.values()) else max(running, steps)
         parts["packed weights"] = sum(self.packed) * all(zero.stage < 3 for zero in zeros.values())
         parts["fragments and workspaces"] = SLACK * sum(parts.values())
         host = sum(memory.on_host(zero, P) for zero in zeros.values()) + 4 * P * ema.share(1) * ema.offload
@@ -202,12 +224,6 @@ class Planner:
         zero["offload_optimizer"] = {"device": "cpu"} if offload else {"device": "none"}
         return memory.Zero.of(section | {"zero_optimization": zero}, gpus, getattr(self.config.optimizer, name))
 
-    @property
-    def fused(self):
-        """Whether a GPU would run the networks on the fused kernels, as configured."""
-        speed = self.config.speed
-        return bool(speed.fused) and not speed.compile and cannot_fuse(self.shapes.unet) is None
-
     def _on_a_gpu(self, checkpointing):
         unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
         if self.fused:
@@ -218,14 +234,16 @@ class Planner:
             unet.train().enable_gradient_checkpointing()
         return unet
 
-    def _measure(self, checkpointing):
+    def _measure(self, checkpointing, names):
+        """({update: Footprint}, what each network packs) of the updates `names`."""
         unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
-        self.packed = [packed_bytes(unet) for unet in unets.values()]
+        packed = [packed_bytes(unet) for unet in unets.values()]
         g, device = self.config.guidance, unets["teacher"].device
         objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(device), self.shapes.prediction_type,
                               g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
         text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
-        return {name: measure_update(name, unets, objective, self.latent_shape, text, self.dtype) for name in UPDATES}
+        return {name: measure_update(name, unets, objective, self.latent_shape, text, self.dtype)
+                for name in names}, packed
 
 
 def recommend(options, limit):
