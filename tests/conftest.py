@@ -32,8 +32,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
 
 
-SLOWEST = ("zero", "faults", "studies", "plan", "synthetic", "resume", "evaluate", "fused", "fused_decoder", "fit",
-           "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure")
+SLOWEST = ("zero", "faults", "studies", "plan", "plan_command", "synthetic", "resume", "evaluate", "fused",
+           "fused_decoder", "fit", "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure")
 
 
 def pytest_collection_modifyitems(items):
