@@ -180,9 +180,11 @@ def _meet(backend, device):
     others, needed = timedelta(minutes=30), timedelta(days=30)
     # (DeepSpeed makes groups of its own, which take the defaults)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = needed
-    store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=others))
-    bound = {"device_id": device} if device.type == "cuda" and processes > 1 else {}         # (as DeepSpeed has it)
-    torch.distributed.init_process_group(backend, timeout=needed, store=store, rank=rank, world_size=processes, **bound)
+    if not torch.distributed.is_initialized():           # (a process may have trained before)
+        store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=others))
+        bound = {"device_id": device} if device.type == "cuda" and processes > 1 else {}     # (as DeepSpeed has it)
+        torch.distributed.init_process_group(backend, timeout=needed, store=store, rank=rank, world_size=processes,
+                                             **bound)
     deepspeed.init_distributed(backend, verbose=False, timeout=needed)
 
 

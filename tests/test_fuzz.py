@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sidfast.kernels import backend
 
 from sidfast import train
-from sidfast.config import Config, _keys
+from sidfast.config import Config
+from sidfast.config_faults import _keys
 from sidfast.training import speed
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
