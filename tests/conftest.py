@@ -103,6 +103,15 @@ def environment(port, gpu=False):
         {} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 
+def process_alone(monkeypatch):
+    """Set the environment of a process that joins nobody, on the CPU."""
+    for name, value in environment(free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def free_port():
     """A port that nobody listens on."""
     with socket.socket() as probe:

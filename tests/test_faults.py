@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, Forked, environment, fork_training, free_port, losses, run_jobs
+from conftest import ROOT, Forked, environment, fork_training, losses, process_alone, run_jobs
 from helpers_checkpoint import EXTRA, KINDS, STATE
 from tiny import NO_MIDDLE, write_tiny_teacher
 
@@ -124,12 +124,8 @@ def test_collective_calls_wait_longer_than_the_watch(monkeypatch):
 
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):               # (both are put back afterwards)
         monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
-    for name, value in environment(free_port()).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    process_alone(monkeypatch)
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
     join()
     try:
         for group in (torch.distributed.group.WORLD, groups._clone_world_group(), torch.distributed.new_group()):

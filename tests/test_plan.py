@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from conftest import environment, free_port
+from conftest import process_alone
 from deepspeed import comm
 from diffusers import UNet2DConditionModel
 from helpers_engine import optimize
@@ -95,12 +95,8 @@ def test_the_peak_is_known_for_every_micro_batch():
 def device():
     """This process as a group of one."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(free_port()).items():
-            patch.setenv(name, value)
-        patch.setenv("DS_ACCELERATOR", "cpu")
+        process_alone(patch)
         patch.setenv("LOCAL_WORLD_SIZE", "2")
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
-            patch.delenv(name, raising=False)
         gc.freeze()                                      # (`storages` looks through what comes from now on)
         yield train.join()
         gc.unfreeze()
