@@ -92,6 +92,7 @@ def run(args):
     from sidfast.training.run import check_inputs, describe_inputs, open_run
     from sidfast.training.speed import check_speed
     from sidfast.training.state import read_state
+    from sidfast.training.stop import Stop
     from sidfast.training.trainer import train
 
     engine_config(config, "generator", processes)
@@ -118,7 +119,9 @@ def run(args):
     step, steps = read_state(checkpoint)["extra"]["step"] if checkpoint else 0, config.train.total_steps
     if step >= steps:
         _tell(f"the run is already at step {step} of {steps}: nothing is left to train")
-    result = train(config, out, checkpoint, teacher, device, profile=args.profile)
+    stop = Stop()
+    result = train(config, out, checkpoint, teacher, device, stop, profile=args.profile)
+    stop.ignore()
     comm.destroy_process_group()
     if first:
         _report(out, result)

@@ -16,6 +16,7 @@ from sidfast.networks.loading import load_teacher  # noqa: E402
 from sidfast.train import join  # noqa: E402
 from sidfast.training.checkpoint import choose_checkpoint  # noqa: E402
 from sidfast.training.run import open_run  # noqa: E402
+from sidfast.training.stop import Stop  # noqa: E402
 from sidfast.training.trainer import train  # noqa: E402
 
 device = join()
@@ -23,4 +24,6 @@ for job in json.loads(Path(sys.argv[-1]).read_text()):
     config = build_config(job["config"], "job")
     open_run(job["out"], config, job.get("resume", "auto"))
     checkpoint = choose_checkpoint(job["out"], job.get("resume", "auto"), print)
-    train(config, Path(job["out"]), checkpoint, load_teacher(config.model.teacher), device)
+    stop = Stop()
+    train(config, Path(job["out"]), checkpoint, load_teacher(config.model.teacher), device, stop)
+    stop.close()

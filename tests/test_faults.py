@@ -425,6 +425,19 @@ def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_signal_after_the_end_leaves_the_exit_code(tmp_path):
+    """Up to the very last: Python gives its own handlers back before a process has ended."""
+    script = tmp_path / "end.py"
+    script.write_text("import os, subprocess\n"
+                      "import torch\n"
+                      "from sidfast.training.stop import Stop\n"
+                      "torch.distributed.get_world_size = lambda: 1\n"
+                      "stop = Stop()\n"
+                      "stop.ignore()\n"
+                      "subprocess.Popen(['sh', '-c', f'while kill -TERM {os.getpid()}; do :; done'], stderr=-3)\n")
+    assert subprocess.run([sys.executable, script], cwd=ROOT, env=environment(0)).returncode == 0
+
+
 # ---- all of it together
 
 def run_chaos(*args):

@@ -135,6 +135,7 @@ class Worker:
         from sidfast.training.checkpoint import choose_checkpoint
         from sidfast.training.lock import claim
         from sidfast.training.run import BEGUN, check_inputs, describe_inputs, open_run
+        from sidfast.training.stop import Stop
         from sidfast.training.trainer import train
 
         folder = self.out / run.folder
@@ -147,7 +148,11 @@ class Worker:
         if self.teacher is None:
             self.teacher = load_teacher(run.config.model.teacher)
         check_inputs(folder, describe_inputs(run.config, self.teacher))
-        result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, self.memo)
+        stop = Stop()
+        try:
+            result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop, self.memo)
+        finally:
+            stop.close()
         if _lines(folder / "metrics.jsonl")[-1]["step"] < run.config.train.total_steps:
             sys.exit(1)                                  # stopped by a signal: the next call goes on from here
         return result if self.study.of_shapes else self._evaluate(folder)

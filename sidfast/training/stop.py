@@ -43,11 +43,19 @@ class Stop:
                                                        async_op=True)
         return _name(before)
 
-    def close(self):
-        """Give the signals back; a collective call."""
+    def settle(self):
+        """Ask no more; a collective call when the run has ended."""
         self._answer()
+
+    def close(self):
+        """Give the signals back to whoever had them."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def ignore(self):
+        """Let the process end: what would stop the run comes too late, and its exit code shall say that it is done."""
+        for number in self._handlers:
+            signal.signal(number, signal.SIG_IGN)        # (Python gives its own handlers up before it has ended)
 
     def _answer(self):
         if self._agreement is not None:

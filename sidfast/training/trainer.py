@@ -39,22 +39,21 @@ from sidfast.training.saver import Saver, last_good
 from sidfast.training.speed import decide_speed
 from sidfast.training.spikes import Spikes
 from sidfast.training.state import read_state
-from sidfast.training.stop import Stop
 from sidfast.training.watch import Watch
 
 
-def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
+def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     """Run or go on with a run; a collective call of all processes.
 
-    `checkpoint`: the folder to go on from, or None; `teacher`: from `load_teacher`, taken over; `memo`: a dictionary
-    shared by runs one after the other, which keeps what they have in common (the teacher's evaluation); `profile`:
-    steps to trace. Returns the final evaluation on the first process, or None. Raises UserError for settings that are
-    impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
+    `checkpoint`: the folder to go on from, or None; `teacher`: from `load_teacher`, taken over; `stop`: a Stop of this
+    run; `memo`: a dictionary shared by runs one after the other, which keeps what they have in common (the teacher's
+    evaluation); `profile`: steps to trace. Returns the final evaluation on the first process, or None. Raises UserError
+    for settings that are impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
     dtype, latent_shape = compute_dtype(config.deepspeed), _latent_shape(teacher, config)
     _set_up_device(config, device)
-    stop, channel, folder = Stop(), Channel(), f"{out}/checkpoints"
+    channel, folder = Channel(), f"{out}/checkpoints"
     watch = Watch(channel, config.train.hang_timeout, lambda: last_good(folder))
 
     # the run so far, and what it starts from
@@ -145,7 +144,7 @@ def train(config, out, checkpoint, teacher, device, memo=None, profile=0):
                 preview.finish()
         comm.barrier()
     watch.close()
-    stop.close()
+    stop.settle()
     comm.barrier()                                       # the store lives in the first process: it leaves last
     return _conclude(out, progress, stopped, fault, run, result)
 
