@@ -50,6 +50,9 @@ def _check(section, name, further=()):
     for key in ("bf16", "fp16", "zero_optimization"):
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
+    for key, offload in section.get("zero_optimization", {}).items():
+        if key.startswith("offload_") and not isinstance(offload, dict | None):
+            raise ValueError(f"{name}.zero_optimization.{key}: must be a section or null, not {offload!r}")
     for place, (kinds, words) in _TYPES.items():
         value, keys = section, place.split(".")
         while keys and keys[0] in value:

@@ -88,7 +88,7 @@ def run(args):
     from sidfast.training.fit import with_micro_batch
     from sidfast.training.lock import claim
     from sidfast.training.measure import check_measures
-    from sidfast.training.probe import probe_engines
+    from sidfast.training.probe import check_sections, probe_engines
     from sidfast.training.run import check_inputs, describe_inputs, open_run
     from sidfast.training.speed import check_speed
     from sidfast.training.state import read_state
@@ -107,6 +107,7 @@ def run(args):
         check_measures(config, teacher)
     claim(out, first, warn=_tell)
     device = join()
+    check_sections(config, processes)
     if any(offloads(engine_section(config, name)) for name in ENGINES):
         _tell("loading DeepSpeed's Adam for the CPU; the first time it is compiled. (If this does not end: remove the "
               "file `lock` that a compilation that was killed has left in ~/.cache/torch_extensions/*/cpu_adam)")

@@ -80,6 +80,7 @@ def edit(name, **values):
     ("deepspeed.fake_score.zero_optimization.stag=2", ["deepspeed.fake_score.zero_optimization.stage?"]),
     ('deepspeed.zero_optimization.offload_optimizer={"devise": "cpu"}', ["deepspeed.zero_optimization.offload_optimizer"
                                                                          ".device?"]),
+    ("deepspeed.zero_optimization.offload_optimizer=3", ["deepspeed.zero_optimization.offload_optimizer", "section"]),
     ("deepspeed.zero_optimization.reduce_bucket_size=-1", ["deepspeed.zero_optimization.reduce_bucket_size: ", "-1"]),
     ("noise.std=2", ["noise.std", "ddpm"]),
     ("optimizer.generator.lr=-1", ["optimizer.generator.lr", "-1"]),

@@ -29,8 +29,8 @@ def probe_engines(config, processes, device):
     """Build each engine around a small network and take one step; a collective call, once processes have joined.
 
     Raises UserError, which names the section and passes DeepSpeed's reason on, for a section that it does not take.
+    `check_sections` comes first: it sees all of it, while here what would write files is switched off.
     """
-    check_sections(config, processes)                    # all of it, before what would write files is switched off
     for name in ENGINES:
         section = engine_config(config, name, processes) | {"gradient_accumulation_steps": 1}
         quiet = {w: section[w] | {"enabled": False} for w in _WRITERS if isinstance(section.get(w), dict)}
