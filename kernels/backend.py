@@ -43,6 +43,11 @@ def without_launches():
         KernelInterface.__getitem__ = original
 
 
+# A launch option for kernels that sum products over threads. Fused, a thread's own product is added to that of another
+# unrounded: both hold the sum then, a last bit apart, and which of them is stored is chance.
+UNFUSED = {"enable_fp_fusion": False}
+
+
 def widen(x):
     """x in fp32 or, where it has more already, as it is: what references and statistics are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,7 +18,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require, triton_runs_on, widen
+from sidfast.kernels.backend import UNFUSED, require, triton_runs_on, widen
 from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats, sum_rows
 
 
@@ -197,7 +197,7 @@ def _sizes(xs, groups):
     BG = triton.next_power_of_2(CG)
     BK = max(1, min(triton.next_power_of_2(chunks), 2048 // BG))
     merge = {"S": S, "chunks": chunks, "C1": channels[0], "C2": sum(channels[1:]), "CG": CG, "TWO": len(xs) == 2,
-             "BK": BK, "BG": BG, "num_warps": 4 if BG <= 2048 else 8}
+             "BK": BK, "BG": BG, "num_warps": 4 if BG <= 2048 else 8, **UNFUSED}
     return N, S, channels, merge
 
 

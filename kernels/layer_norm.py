@@ -12,7 +12,7 @@ dx and dresidual are both dh; its sum over rows is the gradient of a bias in eit
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require, share, triton_runs_on, widen
+from sidfast.kernels.backend import UNFUSED, require, share, triton_runs_on, widen
 from sidfast.kernels.channel_stats import sum_rows
 
 
@@ -91,7 +91,7 @@ def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual,
 def _tile(C):
     """A whole row, and as many rows as make about 2048 elements."""
     BC = triton.next_power_of_2(C)
-    return {"BT": max(1, 2048 // BC), "BC": BC, "num_warps": 4 if BC <= 2048 else 8 if BC <= 8192 else 16}
+    return UNFUSED | {"BT": max(1, 2048 // BC), "BC": BC, "num_warps": 4 if BC <= 2048 else 8 if BC <= 8192 else 16}
 
 
 def layer_norm_forward(x, weight, bias, eps, residual=None):

@@ -1,8 +1,9 @@
 """Compile every kernel for a generation of GPUs, without a GPU: `python tests/compile_kernels.py 90`.
 
 Launches are replaced by Triton's own warm-up, which compiles for exactly the arguments of the launch. Prints a line of
-JSON for each kernel: its name, registers of a thread, bytes of a thread on the stack (registers that did not fit), and
-bytes of shared memory.
+JSON for each kernel: its name, registers of a thread, bytes of a thread on the stack (registers that did not fit),
+bytes of shared memory, and how many fused multiply-adds take a summand from another thread: a sum of products that each
+thread rounds in its own way, so that which of them is stored is chance.
 """
 
 import json
@@ -64,7 +65,14 @@ def usage(kernel):
         text = subprocess.run([_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True,
                               check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-    return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+    return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared,
+            "fused_across": fused_across(kernel.asm["ptx"])}
+
+
+def fused_across(ptx):
+    from_others = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    return sum(not from_others.isdisjoint(operands.split(", ")) for operands in re.findall(
+        r"fma\.rn\.f32\s+%\w+, ([^;]+);", ptx))
 
 
 def all_gradients(outputs, *inputs):
@@ -104,6 +112,11 @@ def launch_everything(dtype):
             geglu_backward(draw(64, 4 * width), draw(64, 8 * width), sums_type=torch.float32)
         up = draw(64, 8 * width)
         all_gradients([geglu(up)], up)
+    for width in (8, 12, 66):                            # nothing that 16 bytes divide: an element a thread
+        x, weight, bias = draw(3, 5, width), draw(width), draw(width)
+        all_gradients(layer_norm(x, weight, bias, residual=x.detach()), x, weight, bias)
+        all_gradients([group_norm(x, weight, bias, 2, silu=True)], x, weight, bias)
+        all_gradients([geglu(x)], x)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Kernels compile for real GPUs, which the interpreter cannot show; and nothing spills out of registers."""
+"""Kernels compile for real GPUs, which the interpreter cannot show; nothing spills out of registers, and threads that
+hold the same sum hold the same bits."""
 
 import json
 import subprocess
@@ -19,3 +20,4 @@ def test_every_kernel_compiles(generation):
     assert len({k["kernel"] for k in kernels}) == source.count("_kernel(p_")               # not one left out
     spilling = [k for k in kernels if k["stack"]]
     assert not spilling, spilling
+    assert not any(k["fused_across"] for k in kernels)
