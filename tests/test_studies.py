@@ -330,7 +330,9 @@ def test_smoke_study_is_complete(whole):
             assert run["curve"][-1]["accuracy"] == run["metrics"]["accuracy"]
     assert results["variants"]["stale"]["difference"]["fid_small_clip"]["n"] == 2
     costs = json.loads((whole / "costs.json").read_text())
-    assert all(0 < cost["training_s"] < cost["wall_s"] for runs in costs.values() for cost in runs.values())
+    for cost in (cost for runs in costs.values() for cost in runs.values()):
+        assert 0 < cost["training_s"] < cost["training_s"] + sum(cost["between_steps_s"].values()) < cost["wall_s"]
+        assert cost["between_steps_s"]["evaluation"] > 0
     table = (whole / "table.md").read_text()
     assert "| stale | 2/2 |" in table and "| teacher, 50 steps, guidance 1.5 |" in table
     [teacher] = results["teacher"]

@@ -176,7 +176,8 @@ class Worker:
         from sidfast.studies.record import COST
 
         gpu = self.device.type == "cuda"
-        cost = {"training_s": round(_training_seconds(lines), 3), "wall_s": round(wall, 3), "runs_at_once": self.jobs,
+        cost = {"training_s": round(_training_seconds(lines), 3), "wall_s": round(wall, 3),
+                "between_steps_s": _seconds_between_steps(lines), "runs_at_once": self.jobs,
                 "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
                 "peak_gib": max((line["peak_gib"] for line in lines if "peak_gib" in line), default=None)}
         write_atomically(self.out / run.folder / COST, json.dumps(cost, indent=1) + "\n")
@@ -203,6 +204,17 @@ def _training_seconds(lines):
         if "images_per_s" in line:
             seconds, images = seconds + (line["images"] - images) / line["images_per_s"], line["images"]
     return seconds
+
+
+def _seconds_between_steps(lines):
+    """What was done between updates, along the run: {phase: seconds}; start and end of the run are no part of it."""
+    seconds, step = dict.fromkeys(("checkpoint", "sampling", "evaluation"), 0.0), 0
+    for line in lines:
+        if "images_per_s" in line:
+            for phase in seconds:
+                seconds[phase] += (line["step"] - step) * line.get(f"seconds/{phase}", 0.0)
+            step = line["step"]
+    return {phase: round(spent, 3) for phase, spent in seconds.items()}
 
 
 def _curve(lines, config, metrics):
