@@ -76,7 +76,7 @@ def _against(results, x, y):
             axes.annotate(f"{point['guidance']:g}", place, textcoords="offset points", xytext=(5, 5), color="gray")
     axes.set(xlabel=f"{label(x)} (higher is better)", ylabel=f"{label(y)} (lower is better)")
     if 0 < 10 * min(heights) < max(heights):
-        axes.set(yscale="log")
+        _logarithmic(axes)
     return _finish(figure, axes)
 
 
@@ -98,7 +98,8 @@ def _over_images(results, metric):
             for point in run["curve"] if run["status"] == "done" else ():
                 if point["images"] and point.get(metric) is not None:  # (the start is the same for all, far off)
                     by_images.setdefault(point["images"], []).append(point[metric])
-        points = [(images, interval(values)) for images, values in sorted(by_images.items())]
+        seeds = max(map(len, by_images.values()), default=0)                     # (a mean over fewer is another mean)
+        points = [(n, interval(values)) for n, values in sorted(by_images.items()) if len(values) == seeds]
         if not points:
             continue
         drawn = True
@@ -112,8 +113,18 @@ def _over_images(results, metric):
         return None
     axes.set(xlabel="training images", ylabel=label(metric))
     if metric.startswith("fid") and 0 < 10 * lowest < highest:
-        axes.set(yscale="log", ylim=(lowest / 2, None))
+        _logarithmic(axes)
+        axes.set(ylim=(lowest / 2, None))
     return _finish(figure, axes)
+
+
+def _logarithmic(axes):
+    from matplotlib.ticker import LogLocator
+
+    axes.set(yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _finish(figure, axes):
