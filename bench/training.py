@@ -1,7 +1,9 @@
 """The real trainer on SD 1.5's architecture with random weights, for benchmarks: `deepspeed sidfast/train.py`."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -34,10 +36,12 @@ def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, 
 
 
 def free_port():
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port that nobody has now, and that no connection gets by chance before it is used (those begin at 32768)."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def median_speed(rows):

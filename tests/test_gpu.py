@@ -84,7 +84,7 @@ def embedded(tmp_path_factory):
         for fast in (False, True):
             config = {
                 "model": {"teacher": str(ROOT / "assets" / "teacher")}, "data": {"prompts": "shapes:train"},
-                "train": {"steps": STEPS, "batch_size": 16, "micro_batch": 8, "log_every": 1, "save_every": 0,
+                "train": {"steps": STEPS, "batch_size": 16, "micro_batch": 16, "log_every": 1, "save_every": 0,
                           "samples": 0},
                 "optimizer": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
                 "speed": {"fused": fast, "cuda_graphs": fast, "tf32": False},
