@@ -36,7 +36,7 @@ def run_training(folder, teacher, changes, size, micro_batch, steps, gpus=None, 
 
 
 def free_port():
-    """A TCP port that nobody has now, and that no connection gets by chance before it is used (those begin at 32768)."""
+    """A TCP port that nobody has now, below those that connections get by chance before it is used."""
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as s, contextlib.suppress(OSError):

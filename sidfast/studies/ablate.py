@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -137,7 +136,7 @@ def _work(study, path, out, jobs, left):
 
 
 def _start(path, out, jobs, threads, gpu, k):
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0",
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0",
                                 "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -154,12 +153,6 @@ def _gpus():
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _tell(study, out, seen):
