@@ -35,6 +35,17 @@ def check_deepspeed(section):
         for key in ("bf16", "fp16"):
             if key in own:
                 raise ValueError(f"{name}.{key}: all networks compute in one type; set deepspeed.{key} instead")
+        _check_offload(section.get("zero_optimization", {}) | own.get("zero_optimization", {}), name)
+
+
+def _check_offload(zero, name):
+    """What only stage 3 does, and other stages do otherwise or not at all; `zero`: as an engine gets it."""
+    for key in ("offload_param", "offload_optimizer"):
+        device, place = (zero.get(key) or {}).get("device", "none"), f"{name}.zero_optimization.{key}"
+        if zero.get("stage", 0) != 3 and (device == "nvme" or (key == "offload_param" and device != "none")):
+            raise ValueError(f"{place}: {device} needs ZeRO stage 3")
+        if device == "nvme" and not zero[key].get("nvme_path"):
+            raise ValueError(f"{place}.nvme_path: is missing")
 
 
 def _check(section, name, further=()):
@@ -50,9 +61,13 @@ def _check(section, name, further=()):
     for key in ("bf16", "fp16", "zero_optimization"):
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"{name}.{key}: must be a section, not {section[key]!r}")
-    for key, offload in section.get("zero_optimization", {}).items():
-        if key.startswith("offload_") and not isinstance(offload, dict | None):
-            raise ValueError(f"{name}.zero_optimization.{key}: must be a section or null, not {offload!r}")
+    for key, value in section.get("zero_optimization", {}).items():
+        if key.startswith("cpu_offload"):
+            raise ValueError(f"{name}.zero_optimization.{key} is of older DeepSpeeds; set "
+                             f"{name}.zero_optimization.{'offload_param' if 'param' in key else 'offload_optimizer'} "
+                             'to {"device": "cpu"} instead')
+        if key.startswith("offload_") and not isinstance(value, dict | None):
+            raise ValueError(f"{name}.zero_optimization.{key}: must be a section or null, not {value!r}")
     for place, (kinds, words) in _TYPES.items():
         value, keys = section, place.split(".")
         while keys and keys[0] in value:

@@ -80,6 +80,10 @@ def edit(name, **values):
     ("deepspeed.fake_score.zero_optimization.stag=2", ["deepspeed.fake_score.zero_optimization.stage?"]),
     ('deepspeed.zero_optimization.offload_optimizer={"devise": "cpu"}', ["deepspeed.zero_optimization.offload_optimizer"
                                                                          ".device?"]),
+    ("deepspeed.zero_optimization.cpu_offload=true", ['.offload_optimizer to {"device": "cpu"} instead']),
+    ('deepspeed.zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}', ["offload_param", "stage 3"]),
+    ('deepspeed.zero_optimization={"stage": 2, "offload_optimizer": {"device": "nvme"}}', ["nvme", "stage 3"]),
+    ('deepspeed.zero_optimization={"stage": 3, "offload_optimizer": {"device": "nvme"}}', ["nvme_path"]),
     ("deepspeed.zero_optimization.offload_optimizer=3", ["deepspeed.zero_optimization.offload_optimizer", "section"]),
     ("deepspeed.zero_optimization.reduce_bucket_size=-1", ["deepspeed.zero_optimization.reduce_bucket_size: ", "-1"]),
     ("noise.std=2", ["noise.std", "ddpm"]),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, Forked
 from scipy import stats
 
@@ -14,10 +15,11 @@ from sidfast import cli
 from sidfast.errors import UserError
 from sidfast.studies import ablate
 from sidfast.studies.plots import plots
-from sidfast.studies.record import claimed
+from sidfast.studies.record import claimed, is_final, read_record
 from sidfast.studies.results import interval, metric_names
 from sidfast.studies.study import Run, load_study, read_study
 from sidfast.studies.table import label, markdown
+from sidfast.studies.worker import Worker
 from sidfast.training import measure, speed
 
 STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
@@ -235,6 +237,22 @@ def results(tmp_path, study_file):
         (tmp_path / "out" / run.folder / COST).write_text(json.dumps({
             "training_s": 10.0 + run.seed, "wall_s": 12.0, "runs_at_once": 2, "device": "CPU", "peak_gib": None}))
     return collect(study, tmp_path / "out"), costs(study, tmp_path / "out"), fid
+
+
+def test_signal_as_a_run_ends(study_file, tmp_path, monkeypatch):
+    """Its result is kept, and no other run begins."""
+    study = read_study(study_file(seeds=[0, 1]))
+    worker = Worker(study, tmp_path / "out", 1, torch.device("cpu"))
+
+    def train(run):
+        worker.stopped = "SIGTERM"
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(worker, "_train", train)
+    monkeypatch.setattr("sidfast.studies.worker._strip", lambda *_: None)
+    with pytest.raises(SystemExit):
+        worker.work()
+    assert [is_final(read_record(tmp_path / "out", run)) for run in study.runs][:2] == [True, False]
 
 
 def test_difference_is_paired(results):

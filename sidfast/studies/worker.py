@@ -53,7 +53,7 @@ class Worker:
     def __init__(self, study, out, jobs, device):
         """`jobs`: processes that share the device, for the cost."""
         self.study, self.out, self.jobs, self.device = study, out, jobs, device
-        self.memo, self.teacher = {}, None
+        self.memo, self.teacher, self.stopped = {}, None, None
 
     def work(self):
         """Everything that is neither finished nor another process's: the teacher's points, the runs."""
@@ -121,6 +121,8 @@ class Worker:
         self._write_cost(run, lines, time.perf_counter() - started)
         if status != "failed":
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if self.stopped:                                 # by a signal as the run was ending: before the next one
+            sys.exit(1)
         gc.collect()
         if self.device.type == "cuda":
             import torch
@@ -153,6 +155,7 @@ class Worker:
             result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop, self.memo)
         finally:
             stop.close()
+            self.stopped = stop.asked
         if _lines(folder / "metrics.jsonl")[-1]["step"] < run.config.train.total_steps:
             sys.exit(1)                                  # stopped by a signal: the next call goes on from here
         return result if self.study.of_shapes else self._evaluate(folder)
@@ -207,7 +210,10 @@ def _training_seconds(lines):
 
 
 def _seconds_between_steps(lines):
-    """What was done between updates, along the run: {phase: seconds}; start and end of the run are no part of it."""
+    """What was done between updates, along the run: {phase: seconds}; start and end of the run are no part of it.
+
+    Steps that an interruption left without a line count as those after it.
+    """
     seconds, step = dict.fromkeys(("checkpoint", "sampling", "evaluation"), 0.0), 0
     for line in lines:
         if "images_per_s" in line:

@@ -43,6 +43,11 @@ class Stop:
                                                        async_op=True)
         return _name(before)
 
+    @property
+    def asked(self):
+        """The name of the first signal that has reached this process, or None."""
+        return _name(self._asked)
+
     def settle(self):
         """Ask no more; a collective call when the run has ended."""
         self._answer()

@@ -151,7 +151,8 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
 
 def _conclude(out, progress, stopped, fault, run, result):
     """Say how the run ended. Raises RunError if not all of it is on disk."""
-    good, again = last_good(f"{out}/checkpoints"), "the same command goes on from there"
+    good = last_good(f"{out}/checkpoints")
+    again = "the same command begins anew" if good == "none" else "the same command goes on from there"
     if fault:
         raise RunError(f"step {progress.step} is not saved: {fault}. The last good checkpoint is {good}; {again}")
     if stopped:
