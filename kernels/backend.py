@@ -13,6 +13,9 @@ from triton.runtime.jit import KernelInterface
 
 INTERPRETED = triton.knobs.runtime.interpret             # read once, as Triton does when it decorates a kernel
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A launch option for kernels that sum products over threads. Fused, a thread's own product is added to that of another
+# unrounded: both hold the sum then, a last bit apart, and which of them is stored is chance.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def triton_runs_on(x):
@@ -41,11 +44,6 @@ def without_launches():
         yield
     finally:
         KernelInterface.__getitem__ = original
-
-
-# A launch option for kernels that sum products over threads. Fused, a thread's own product is added to that of another
-# unrounded: both hold the sum then, a last bit apart, and which of them is stored is chance.
-UNFUSED = {"enable_fp_fusion": False}
 
 
 def widen(x):
