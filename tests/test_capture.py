@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from helpers_method import objective_of, random_batch, setting
 from sidfast.kernels.backend import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,12 +61,13 @@ def test_passes_can_be_captured(update, engine):
 
 @pytest.mark.parametrize("options", [
     {"source": "multistep", "steps": 3}, {"degradation": "blur", "strength": 0.7},
-    {"source": "multistep", "steps": 2, "degradation": "noise", "strength": 0.3}], ids=str)
+    {"source": "multistep", "steps": 2, "degradation": "noise", "strength": 0.3},
+    {"teacher_share": 0.3, "teacher_steps": 3, "teacher_guidance": 1.5}], ids=str)
 def test_sources_can_be_captured(options):
     section, objective = Synthetic(**options), objective_of()
     assert cannot_capture(section) is None
     networks, *_ = setting(make=small)
-    source = build_source(section, networks, objective, {}, None)
+    source = build_source(section, networks, objective, {}, lambda: DDIMScheduler(clip_sample=False))
     batch = random_batch(1, shape=(4, 4, 4), text_width=12, noises=source.noises)
     for _ in ("warm-up", "capture"):
         with torch.no_grad(), Watch() as watch:

@@ -20,7 +20,7 @@ def build():
 
 @pytest.mark.parametrize("chunk", (1, 700, 2**26))
 def test_views(monkeypatch, chunk):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     unet = pass_layout(build())
     before = {name: (p.detach().clone(), p.stride()) for name, p in unet.named_parameters()}
     flat = Flat(unet)

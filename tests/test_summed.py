@@ -5,9 +5,11 @@ import pytest
 import torch
 from helpers_method import micro_batches, objective_of, setting
 from test_losses import poison
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidfast.errors import NothingFinite
 from sidfast.method.distill import fake_score_update, generator_update
+from sidfast.networks import flat as flat_module
 from sidfast.networks.summed import GradientSums, SummedLoss
 from sidfast.networks.trained import Trained
 
@@ -113,6 +115,26 @@ def test_sums_are_in_fp32(kind):
         loss(1.0, k == 0, torch.full((1,), value, dtype=kind))
     loss.hand_over().backward()
     assert trained.flat.chunks[0].grad.dtype == kind and trained.flat.chunks[0].grad[0] == 2
+
+
+def test_gradients_are_handed_over_one_chunk_after_the_other(monkeypatch):
+    """An engine that takes each away never has two of them."""
+    monkeypatch.setattr(flat_module, "CHUNK", 50)
+    trained, order = Trained(torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4))).bfloat16(), flat=True), []
+    for chunk in trained.flat.chunks:
+        chunk.register_post_accumulate_grad_hook(lambda _: order.append("taken"))
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten._to_copy:
+                order.append("made")
+            return function(*args, **(kwargs or {}))
+
+    loss = SummedLoss(trained, lambda net, x: (net(x).float().sum(), x.isfinite().all(1)), None)
+    loss(1.0, True, torch.ones(2, 6, dtype=torch.bfloat16))
+    with Casts():
+        loss.hand_over().backward()
+    assert order == ["made", "taken"] * len(trained.flat.chunks) and len(order) > 2
 
 
 def test_weights_and_unused_parameters():

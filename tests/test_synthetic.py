@@ -27,7 +27,7 @@ from sidfast.data.diversity import fixed_z, training_prompts
 from sidfast.data.prompts import open_prompts
 from sidfast.errors import UserError
 from sidfast.method.distill import fake_score_update, generate, generator_update
-from sidfast.method.synthetic import DEGRADATIONS, SOURCES, build_source, cannot_capture
+from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, build_source, cannot_capture
 from sidfast.networks.loading import load_teacher
 from sidfast.training.batches import Batches, TextEncoder, noise_levels
 from sidfast.training.checkpoint import read_tensors
@@ -127,9 +127,9 @@ def teacher(tiny_teacher):
     return load_teacher(str(tiny_teacher))
 
 
-@pytest.mark.parametrize("guidance", [None, 1.0])
+@pytest.mark.parametrize("guidance, chance", [(None, [.1, .5, .3, .9, .39]), (1.0, [.1, .5, .41, .9, .39])])
 @torch.no_grad()
-def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance):
+def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, chance):
     """Rows below the share are what diffusers' own pipeline makes of the same z; the others the generator's."""
     prompts = ["a red circle", "a blue square", "", "two shapes", "x"]
     pipe = StableDiffusionPipeline(
@@ -138,7 +138,7 @@ def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance):
         requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     text, null = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, ""))
-    batch = random_batch(5, shape=(4, 8, 8))._replace(text=text, null=null, chance=torch.tensor([.1, .5, .3, .9, .39]))
+    batch = random_batch(5, shape=(4, 8, 8))._replace(text=text, null=null, chance=torch.tensor(chance))
     generator = copy.deepcopy(teacher.unet)
     with torch.no_grad():
         for p in generator.parameters():
@@ -152,8 +152,8 @@ def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance):
     want = pipe(prompts, latents=batch.z, num_inference_steps=4, guidance_scale=guidance or 2.0,
                 output_type="latent").images
     own = generate(generator, batch.z, text, objective)
-    for n, drawn_by_teacher in enumerate((True, False, True, False, True)):
-        assert_close(f"image {n}", got[n], (want if drawn_by_teacher else own)[n], 1e-4)
+    for n, c in enumerate(chance):
+        assert_close(f"image {n}", got[n], (want if c < 0.4 else own)[n], 1e-4)
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0, 1.7])
@@ -181,7 +181,22 @@ def test_every_source_and_degradation_is_tested():
 
 def test_what_cuda_graphs_cannot_hold():
     assert cannot_capture(Synthetic()) is None and cannot_capture(Synthetic(source="multistep", steps=2)) is None
-    assert "teacher_share" in cannot_capture(Synthetic(teacher_share=0.1))
+
+
+@pytest.fixture
+def wilful():
+    """A source whose shapes depend on values, for as long as a test."""
+    class Wilful(Generator, name="wilful"):
+        capturable = False
+
+    yield
+    del SOURCES["wilful"]
+
+
+def test_a_source_that_cuda_graphs_cannot_hold(wilful, tiny_config):
+    assert "'wilful'" in cannot_capture(Synthetic(source="wilful"))
+    with pytest.raises(UserError, match=r"speed\.cuda_graphs.*'wilful'"):
+        build_config(tiny_config | {"synthetic": {"source": "wilful"}, "speed": {"cuda_graphs": True}}, "file")
 
 
 # Batches
@@ -255,6 +270,19 @@ def test_data_do_not_depend_on_micro_batches_or_processes(options):
     for name, value in want.items():
         assert torch.equal(split[name], value), name
         assert torch.equal(torch.cat([s[name] for s in shares]), value), name
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
+def test_the_teacher_s_rows_are_dealt_out_evenly(share):
+    """No micro-batch has more than are drawn for it, and over many steps each row has its share."""
+    stream = batches(teacher_share=share)
+    chances = torch.stack([joined(stream(step, "fake_score"))["chance"] for step in range(300)])
+    assert (chances >= 0).all() and (chances < 1).all()
+    for size in (1, 2, 4, 8):
+        counts = (chances < share).unfold(1, size, 1).sum(-1)
+        assert (counts >= np.floor(share * size)).all() and (counts <= np.ceil(share * size)).all()
+    assert (chances < share).double().mean(0).sub(share).abs().max() < 0.1
+    assert chances.mean(0).sub(0.5).abs().max() < 0.1 and chances.std(0).sub(12 ** -0.5).abs().max() < 0.05
 
 
 def test_temperature_scales_z():
@@ -480,13 +508,11 @@ def test_same_curve_on_two_processes(pairs, name, other):
     ({"unique_prompts": 5, "prompt_share": 0.1}, ["unique_prompts", "prompt_share"]),
     ({"prompt_share": 0.1}, ["prompt_share", "shapes world", "unique_prompts"]),
     ({"temperature": 0}, ["synthetic.temperature"]), ({"teacher_share": 1.5}, ["synthetic.teacher_share"]),
-    ({"teacher_share": 0.1, "+speed": {"cuda_graphs": True}}, ["speed.cuda_graphs", "synthetic.teacher_share"]),
     ({"surce": "ema"}, ["unknown key synthetic.surce", "synthetic.source"]),
 ], ids=str)
 def test_settings_that_make_no_sense(tiny_config, section, words):
     with pytest.raises(UserError) as caught:
-        others = {name[1:]: section.pop(name) for name in list(section) if name[0] == "+"}
-        build_config(tiny_config | {"synthetic": section} | others, "file")
+        build_config(tiny_config | {"synthetic": section}, "file")
     text = str(caught.value)
     assert all(word in text for word in words) and "\n" not in text, text
 

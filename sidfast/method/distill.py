@@ -47,7 +47,7 @@ class Objective:
 class Batch(NamedTuple):
     """One micro-batch: text [N, L, D], null [1, L, D], z and eps [N, C, H, W], timesteps t [N], dropped [N] (bool:
     without text); and what a source of images may need besides: noise [N, noises, C, H, W], chance [N], uniform in
-    [0, 1)."""
+    [0, 1) and dealt out evenly (Batches)."""
 
     text: torch.Tensor
     null: torch.Tensor

@@ -101,27 +101,26 @@ class MultiStep(Source, name="multistep"):
 
 
 class TeacherShare:
-    """Another source's images, of which a random share is replaced by the teacher's: DDIM from the same z and text."""
+    """Another source's images, of which a share is replaced by the teacher's: DDIM from the same z and text.
 
-    capturable = False                                   # which rows are the teacher's depends on values
+    So that shapes depend on no value, the teacher draws for one row more than the share is of a batch, rounded down:
+    of no batch are more rows its own (`Batches` deals them out evenly).
+    """
 
-    def __init__(self, inner, teacher, scheduler, share, steps, guidance, sharded=False):
+    def __init__(self, inner, teacher, scheduler, share, steps, guidance):
         """`inner`: the Source; `teacher`: the teacher's UNet; `scheduler`: a diffusers DDIMScheduler, run for `steps`
-        steps; `share`: the probability of each image; `guidance`: kappa of eq. 3; `sharded`: whether the teacher's
-        passes are collective calls."""
-        self.inner, self.teacher, self.scheduler, self.sharded = inner, teacher, scheduler, sharded
+        steps; `share`: the probability of each image; `guidance`: kappa of eq. 3."""
+        self.inner, self.teacher, self.scheduler = inner, teacher, scheduler
         self.share, self.guidance, self.noises = share, guidance, inner.noises
         scheduler.set_timesteps(steps)
 
     def __call__(self, batch):
-        """As Source's; rows with chance < share are the teacher's. The host waits to know which."""
+        """As Source's; rows with chance < share are the teacher's."""
         x = self.inner(batch)
-        rows = (batch.chance < self.share).nonzero().flatten()
-        if len(rows):
-            return x.index_copy(0, rows, self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype))
-        if self.sharded:                                 # (others may have rows: this process must take part)
-            self._sample(batch.z[:1], batch.text[:1], batch.null)
-        return x
+        rows = batch.chance.argsort()[:math.floor(self.share * len(x)) + 1]
+        drawn = self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype)
+        own = (batch.chance[rows] < self.share)[:, None, None, None]
+        return x.index_copy(0, rows, torch.where(own, drawn, x[rows]))
 
     def _sample(self, x, text, null):
         x = x * self.scheduler.init_noise_sigma
@@ -188,12 +187,11 @@ class Degraded:
         return self.degradation(self.inner(batch), batch.noise[:, self.inner.noises:])
 
 
-def build_source(section, networks, objective, copies, scheduler, shared=False, sharded=False):
+def build_source(section, networks, objective, copies, scheduler, shared=False):
     """What draws the images of one run: a Source, or what stands around one and is called alike.
 
     `section`: the configuration's `synthetic`; `copies`: {kind: UNet} of the copies that its source draws with;
-    `scheduler()`: a diffusers DDIMScheduler for the teacher; `shared`: take the images of the generator's update;
-    `sharded`: whether the teacher's weights are (ZeRO stage 3).
+    `scheduler()`: a diffusers DDIMScheduler for the teacher; `shared`: take the images of the generator's update.
     """
     cls = Shared if shared else SOURCES[section.source]
     unet = copies[cls.copy] if cls.copy else networks.generator.module.denoiser
@@ -201,7 +199,7 @@ def build_source(section, networks, objective, copies, scheduler, shared=False, 
     if section.teacher_share:
         guidance = objective.kappa4 if section.teacher_guidance is None else section.teacher_guidance
         source = TeacherShare(source, networks.teacher, scheduler(), section.teacher_share, section.teacher_steps or 50,
-                              guidance, sharded)
+                              guidance)
     if section.degradation:
         source = Degraded(source, DEGRADATIONS[section.degradation](section.strength))
     return source
@@ -209,6 +207,4 @@ def build_source(section, networks, objective, copies, scheduler, shared=False, 
 
 def cannot_capture(section):
     """Why CUDA graphs cannot hold a section's images, or None."""
-    if section.teacher_share:
-        return "which images are the teacher's (synthetic.teacher_share) depends on values"
     return None if SOURCES[section.source].capturable else f"synthetic.source {section.source!r} depends on values"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_CHUNK, _ALIGNED = 2**26, 64                             # elements
+CHUNK, _ALIGNED = 2**26, 64                             # elements
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Place:
 
 
 class Flat(nn.Module):
-    """Holds all parameters of `network` in `chunks`, parameters themselves, of about 2^26 elements; zeros between them
+    """Holds all parameters of `network` in `chunks`, parameters themselves, of about CHUNK elements; zeros between them
     align each for the kernels that read it.
 
     The network's own parameters are views from `bind` on. Call it again whenever the chunks have moved in memory or
@@ -37,7 +37,7 @@ class Flat(nn.Module):
         super().__init__()
         self._places, sizes = [], []                     # of each chunk
         for name, p in network.named_parameters():
-            if not sizes or sizes[-1] + p.numel() > _CHUNK:
+            if not sizes or sizes[-1] + p.numel() > CHUNK:
                 self._places.append([])
                 sizes.append(0)
             self._places[-1].append(_Place(name, p, sizes[-1]))

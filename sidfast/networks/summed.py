@@ -63,8 +63,9 @@ class SummedLoss:
         return outcome
 
     def hand_over(self, _=None):
-        """A scalar whose gradients in the Flat's chunks are the sums, in the chunks' type."""
-        return _HandOver.apply(self._sums, *self._flat.chunks)
+        """A scalar whose gradients in the Flat's chunks are the sums, in the chunks' type; made chunk by chunk, so that
+        an engine that moves gradients away (ZeRO stage 2) never has all of them."""
+        return sum(_HandOver.apply(*pair) for pair in zip(self._sums, self._flat.chunks, strict=True))
 
     def warm_up(self, *tensors):
         """Run both passes for real, as is needed before capture. Losses that share memory are best all warmed up before
@@ -144,10 +145,10 @@ class SummedLoss:
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sums, *chunks):
-        ctx.sums, ctx.dtype = sums, chunks[0].dtype
-        return torch.zeros((), device=chunks[0].device)
+    def forward(ctx, total, chunk):
+        ctx.total, ctx.dtype = total, chunk.dtype
+        return torch.zeros((), device=chunk.device)
 
     @staticmethod
     def backward(ctx, _):
-        return None, *(s.detach().to(ctx.dtype) for s in ctx.sums)
+        return None, ctx.total.detach().to(ctx.dtype)

@@ -79,6 +79,7 @@ class Batches:
         self.size, self.seed, self.dropout, self.device = train.batch_size, train.seed, dropout, device
         self.at_once = {update: train.images_at_once(update) for update in UPDATES}
         self.temperature, self.z_per_prompt = synthetic.temperature, synthetic.z_per_prompt
+        self.teacher_share = synthetic.teacher_share
         self.noises = {"fake_score": noises, "generator": 0}
         share = self.size // processes
         self.rows = range(rank * share, (rank + 1) * share)
@@ -95,7 +96,7 @@ class Batches:
         dropped = self._uniform(generator) < self.dropout
         further = [self._normal(generator) for _ in range(self.noises[update])]
         noise = torch.stack(further, 1) if further else z[:, None][:, :0]
-        chance, which = self._uniform(generator), self._uniform(generator)
+        chance, which = self._even(generator, self.teacher_share), self._uniform(generator)
         z, eps, t, dropped, noise, chance = (v[mine] for v in (z, eps, t, dropped, noise, chance))
         if self.z_per_prompt is not None:
             which = (which[mine] * self.z_per_prompt).long().tolist()
@@ -137,3 +138,9 @@ class Batches:
 
     def _uniform(self, generator):
         return torch.rand(self.size, generator=generator, device=self.device)
+
+    def _even(self, generator, share):
+        """[size] (fp64), uniform in [0, 1): of any N consecutive ones, `share` N are below `share`, rounded up or down
+        (systematic sampling)."""
+        start = self._uniform(generator)[0].double()
+        return (start - share * torch.arange(self.size, device=self.device, dtype=torch.float64)) % 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sidfast.networks.flat import CHUNK
 from sidfast.training.engines import compute_dtype, moments_kept, offloads
 
 
@@ -63,8 +64,8 @@ def sums(zero, P):
 
 def during_hand_over(zero, P):
     """Bytes while an engine below stage 3 takes the sums over: gradients in the computing type (the sums themselves at
-    stage 0 in fp32), the buckets in which they are reduced, and stage 2's own part."""
-    gradients = zero.width * P * (zero.width < 4 or zero.stage == 1)
+    stage 0 in fp32; at stage 2 one chunk at a time), the buckets in which they are reduced, and stage 2's own part."""
+    gradients = zero.width * (min(P, CHUNK) if zero.stage == 2 else P) * (zero.width < 4 or zero.stage == 1)
     partition = zero.width * P / zero.gpus * (zero.stage == 2 and not zero.offload)
     return gradients + partition + zero.width * zero.bucket * (zero.stage in (1, 2))
 

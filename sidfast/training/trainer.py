@@ -105,7 +105,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     objective = Objective(schedule, teacher.prediction_type, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
                           config.noise.t_init)
     source = build_source(config.synthetic, networks, objective, {kind: one.unet for kind, one in copies.items()},
-                          teacher.sampler, speed.share_generator_forward, 3 in stages)
+                          teacher.sampler, speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
     batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic),
