@@ -281,11 +281,18 @@ def test_plots(results):
     from sidfast.studies.plots import encode
 
     figures = plots(results[0])
-    assert set(figures) == {"fid-clip", "fid-small-clip-images", "clip-score-images", "accuracy-images"}
+    assert set(figures) == {"fid-clip", *(f"{metric}-{kind}" for metric in ("fid-small-clip", "clip-score", "accuracy")
+                                          for kind in ("images", "variants"))}
     assert encode(figures["fid-clip"], "png")[:4] == b"\x89PNG"
     [axes] = figures["fid-small-clip-images"].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines == {"a": [[16, 9], [32, pytest.approx(3.125)]], "b": [[16, 9], [32, pytest.approx(6.7 / 3)]]}
+    [axes] = figures["fid-small-clip-variants"].axes     # (of "c", nothing ended)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    for row, (bar, name) in enumerate(zip(axes.containers, "ab", strict=True)):
+        assert bar[0].get_xydata().tolist() == [[pytest.approx(results[0]["variants"][name]["summary"][
+            "fid_small_clip"]["mean"]), row]]
+    assert axes.get_xlim()[0] < 1.2 and axes.get_xlim()[1] > 4.0
 
 
 def test_teacher_stands_beside_its_students(results):

@@ -1,4 +1,5 @@
-"""A study's plots, as PNG and SVG: FID against CLIP score, and each metric against training images."""
+"""A study's plots, as PNG and SVG: FID against CLIP score, and each metric variant by variant and against training
+images."""
 
 import io
 import math
@@ -17,9 +18,14 @@ def plots(results):
         if metric.startswith("fid") and clip:
             found["fid-clip"] = _against(results, clip, metric)
     for metric in metrics:
+        found[f"{_stem(metric)}-variants"] = _by_variant(results, metric)
         if any(len(run["curve"]) > 1 for variant in results["variants"].values() for run in variant["runs"].values()):
-            found[f"{metric.replace('_', '-')}-images"] = _over_images(results, metric)
+            found[f"{_stem(metric)}-images"] = _over_images(results, metric)
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _stem(metric):
+    return metric.replace("_", "-")
 
 
 def encode(figure, kind):
@@ -30,13 +36,13 @@ def encode(figure, kind):
     return data.getvalue()
 
 
-def _figure():
+def _figure(height=5):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "sidfast"      # or the names inside an SVG would be random
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
@@ -88,6 +94,38 @@ def _means(summaries, x, y):
     return means, {f"{axis}err": half for axis, half in zip("xy", spread, strict=True) if any(half)}
 
 
+def _by_variant(results, metric):
+    """A row for each variant: a dot for each seed, the mean and its interval; a line where the reference's mean is. The
+    axis has room for all dots, and intervals may leave it: of few seeds they are wide."""
+    names = [name for name, variant in results["variants"].items() if metric in variant["summary"]]
+    if not names:
+        return None
+    figure, axes = _figure(1.2 + 0.24 * len(names))
+    seeds = []
+    for row, name in enumerate(names):
+        color = "black" if name == results["reference"] else "tab:blue"
+        variant = results["variants"][name]
+        summary, values = variant["summary"][metric], [
+            run["metrics"][metric] for run in variant["runs"].values()
+            if run["status"] == "done" and run["metrics"].get(metric) is not None]
+        seeds += values
+        axes.plot(values, [row] * len(values), ".", color=color, markersize=5, alpha=0.6)
+        half = None if summary["low"] is None else summary["high"] - summary["mean"]
+        axes.errorbar(summary["mean"], row, xerr=half, color=color, marker="|", markersize=9, linewidth=1, capsize=2)
+        if name == results["reference"]:
+            axes.axvline(summary["mean"], color="black", linewidth=0.8, linestyle=":")
+    low, high = min(seeds), max(seeds)
+    if metric.startswith("fid") and 0 < 4 * low < high:
+        _logarithmic(axes, "x")
+        axes.set(xlim=(low / 1.2, high * 1.2))
+    elif low < high:
+        axes.set(xlim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
+    axes.set(xlabel=label(metric), yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def _over_images(results, metric):
     """A line for each variant through the means over seeds, with the interval as a band."""
     figure, axes = _figure()
@@ -115,16 +153,19 @@ def _over_images(results, metric):
     if metric.startswith("fid") and 0 < 10 * lowest < highest:
         _logarithmic(axes)
         axes.set(ylim=(lowest / 2, None))
+    elif metric.startswith("fid"):
+        axes.set(ylim=(0, 1.2 * highest))
     return _finish(figure, axes)
 
 
-def _logarithmic(axes):
+def _logarithmic(axes, which="y"):
     from matplotlib.ticker import LogLocator
 
-    axes.set(yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _finish(figure, axes):
