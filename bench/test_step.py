@@ -14,7 +14,7 @@ TFLOP_PER_IMAGE = 18 * 0.803                             # 18 forward passes of 
 PLAIN = {"speed": {"fused": False, "cuda_graphs": False}}
 FAST = {"speed": {"fused": True, "cuda_graphs": True}}
 BF16, FP16 = ({name: options, "zero_optimization": {"stage": 1}} for name, options in (
-    ("bf16", {"enabled": True}), ("fp16", {"enabled": True, "initial_scale_power": 8})))     # (updates that are kept)
+    ("bf16", {"enabled": True}), ("fp16", {"enabled": True, "initial_scale_power": 2})))     # (updates that are kept)
 VARIANTS = {
     **{f"fused, micro-batch {m}": ({"deepspeed": BF16, **FAST}, m, 1) for m in (4, 8)},
     "fused, micro-batch 16": ({"deepspeed": BF16, "speed": FAST["speed"] | {"overlap": False}}, 16, 1),  # (for 80 GB)

@@ -154,7 +154,7 @@ def test_memory_of_an_engine(device, stage, bf16, beta1):
     assert kept() == pytest.approx(resident, rel=0.02)
     if stage < 3:
         engine.backward(engine(engine.summed.hand_over))
-        gone = zero.width * P * (stage == 2 and bf16)    # stage 2 gives whole gradients back as it goes
+        gone = zero.width * 2 * P * (stage == 2 and bf16)                # stage 2 gives both whole gradients back
         assert kept() == pytest.approx(resident + memory.during_hand_over(zero, P) - gone, rel=0.03)
     else:
         engine.backward(engine(loss_of))                 # (not at the accumulation boundary: nothing is stepped)

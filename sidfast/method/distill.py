@@ -46,8 +46,8 @@ class Objective:
 
 class Batch(NamedTuple):
     """One micro-batch: text [N, L, D], null [1, L, D], z and eps [N, C, H, W], timesteps t [N], dropped [N] (bool:
-    without text); and what a source of images may need besides: noise [N, noises, C, H, W], chance [N], uniform in
-    [0, 1) and dealt out evenly (Batches)."""
+    without text); and what a source of images may need besides: noise [N, noises, C, H, W]; chance [N], below the share
+    of the teacher's images (Batches) for those that are its own."""
 
     text: torch.Tensor
     null: torch.Tensor
@@ -96,7 +96,7 @@ def fake_score_update(networks, objective, source=None, **options):
         batch, keep = Batch(*tensors[:-1]), tensors[-1]
         a, s = objective.schedule.coefficients(batch.t)
         with torch.no_grad():
-            x_g = source(batch)
+            x_g = torch.where(keep[:, None, None, None], source(batch), 0)
             _, x_in = add_noise(x_g, batch.eps, a, s, copies(fake_score, kappas), batch.text.dtype)
         text = drop_prompts(batch.text, batch.null, batch.dropped)
         output = predict_guided(fake_score, x_in, batch.t, text, batch.null, kappas)
@@ -197,13 +197,15 @@ def _tensors(batch):
 
 def leave_out(tensors, finite):
     """An Update's tensors (*batch, keep) with the first finite sample in the place of those that are not (with zeros
-    and no text if none is), and keep False for these."""
+    and no text if none is), and keep False for these. The teacher draws none of them: their images do not matter, and
+    it would have more of its own than it draws."""
     batch = Batch(*tensors[:-1])
     if not finite.any():
         zeros = {name: torch.zeros_like(getattr(batch, name)) for name in ("z", "eps", "noise")}
         return *batch._replace(text=batch.null.expand_as(batch.text), **zeros), finite
     rows = torch.where(finite, torch.arange(len(finite), device=finite.device), finite.to(torch.uint8).argmax())
-    return *(v if name == "null" else v[rows] for name, v in batch._asdict().items()), finite
+    taken = batch._replace(**{name: v[rows] for name, v in batch._asdict().items() if name != "null"})
+    return *taken._replace(chance=torch.where(finite, batch.chance, 1)), finite
 
 
 @contextmanager

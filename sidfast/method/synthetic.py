@@ -103,8 +103,8 @@ class MultiStep(Source, name="multistep"):
 class TeacherShare:
     """Another source's images, of which a share is replaced by the teacher's: DDIM from the same z and text.
 
-    So that shapes depend on no value, the teacher draws for one row more than the share is of a batch, rounded down:
-    of no batch are more rows its own (`Batches` deals them out evenly).
+    So that shapes depend on no value, the teacher draws as many rows of each batch as the share is of it, rounded up:
+    no batch has more rows of its own (`Batches` deals them out evenly).
     """
 
     def __init__(self, inner, teacher, scheduler, share, steps, guidance):
@@ -117,7 +117,7 @@ class TeacherShare:
     def __call__(self, batch):
         """As Source's; rows with chance < share are the teacher's."""
         x = self.inner(batch)
-        rows = batch.chance.argsort()[:math.floor(self.share * len(x)) + 1]
+        rows = batch.chance.argsort()[:math.ceil(self.share * len(x) - 1e-9)]
         drawn = self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype)
         own = (batch.chance[rows] < self.share)[:, None, None, None]
         return x.index_copy(0, rows, torch.where(own, drawn, x[rows]))

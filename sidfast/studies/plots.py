@@ -95,35 +95,39 @@ def _means(summaries, x, y):
 
 
 def _by_variant(results, metric):
-    """A row for each variant: a dot for each seed, the mean and its interval; a line where the reference's mean is. The
-    axis has room for all dots, and intervals may leave it: of few seeds they are wide."""
+    """A row for each variant with a finished run: a dot for each seed, the mean and its interval; a line where the
+    reference's mean is. The axis has room for all dots; of an interval that is wider, no end is seen."""
     names = [name for name, variant in results["variants"].items() if metric in variant["summary"]]
     if not names:
         return None
     figure, axes = _figure(1.2 + 0.24 * len(names))
-    seeds = []
+    values = {name: [value for run in results["variants"][name]["runs"].values() if run["status"] == "done"
+                     and (value := run["metrics"].get(metric)) is not None] for name in names}
     for row, name in enumerate(names):
-        color = "black" if name == results["reference"] else "tab:blue"
-        variant = results["variants"][name]
-        summary, values = variant["summary"][metric], [
-            run["metrics"][metric] for run in variant["runs"].values()
-            if run["status"] == "done" and run["metrics"].get(metric) is not None]
-        seeds += values
-        axes.plot(values, [row] * len(values), ".", color=color, markersize=5, alpha=0.6)
+        reference, summary = name == results["reference"], results["variants"][name]["summary"][metric]
+        color = "black" if reference else "tab:blue"
+        axes.plot(values[name], [row] * len(values[name]), ".", color=color, markersize=5, alpha=0.6)
         half = None if summary["low"] is None else summary["high"] - summary["mean"]
         axes.errorbar(summary["mean"], row, xerr=half, color=color, marker="|", markersize=9, linewidth=1, capsize=2)
-        if name == results["reference"]:
-            axes.axvline(summary["mean"], color="black", linewidth=0.8, linestyle=":")
-    low, high = min(seeds), max(seeds)
+        if reference:
+            axes.axvline(summary["mean"], color=color, linewidth=0.8, linestyle=":")
+    _room(axes, metric, [value for found in values.values() for value in found])
+    axes.set(xlabel=f"{label(metric)}: seeds, their mean and its 95 % interval", yticks=range(len(names)),
+             yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _room(axes, metric, values):
+    """Limits of the x axis around all values; a logarithmic axis where FIDs differ much."""
+    low, high = min(values), max(values)
     if metric.startswith("fid") and 0 < 4 * low < high:
         _logarithmic(axes, "x")
         axes.set(xlim=(low / 1.2, high * 1.2))
     elif low < high:
-        axes.set(xlim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
-    axes.set(xlabel=label(metric), yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    axes.tick_params(axis="y", labelsize=8)
-    axes.grid(alpha=0.3)
-    return figure
+        left = low - 0.1 * (high - low)
+        axes.set(xlim=(max(left, 0) if metric.startswith("fid") else left, high + 0.1 * (high - low)))
 
 
 def _over_images(results, metric):
@@ -154,7 +158,7 @@ def _over_images(results, metric):
         _logarithmic(axes)
         axes.set(ylim=(lowest / 2, None))
     elif metric.startswith("fid"):
-        axes.set(ylim=(0, 1.2 * highest))
+        axes.set(ylim=(0, None))
     return _finish(figure, axes)
 
 

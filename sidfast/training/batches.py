@@ -140,7 +140,7 @@ class Batches:
         return torch.rand(self.size, generator=generator, device=self.device)
 
     def _even(self, generator, share):
-        """[size] (fp64), uniform in [0, 1): of any N consecutive ones, `share` N are below `share`, rounded up or down
-        (systematic sampling)."""
-        start = self._uniform(generator)[0].double()
+        """[size] (fp64), each uniform in [0, 1), all from one draw: of any N consecutive ones, `share` N are below
+        `share`, rounded up or down (systematic sampling)."""
+        start = self._uniform(generator)[0].double() + 2**-25                    # (of multiples of 2^-24: none is met)
         return (start - share * torch.arange(self.size, device=self.device, dtype=torch.float64)) % 1

@@ -64,9 +64,14 @@ def sums(zero, P):
 
 def during_hand_over(zero, P):
     """Bytes while an engine below stage 3 takes the sums over: gradients in the computing type (the sums themselves at
-    stage 0 in fp32; at stage 2 one chunk at a time), the buckets in which they are reduced, and stage 2's own part."""
-    gradients = zero.width * (min(P, CHUNK) if zero.stage == 2 else P) * (zero.width < 4 or zero.stage == 1)
-    partition = zero.width * P / zero.gpus * (zero.stage == 2 and not zero.offload)
+    stage 0 in fp32), the buckets in which they are reduced, and stage 2's own part. At stage 2 the gradients are one
+    chunk at a time (two, if a bucket is smaller), and its own part whole chunks; offloading takes a chunk's norm in
+    fp64."""
+    chunk = min(P, CHUNK)
+    whole = chunk * (2 if zero.bucket < chunk else 1) if zero.stage == 2 else P
+    gradients = zero.width * whole * (zero.width < 4 or zero.stage == 1)
+    own = min(P, P / zero.gpus + 2 * chunk * (zero.gpus > 1))
+    partition = zero.width * own * (zero.stage == 2 and not zero.offload) + 8 * chunk * zero.offload
     return gradients + partition + zero.width * zero.bucket * (zero.stage in (1, 2))
 
 

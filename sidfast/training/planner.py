@@ -191,7 +191,7 @@ class Planner:
                     for zero in zeros.values())
         parts["update"] = running + steps if self._graphed(zeros.values()) else max(running, steps)
         parts["packed weights"] = sum(self.packed) * all(zero.stage < 3 for zero in zeros.values())
-        parts["fragments and workspaces"] = SLACK * sum(parts.values())
+        parts["fragments and workspaces"] = max(SLACK * sum(parts.values()), 4 * P)  # (fitted: docs/scaling.md)
         host = sum(memory.on_host(zero, P) for zero in zeros.values()) + 4 * P * ema.share(1) * ema.offload
         return Option(label, stage, offload, micro_batch, checkpointing, sum(parts.values()), parts, host,
                       batch // (micro_batch * gpus))
