@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
 
 
-SLOWEST = ("zero", "faults", "studies", "plan", "plan_command", "synthetic", "resume", "evaluate", "fused",
+SLOWEST = ("zero", "faults", "studies_runs", "plan", "plan_command", "synthetic_runs", "resume", "evaluate", "fused",
            "fused_decoder", "fit", "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure")
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, fork_training
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from test_faults import files_up_to
+from test_full_disk import files_up_to
 
 from sidfast import cli, errors, files, train
 from sidfast.config import load_config

@@ -10,7 +10,7 @@ from conftest import ROOT, environment
 from helpers_engine import optimize
 from sidfast.kernels import backend
 from test_bad_input import fails
-from test_faults import files_up_to
+from test_full_disk import files_up_to
 from test_plan import LATENT, TEXT, device  # noqa: F401 (a fixture)
 
 from sidfast import train

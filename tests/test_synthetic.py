@@ -1,4 +1,4 @@
-"""The synthetic data (method.md, section 7): each source, degradation and kind of diversity against its definition."""
+"""The sources of synthetic data and their degradations (method.md, section 7), each against its definition."""
 
 import copy
 from types import SimpleNamespace
@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import losses, run_jobs
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers_method import (
     ALPHAS_CUMPROD,
@@ -23,23 +22,16 @@ from helpers_method import (
 from scipy import ndimage
 
 from sidfast.config import Synthetic, build_config
-from sidfast.data.diversity import fixed_z, training_prompts
-from sidfast.data.prompts import open_prompts
 from sidfast.errors import UserError
 from sidfast.method.distill import Batch, fake_score_update, generate, generator_update, leave_out
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, TeacherShare, build_source, cannot_capture
 from sidfast.networks.loading import load_teacher
-from sidfast.training.batches import Batches, TextEncoder, noise_levels
-from sidfast.training.checkpoint import read_tensors
 from sidfast.training.loop import with_images
 
 
 def source_of(networks, objective=None, copies=None, **options):
     return build_source(Synthetic(**options), networks, objective or objective_of(), copies or {},
                         lambda: DDIMScheduler(trained_betas=None))
-
-
-# Sources
 
 
 def test_base_source_is_the_generator_to_the_last_bit():
@@ -80,16 +72,6 @@ def test_shared_images_are_those_of_the_generator_s_update(poisoned, size):
     assert a.loss == pytest.approx(b.loss.item(), rel=1e-5)
     assert fake_a.passes == fake_b.passes == 6 // size + spoilt
     torch.testing.assert_close(fake_a.gradients(), fake_b.gradients(), rtol=1e-4, atol=1e-4)
-
-
-def test_shared_images_come_with_their_prompts():
-    shared, usual = batches(shared=True), batches()
-    for step in range(3):
-        first, second = (joined(shared(step, update)) for update in ("generator", "fake_score"))
-        assert torch.equal(first["text"], second["text"]) and not torch.equal(first["t"], second["t"])
-        assert torch.equal(joined(usual(step, "fake_score"))["t"], second["t"])
-        assert shared.prompt(step, "generator", 1) == shared.prompt(step, "fake_score", 1)
-    assert not torch.equal(first["text"], joined(shared(3, "generator"))["text"])
 
 
 @pytest.mark.parametrize("kind", ["ema", "stale"])
@@ -234,302 +216,6 @@ def test_a_source_that_cuda_graphs_cannot_hold(wilful, tiny_config):
         build_config(tiny_config | {"synthetic": {"source": "wilful"}, "speed": {"cuda_graphs": True}}, "file")
 
 
-# Batches
-
-
-class Words:
-    """Stands in for the text encoder: an embedding is the prompt's length."""
-
-    null = torch.zeros(1, 1, 1)
-
-    def tokenize(self, prompts):
-        return torch.tensor([[len(p)] for p in prompts])
-
-    def __call__(self, ids):
-        return ids[..., None].float()
-
-
-def test_text_is_encoded_by_a_graph(tiny_teacher):
-    """With a stand-in for capture, whose replay computes in place, as a graph does."""
-    teacher, captured = load_teacher(tiny_teacher), []
-
-    def capture(function):
-        result = function()
-        captured.append(result.shape)
-        return lambda: result.copy_(function()), result
-
-    plain, graphed = (TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.bfloat16, *options)
-                      for options in ((), (capture,)))
-    ids = [plain.tokenize([f"a {color} circle", "a cross"]) for color in ("red", "green", "blue")]
-    got = [graphed(i) for i in ids]
-    for embeddings, i in zip(got, ids, strict=True):     # each of its own memory: all three are still there
-        assert embeddings.dtype == torch.bfloat16 and torch.equal(embeddings, plain(i))
-    assert captured == [got[0].shape] and torch.equal(graphed.null, plain.null)
-
-
-def batches(prompts="shapes:train", micro=4, noises=0, rank=0, processes=1, noise=None, shared=False, **synthetic):
-    config = build_config({"model": {"teacher": "x"}, "data": {"prompts": prompts}, "noise": noise or {},
-                           "train": {"steps": 1, "batch_size": 8, "micro_batch": micro, "seed": 5},
-                           "synthetic": synthetic}, "test")
-    return Batches(training_prompts(prompts, 5, config.synthetic), Words(),
-                   noise_levels(objective_of().schedule, config.noise), (4, 3, 2), config.train, 0.1, config.synthetic,
-                   noises, torch.device("cpu"), rank, processes, shared)
-
-
-def joined(pieces):
-    return {name: torch.cat([getattr(p, name) for p in pieces]) for name in pieces[0]._fields if name != "null"}
-
-
-@pytest.mark.parametrize("k, update", enumerate(("fake_score", "generator")))
-def test_base_draws_what_it_always_drew(k, update):
-    """z, eps, t, dropped in this order from one generator: whatever sources take comes after."""
-    got = joined(batches(noises=3)(7, update))
-    seed = np.random.SeedSequence([5, 7, k]).generate_state(1, np.uint64)[0]
-    g = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-    assert torch.equal(got["z"], torch.randn(8, 4, 3, 2, generator=g))
-    assert torch.equal(got["eps"], torch.randn(8, 4, 3, 2, generator=g))
-    t = 20 + (torch.rand(8, generator=g, dtype=torch.float64) * 960).floor()
-    torch.testing.assert_close(got["t"], t, rtol=0, atol=1e-6)
-    assert torch.equal(got["dropped"], torch.rand(8, generator=g) < 0.1)
-    plain = joined(batches()(7, update))
-    assert all(torch.equal(plain[name], got[name]) for name in ("text", "z", "eps", "t", "dropped"))
-    assert got["noise"].shape == (8, 3 if update == "fake_score" else 0, 4, 3, 2) and plain["noise"].shape[1] == 0
-
-
-@pytest.mark.parametrize("options", [{}, {"z_per_prompt": 2, "unique_prompts": 3, "prompt_repeats": 2},
-                                     {"temperature": 0.6}], ids=str)
-def test_data_do_not_depend_on_micro_batches_or_processes(options):
-    want = joined(batches(noises=2, **options)(3, "fake_score"))
-    split = joined(batches(noises=2, micro=2, **options)(3, "fake_score"))
-    shares = [joined(batches(noises=2, rank=r, processes=2, **options)(3, "fake_score")) for r in (0, 1)]
-    for name, value in want.items():
-        assert torch.equal(split[name], value), name
-        assert torch.equal(torch.cat([s[name] for s in shares]), value), name
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
-def test_the_teacher_s_rows_are_dealt_out_evenly(share):
-    """No micro-batch has more than are drawn for it, and over many steps each row has its share."""
-    stream = batches(teacher_share=share)
-    chances = torch.stack([joined(stream(step, "fake_score"))["chance"] for step in range(300)])
-    assert (chances >= 0).all() and (chances < 1).all()
-    for size in (1, 2, 4, 8):
-        counts = (chances < share).unfold(1, size, 1).sum(-1)
-        assert (counts >= np.floor(share * size)).all() and (counts <= np.ceil(share * size)).all()
-    assert (chances < share).double().mean(0).sub(share).abs().max() < 0.1
-    assert chances.mean(0).sub(0.5).abs().max() < 0.1 and chances.std(0).sub(12 ** -0.5).abs().max() < 0.05
-
-
-def test_temperature_scales_z():
-    hot, cold = (joined(batches(temperature=t)(0, "generator")) for t in (1.0, 0.6))
-    torch.testing.assert_close(cold["z"], 0.6 * hot["z"])
-    assert torch.equal(cold["eps"], hot["eps"])
-
-
-def test_levels_of_each_update():
-    both = batches(noise={"density": "laplace", "generator": {"density": "ddpm", "t_min": 900}})
-    plain = batches(noise={"density": "laplace"})
-    fake, gen = (joined(both(0, u))["t"] for u in ("fake_score", "generator"))
-    assert torch.equal(fake, joined(plain(0, "fake_score"))["t"]) and (gen >= 900).all()
-    assert torch.equal(gen, gen.round()) and not torch.equal(fake, fake.round())
-
-
-# Diversity
-
-
-@pytest.fixture
-def lines(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"prompt {n}\n" for n in range(200)))
-    return str(path)
-
-
-@pytest.mark.parametrize("options, count", [({"unique_prompts": 7}, 7), ({"prompt_share": 0.1}, 20)])
-def test_few_prompts_of_a_file(lines, options, count):
-    prompts = training_prompts(lines, 0, Synthetic(**options))
-    epochs = [[prompts[n] for n in range(e * count, (e + 1) * count)] for e in range(3)]
-    assert len(set(epochs[0])) == count and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert epochs[0] != epochs[1]
-    other = training_prompts(lines, 1, Synthetic(**options))
-    assert {other[n] for n in range(count)} != set(epochs[0])
-
-
-def test_all_prompts_unless_told_otherwise(lines):
-    plain = open_prompts(lines, 3)
-    prompts = training_prompts(lines, 3, Synthetic())
-    assert [prompts[n] for n in range(300)] == [plain[n] for n in range(300)]
-
-
-def test_few_prompts_of_the_shapes_world():
-    prompts = training_prompts("shapes:train", 0, Synthetic(unique_prompts=1500))
-    plain = open_prompts("shapes:train", 0)
-    for epoch in range(2):                               # a short caption as often as in the whole world
-        assert sorted(prompts[1500 * epoch + n] for n in range(1500)) == sorted(plain[n] for n in range(1500))
-
-
-def test_repeats(lines):
-    plain, prompts = open_prompts(lines, 0), training_prompts(lines, 0, Synthetic(prompt_repeats=3))
-    assert [prompts[n] for n in range(9)] == [plain[n // 3] for n in range(9)]
-
-
-def test_more_prompts_than_there_are(lines):
-    with pytest.raises(UserError, match=r"synthetic.unique_prompts \(201\).*200 prompts"):
-        training_prompts(lines, 0, Synthetic(unique_prompts=201))
-
-
-def test_z_of_a_prompt():
-    got = joined(batches(unique_prompts=2, z_per_prompt=3)(0, "fake_score"))
-    seen = {}
-    stream = batches(unique_prompts=2, z_per_prompt=3)
-    for step in range(12):
-        for update in ("fake_score", "generator"):
-            prompts = stream._text(2 * step + (update == "generator"))[0]
-            for prompt, z in zip(prompts, joined(stream(step, update))["z"], strict=True):
-                seen.setdefault(prompt, set()).add(z.numpy().tobytes())
-    assert [len(z) for z in seen.values()] == [3, 3] and not set.intersection(*seen.values())
-    pool = torch.stack([fixed_z([p], [k], 5, (4, 3, 2))[0] for p in seen for k in range(3)])
-    assert all((z == pool).flatten(1).all(1).any() for z in got["z"])
-    many = fixed_z(["a"] * 400, range(400), 0, (4, 3, 2))
-    assert abs(many.mean()) < 0.04 and abs(many.std() - 1) < 0.03
-
-
-# Whole runs
-
-
-SHARED = ({"degradation": "noise", "strength": 0.2}, {"speed": {"share_generator_forward": True}})
-STALE, EMA = ({"source": "stale", "stale_by": 2}, {}), ({"source": "ema"}, {"ema": {"half_life": 8}})
-SPARSE = ({"source": "stale", "stale_by": 2, "stale_every": 2}, {})
-STEPS = ({"source": "multistep", "steps": 3, "teacher_share": 0.5, "teacher_steps": 2, "degradation": "noise",
-          "strength": 0.2, "z_per_prompt": 2}, {})
-
-
-def jobs(config, folder, train, **sources):
-    """Training jobs: {name: (the `synthetic` section, other sections)} with other values of `train`."""
-    return [{"config": config | {"train": config["train"] | {"steps": 6, "save_every": 3} | train, "synthetic": section,
-                                 **more}, "out": str(folder / name)} for name, (section, more) in sources.items()]
-
-
-def sharded(source, stage):
-    return source[0], source[1] | {"deepspeed": {"zero_optimization": {"stage": stage}}}
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_config, tmp_path_factory):
-    """Runs of six steps in one process: whole ones, and others in two pieces."""
-    folder = tmp_path_factory.mktemp("synthetic")
-    at_once, half = {"ema": {"half_life": 0}}, {"steps": 4, "save_every": 4}
-    run_jobs([*jobs(tiny_config, folder, {}, base=({}, at_once), same=({"source": "ema"}, at_once), ema=EMA),
-              *jobs(tiny_config, folder, {"save_every": 1, "keep": 9}, stale=STALE),
-              *jobs(tiny_config, folder, {}, shared=SHARED),
-              *jobs(tiny_config, folder, {"fake_score_factor": 2}, shared_wide=SHARED),
-              *jobs(tiny_config, folder, half, stale_cut=STALE, ema_cut=EMA, shared_cut=SHARED),
-              *jobs(tiny_config, folder, {}, stale_cut=STALE, ema_cut=EMA, shared_cut=SHARED)], folder, 1, 29811)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def more_runs(tiny_config, runs):
-    half = {"steps": 4, "save_every": 4}
-    run_jobs([*jobs(tiny_config, runs, {"save_every": 1, "keep": 9}, sparse=SPARSE),
-              *jobs(tiny_config, runs, {}, steps=STEPS),
-              *jobs(tiny_config, runs, {"micro_batch": 4}, one_pass=STEPS),
-              *jobs(tiny_config, runs, half, sparse_cut=SPARSE, steps_cut=STEPS),
-              *jobs(tiny_config, runs, {}, sparse_cut=SPARSE, steps_cut=STEPS),
-              # Last: DeepSpeed's ZeRO 3 leaves its own torch.nn.functional.linear behind in the process.
-              *jobs(tiny_config, runs, {}, steps_sharded=sharded(STEPS, 3), ema_sharded=sharded(EMA, 3),
-                    stale_sharded=sharded(STALE, 2))], runs, 1, 29812)
-    return runs
-
-
-@pytest.fixture(scope="module")
-def pairs(tiny_config, more_runs):
-    """The same on two processes; one goes on in another stage, from what one process left."""
-    [moved] = jobs(tiny_config, more_runs, {}, moved=sharded(STALE, 3))
-    moved["resume"] = str(more_runs / "stale" / "checkpoints" / "step-00000004")
-    run_jobs([*jobs(tiny_config, more_runs, {}, steps_pair=STEPS, ema_pair=sharded(EMA, 3),
-                    stale_pair=sharded(STALE, 1)), moved], more_runs, 2, 29813)
-    return more_runs
-
-
-def assert_goes_on(runs, name):
-    assert losses(runs / f"{name}_cut") == losses(runs / name) != losses(runs / "base")
-    for network in ("generator", "fake_score"):
-        a, b = (read_tensors(runs / run / "checkpoints" / "step-00000006", network, "weights")
-                for run in (name, f"{name}_cut"))
-        assert a and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def assert_same_curve(runs, name, other):
-    want, got = losses(runs / name), losses(runs / other)
-    want = want[len(want) - len(got):]
-    assert got
-    for (_, *a), (_, *b) in zip(want, got, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
-
-
-def assert_as_old_as(runs, name, by, every):
-    """The copies that a checkpoint keeps are the generator's weights of the steps before, and no more than needed."""
-    for step in (4, 6):
-        folder = runs / name / "checkpoints"
-        files = (folder / f"step-{step:08d}").glob("generator.stale_*")
-        kept = {int(f.name.split("_")[1].split("-")[0]) for f in files}
-        oldest = max(0, (step - 1 - by) // every * every)
-        assert kept == set(range(oldest, step, every))
-        for version in kept - {0}:
-            got = read_tensors(folder / f"step-{step:08d}", "generator", f"stale_{version:08d}")
-            want = read_tensors(folder / f"step-{version:08d}", "generator", "weights")
-            assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
-
-
-@pytest.mark.slow
-def test_average_without_memory_is_the_generator(runs):
-    assert losses(runs / "same") == losses(runs / "base") and len(losses(runs / "base")) == 6
-
-
-@pytest.mark.slow
-def test_shared_images_in_larger_passes(runs):
-    for (_, *got), (_, *want) in zip(losses(runs / "shared_wide"), losses(runs / "shared"), strict=True):
-        assert got == pytest.approx(want, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["stale", "ema", "shared"])
-def test_an_interrupted_run_goes_on_exactly(runs, name):
-    assert_goes_on(runs, name)
-
-
-@pytest.mark.slow
-def test_copies_are_as_old_as_they_should_be(runs):
-    assert_as_old_as(runs, "stale", 2, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sparse", "steps"])
-def test_more_interrupted_runs_go_on_exactly(more_runs, name):
-    assert_goes_on(more_runs, name)
-
-
-@pytest.mark.slow
-def test_copies_every_few_steps(more_runs):
-    assert_as_old_as(more_runs, "sparse", 2, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, other", [("steps", "one_pass"), ("steps", "steps_sharded"), ("ema", "ema_sharded"),
-                                         ("stale", "stale_sharded")])
-def test_same_curve_however_it_is_split(more_runs, name, other):
-    assert_same_curve(more_runs, name, other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, other", [("steps", "steps_pair"), ("ema", "ema_pair"), ("stale", "stale_pair"),
-                                         ("stale", "moved")])
-def test_same_curve_on_two_processes(pairs, name, other):
-    assert_same_curve(pairs, name, other)
-
-
-# Mistakes
-
-
 @pytest.mark.parametrize("section, words", [
     ({"source": "teacher"}, ["synthetic.source", "'generator', 'ema', 'stale', 'multistep'", "'teacher'"]),
     ({"source": "stale"}, ["synthetic.stale_by is needed"]),
@@ -550,23 +236,3 @@ def test_settings_that_make_no_sense(tiny_config, section, words):
         build_config(tiny_config | {"synthetic": section}, "file")
     text = str(caught.value)
     assert all(word in text for word in words) and "\n" not in text, text
-
-
-@pytest.mark.parametrize("noise, words", [
-    ({"fake_score": {"t_min": 980}}, ["noise.fake_score", "980", "979"]),
-    ({"generator": {"density": "edn"}}, ["noise.generator.density", "'edn'", "'edm'"]),
-    ({"density": "edm", "std": 1.0, "generator": {"density": "edm", "shift": 2.0}}, ["noise.generator.shift", "'edm'"]),
-    ({"fake_score": {"rho": 3.0}}, ["noise.fake_score.rho", "'ddpm'"]),
-], ids=str)
-def test_levels_that_make_no_sense(tiny_config, noise, words):
-    with pytest.raises(UserError) as caught:
-        build_config(tiny_config | {"noise": noise}, "file")
-    text = str(caught.value)
-    assert all(word in text for word in words) and "\n" not in text, text
-
-
-def test_levels_of_an_update_take_over_what_they_do_not_say(tiny_config):
-    noise = build_config(tiny_config | {"noise": {"density": "edm", "std": 0.7, "t_min": 50, "fake_score": {
-        "mean": 0.5}, "generator": {"density": "karras", "t_max": 900}}}, "file").noise
-    assert noise.levels("fake_score") == ("edm", 50, 979, {"std": 0.7, "mean": 0.5})
-    assert noise.levels("generator") == ("karras", 50, 900, {})
