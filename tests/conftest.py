@@ -81,6 +81,14 @@ def write_config(tmp_path, tiny_config):
     return write
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_group_left():
+    """Whatever a file's tests join (training in this process, for example) is over with the file."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def group(monkeypatch):
     """A process group of this process alone."""
