@@ -289,7 +289,13 @@ def test_plots(results):
     for row, (bar, name) in enumerate(zip(axes.containers, "ab", strict=True)):
         assert bar[0].get_xydata().tolist() == [[pytest.approx(results[0]["variants"][name]["summary"][
             "fid_small_clip"]["mean"]), row]]
-    assert axes.get_xlim()[0] < 1.2 and axes.get_xlim()[1] > 4.0
+    left, right = axes.get_xlim()
+    assert left < 1.2 and right > 4.0
+    ends = [results[0]["variants"][name]["summary"]["fid_small_clip"] for name in "ab"]
+    arrows = {(line.get_marker(), line.get_ydata()[0]) for line in axes.lines if line.get_marker() in ("<", ">")}
+    assert arrows == {("<", row) for row, end in enumerate(ends) if end["low"] < left} | {
+        (">", row) for row, end in enumerate(ends) if end["high"] > right}
+    assert ("<", 1) in arrows                            # (2.2 less 2.7)
 
 
 def test_teacher_stands_beside_its_students(results):

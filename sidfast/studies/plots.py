@@ -96,7 +96,7 @@ def _means(summaries, x, y):
 
 def _by_variant(results, metric):
     """A row for each variant with a finished run: a dot for each seed, the mean and its interval; a line where the
-    reference's mean is. The axis has room for all dots; of an interval that is wider, no end is seen."""
+    reference's mean is. The axis has room for all dots; an interval that is wider ends there in an arrow."""
     names = [name for name, variant in results["variants"].items() if metric in variant["summary"]]
     if not names:
         return None
@@ -112,11 +112,22 @@ def _by_variant(results, metric):
         if reference:
             axes.axvline(summary["mean"], color=color, linewidth=0.8, linestyle=":")
     _room(axes, metric, [value for found in values.values() for value in found])
+    for row, name in enumerate(names):
+        _mark_cut(axes, row, results["variants"][name]["summary"][metric])
     axes.set(xlabel=f"{label(metric)}: seeds, their mean and its 95 % interval", yticks=range(len(names)),
              yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(alpha=0.3)
     return figure
+
+
+def _mark_cut(axes, row, summary):
+    """Arrows where an interval goes on beyond the axis."""
+    left, right = axes.get_xlim()
+    for edge, arrow, cut in ((left, "<", summary["low"] is not None and summary["low"] < left),
+                             (right, ">", summary["high"] is not None and summary["high"] > right)):
+        if cut:
+            axes.plot(edge, row, arrow, color="tab:blue", markersize=5, clip_on=False)
 
 
 def _room(axes, metric, values):
