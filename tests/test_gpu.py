@@ -76,44 +76,45 @@ def test_same_curve_with_graphs(runs, stage, kind):
         assert a == pytest.approx(b, rel=bound)
 
 
+# Runs of the embedded teacher, which has every kind of block: type, stage, whether fused with graphs, micro-batch.
+EMBEDDED = {"plain fp32": ("fp32", 0, False, 16), "fused fp32": ("fp32", 0, True, 16),
+            "plain fp32 in halves": ("fp32", 0, False, 8),
+            "plain bf16": ("bf16", 1, False, 16), "fused bf16": ("bf16", 1, True, 16)}
+
+
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    """Runs of the embedded teacher, which has every kind of block: as diffusers has it, and fused with graphs."""
-    folder, jobs = tmp_path_factory.mktemp("embedded"), []
-    for stage, kind in ((0, "fp32"), (1, "bf16")):
-        for fast in (False, True):
-            config = {
-                "model": {"teacher": str(ROOT / "assets" / "teacher")}, "data": {"prompts": "shapes:train"},
-                "train": {"steps": STEPS, "batch_size": 16, "micro_batch": 16, "log_every": 1, "save_every": 0,
-                          "samples": 0},
-                "optimizer": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
-                "speed": {"fused": fast, "cuda_graphs": fast, "tf32": False},
-                "deepspeed": {"zero_optimization": {"stage": stage}} | ({} if kind == "fp32" else {
-                    kind: {"enabled": True}})}
-            jobs.append({"config": config, "out": str(folder / f"{kind}-{fast}")})
-    run_jobs(jobs, folder, 1, 29733, gpu=True)
-    return folder
-
-
-@pytest.fixture
-def curves(embedded):
+def curves(tmp_path_factory):
     """{run: [STEPS, 2]}: the losses of fake score and generator."""
-    found = {kind: torch.tensor([row[1:] for row in losses(embedded / kind)], dtype=torch.float64)
-             for kind in ("fp32-False", "fp32-True", "bf16-False", "bf16-True")}
+    folder, jobs = tmp_path_factory.mktemp("embedded"), []
+    for name, (kind, stage, fast, micro_batch) in EMBEDDED.items():
+        config = {
+            "model": {"teacher": str(ROOT / "assets" / "teacher")}, "data": {"prompts": "shapes:train"},
+            "train": {"steps": STEPS, "batch_size": 16, "micro_batch": micro_batch, "log_every": 1, "save_every": 0,
+                      "samples": 0},
+            "optimizer": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}},
+            "speed": {"fused": fast, "cuda_graphs": fast, "tf32": False},
+            "deepspeed": {"zero_optimization": {"stage": stage}} | ({} if kind == "fp32" else {
+                kind: {"enabled": True}})}
+        jobs.append({"config": config, "out": str(folder / name)})
+    run_jobs(jobs, folder, 1, 29733, gpu=True)
+    found = {name: torch.tensor([row[1:] for row in losses(folder / name)], dtype=torch.float64) for name in EMBEDDED}
     assert all(curve.shape == (STEPS, 2) and curve.isfinite().all() for curve in found.values())
     return found
 
 
 def test_same_curve_fused_with_graphs(curves):
-    """In fp32: step by step at first, and the mean of every twenty steps until the end."""
-    torch.testing.assert_close(curves["fp32-True"][:10], curves["fp32-False"][:10], rtol=1e-3, atol=0)
-    torch.testing.assert_close(smooth(curves["fp32-True"]), smooth(curves["fp32-False"]), rtol=1e-2, atol=0)
+    """In fp32, step by step at first. Rounding grows from step to step, so the means of every twenty steps to the end
+    are compared with what plain PyTorch itself makes of another order of sums: fused is at most twice as far off."""
+    plain, fused, halves = (curves[name] for name in ("plain fp32", "fused fp32", "plain fp32 in halves"))
+    torch.testing.assert_close(fused[:10], plain[:10], rtol=1e-3, atol=0)
+    errors = [(smooth(curve) - smooth(plain)).norm(dim=0) for curve in (fused, halves)]
+    assert (errors[0] <= 2 * errors[1]).all(), errors
 
 
 def test_same_curve_fused_in_bf16(curves):
     """No further from fp32 than plain bf16 is: while teacher and fake score are nearly alike, the generator's loss in
     bf16 is mostly rounding."""
-    exact, plain, fused = (curves[name] for name in ("fp32-False", "bf16-False", "bf16-True"))
+    exact, plain, fused = (curves[name] for name in ("plain fp32", "plain bf16", "fused bf16"))
     for view in (lambda curve: curve[:10], smooth):
         errors = [(view(curve) - view(exact)).norm(dim=0) for curve in (fused, plain)]
         assert (errors[0] <= 1.25 * errors[1]).all(), errors
