@@ -7,12 +7,30 @@ import copy
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sidfast.method.distill import Batch, Networks, Objective
 from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.trained import Trained
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+KAPPAS = {
+    "none": (1, 1, 1, 1),
+    "teacher": (1, 1, 1, 4.5),
+    "long-short": (1.5, 1.5, 1.5, 1.5),
+    "zero": (0, 0, 0, 1),
+    "anti": (-1, -1, -1, 1),
+    "unequal": (2.0, 0.5, -0.25, 3.0),
+    "unequal-0-1": (0.5, 0, 1, 0),
+}                                                        # kappa1 .. kappa4
+ALPHAS = (1.0, 0.5, 1.2)
+
+for_prediction_types = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+for_kappas = pytest.mark.parametrize("kappas", KAPPAS.values(), ids=KAPPAS)
+for_alphas = pytest.mark.parametrize("alpha", ALPHAS, ids="alpha={}".format)
 
 BOUND = 1e-5                                             # relative norm error of fp32 against float64
 TEXT_WIDTH = 6
@@ -243,3 +261,17 @@ def micro_batches(batch, size):
     """The same batch in pieces of `size`."""
     rows = zip(*(v.split(size) for v in (batch.text, *batch[2:])), strict=True)
     return [Batch(text, batch.null, *rest) for text, *rest in rows]
+
+
+def small_unet(seed, _):
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4)
+
+
+def poison(batch, *samples):
+    """The batch with these samples' text such that a poisoned network overflows in them."""
+    for sample in samples:
+        batch.text[sample, :, POISON] = 3e38
+    return batch

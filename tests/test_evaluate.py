@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Forked
-from helpers_evaluate import ASSETS, shapes_judge
+from helpers_evaluate import ASSETS, arguments, run, shapes_judge
 from PIL import Image
 from random_judges import write_inception
 from scipy import linalg
@@ -17,20 +17,19 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPToken
 
 from sidfast import cli
 from sidfast.data import shapes
-from sidfast.errors import INTERRUPTED
 from sidfast.evaluation import metrics
-from sidfast.evaluation.command import Request, evaluate_model
-from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
+from sidfast.evaluation.evaluate import held_out_captions
 from sidfast.evaluation.features import load_clip, load_features
-from sidfast.evaluation.images import ImageFolder, sized
+from sidfast.evaluation.images import ImageFolder
 from sidfast.evaluation.judge import Judge
 from sidfast.evaluation.metrics import diversity
 from sidfast.evaluation.reference import Reference, drawn_reference
 from sidfast.evaluation.results import read_groups
 from sidfast.evaluation.rows import FolderRows, MemoryRows, collect
-from sidfast.files import drop_lock, take_lock
 
 CLIP = ASSETS / "clip"
+
+
 N = 300                                                  # more than the 128 features of the small CLIP
 
 
@@ -62,17 +61,6 @@ def options(stored, **changes):
     values = {"model": str(stored / "made"), "prompts": str(stored / "prompts.txt"), "features": f"clip:{CLIP}",
               "reference": str(stored / "real"), "clip": str(CLIP), "cache": str(stored / "cache")}
     return values | {name: str(value) for name, value in changes.items()}
-
-
-def arguments(values, out):
-    given = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
-    return ["evaluate", *given, "--out", str(out)]
-
-
-def run(values, out):
-    """The metrics that the command writes."""
-    assert cli.main(arguments(values, out)) == 0
-    return json.loads(out.read_text())
 
 
 ALL = "fid,kid,clip,precision,recall"
@@ -304,75 +292,6 @@ def test_diversity_is_the_mean_pairwise_distance(stored, tmp_path):
     assert 0 < got["diversity_small_clip"] < 1
 
 
-@pytest.fixture(scope="module")
-def export(tiny_teacher, tmp_path_factory):
-    """A one-step pipeline of 16 x 16 images, as a training run exports it."""
-    from sidfast.networks.loading import load_teacher
-    from sidfast.publishing.export import one_step_pipeline, write_export
-
-    teacher, folder = load_teacher(str(tiny_teacher)), tmp_path_factory.mktemp("export") / "export"
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), folder)
-    return folder
-
-
-def of_shapes(export, root, **changes):
-    return {"model": str(export), "prompts": "shapes:held_out", "images": "144", "batch_size": "8", "resize": "64",
-            "assets": str(ASSETS), "cache": str(root / "cache")} | changes
-
-
-@pytest.fixture(scope="module")
-def whole(export, tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    return run(of_shapes(export, root), root / "r.json")
-
-
-def test_command_and_training_agree(export, whole):
-    """The command's numbers are those that a training run writes of itself."""
-    from sidfast.publishing.export import load_pipeline
-
-    generate = pipeline_generator(load_pipeline(export, "cpu")[0])
-
-    def resized(prompts, seeds):
-        return sized(lambda *_: generate(prompts, seeds), 64)(seeds.start, seeds.stop)
-
-    want = evaluate(resized, held_out_captions(144), shapes_judge(), 8)
-    assert want.pop("images") == 144 and whole["metrics"] == want            # exact: same bits
-
-
-@pytest.mark.parametrize("blocks", [1, 13])
-def test_interrupted_evaluation_gives_the_same_numbers(export, whole, tmp_path, monkeypatch, blocks):
-    put = FolderRows.put
-
-    def interrupted(self, start, rows):
-        if "clip_cosine" in rows and start >= 8 * blocks:
-            raise KeyboardInterrupt
-        put(self, start, rows)
-
-    monkeypatch.setattr(FolderRows, "put", interrupted)
-    assert cli.main(arguments(of_shapes(export, tmp_path), tmp_path / "r.json")) == INTERRUPTED
-    monkeypatch.undo()
-    assert not (tmp_path / "r.json").exists()
-    assert len(list((tmp_path / ".r.json.partial").glob("block-*"))) == blocks
-    again = run(of_shapes(export, tmp_path), tmp_path / "r.json")
-    assert again["metrics"] == whole["metrics"]          # exact: same bits
-    assert again["resumed_after"] == 8 * blocks and whole["resumed_after"] == 0
-    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["r.json"]
-
-
-def test_an_image_depends_on_its_seed_and_prompt_alone(export, whole, tmp_path):
-    other = run(of_shapes(export, tmp_path, batch_size="5"), tmp_path / "r.json")["metrics"]
-    for name, value in whole["metrics"].items():
-        assert other[name] == pytest.approx(value, rel=1e-4), name
-
-
-def test_blocks_of_another_evaluation_are_not_taken(export, tmp_path, capsys):
-    partial = tmp_path / ".r.json.partial"
-    partial.mkdir()
-    (partial / "block-00000000.safetensors").write_bytes(b"other")
-    run(of_shapes(export, tmp_path, images="16", metrics="clip"), tmp_path / "r.json")
-    assert "starting afresh" in capsys.readouterr().err
-
-
 def test_one_evaluation_at_a_time(stored, result, tmp_path, capsys, monkeypatch):
     """A second command with the same --out, of other images and while the first is at work, is refused in a line."""
     put, tried = FolderRows.put, []
@@ -388,34 +307,6 @@ def test_one_evaluation_at_a_time(stored, result, tmp_path, capsys, monkeypatch)
     assert again["metrics"] == result["metrics"] and os.listdir(tmp_path) == ["r.json"]
 
 
-def test_a_lock_that_was_left_behind_is_free(tmp_path):
-    (tmp_path / "lock").touch()
-    lock = take_lock(tmp_path / "lock")
-    assert lock and take_lock(tmp_path / "lock") is None
-    drop_lock(lock)
-    assert not (tmp_path / "lock").exists()
-    drop_lock(take_lock(tmp_path / "lock"))
-
-
-def test_rows_of_other_images_are_no_result(tmp_path):
-    """A block that nobody asked for is found before any number is made of it."""
-    rows = FolderRows(tmp_path / "rows", {})
-    rows.open()
-    rows.put(4, {"x": torch.zeros(3)})
-    with pytest.raises(RuntimeError, match="4 images were to be measured, and there are rows of 7"):
-        collect(lambda start, stop: torch.zeros(stop - start), [""] * 4, lambda x, *_: {"x": x}, rows, 2, "test")
-
-
-def test_two_that_open_the_same_rows(tmp_path):
-    """Whoever comes second finds the folder with its key in it, and keeps the blocks."""
-    first, second = (FolderRows(tmp_path / "rows", {"a": 1}) for _ in range(2))
-    assert first.open()
-    first.put(0, {"x": torch.zeros(2)})
-    assert second.open() and second.count() == 2
-    assert FolderRows(tmp_path / "rows", {"a": 2}).open() is False and first.count() == 0
-    assert os.listdir(tmp_path) == ["rows"]
-
-
 def test_drawn_reference_ignores_how_it_is_stored(tmp_path):
     from sidfast.evaluation.processes import Group
 
@@ -423,15 +314,3 @@ def test_drawn_reference_ignores_how_it_is_stored(tmp_path):
     memory = drawn_reference(captions, judge)
     folder = drawn_reference(captions, judge, tmp_path, Group())
     assert torch.equal(memory.rows.all("features"), folder.rows.all("features")) and memory.sha256 == folder.sha256
-
-
-def test_request_defaults_are_the_command_lines(tiny_teacher, tmp_path):
-    """Several seeds a prompt, a steps-and-guidance model, bf16, and resizing, in one go."""
-    request = Request(model=str(tiny_teacher), resize=64, out=tmp_path / "r.json", prompts="shapes:held_out",
-                      images=8, seeds_per_prompt=4,
-                      metrics="clip,diversity", steps=2, guidance=1.5, dtype="bf16", seed_offset=7, assets=str(ASSETS))
-    evaluate_model(request, torch.device("cpu"))
-    got = json.loads((tmp_path / "r.json").read_text())
-    assert got["model"]["steps"] == 2 and got["model"]["guidance"] == 1.5 and got["model"]["dtype"] == "bf16"
-    assert got["seeds"] == {"first": 7, "last": 14, "per_prompt": 4} and "reference" not in got
-    assert os.listdir(tmp_path) == ["r.json"]

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, losses, run_jobs
-from helpers_method import micro_batches, objective_of, setting
-from test_losses import small_unet
+from helpers_method import micro_batches, objective_of, setting, small_unet
 
 from sidfast.method.distill import fake_score_update, generator_update
 from sidfast.networks.graphs import Graphs, side_by_side

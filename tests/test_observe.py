@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from helpers_engine import optimize
+from helpers_input import fails
 from sidfast.kernels import backend
-from test_bad_input import fails
 from test_full_disk import files_up_to
 from test_plan import LATENT, TEXT, device  # noqa: F401 (a fixture)
 

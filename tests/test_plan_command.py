@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from test_bad_input import fails
+from helpers_input import fails
 
 from sidfast import cli
 from sidfast.config import build_config, load_config

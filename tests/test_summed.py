@@ -3,8 +3,7 @@ run anew in the place of replays."""
 
 import pytest
 import torch
-from helpers_method import micro_batches, objective_of, setting
-from test_losses import poison
+from helpers_method import micro_batches, objective_of, poison, setting
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidfast.errors import NothingFinite

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers_checkpoint import write_checkpoint
+from helpers_input import fails
 from safetensors.torch import save_file
-from test_bad_input import fails
 
 from sidfast import cli, train
 from sidfast.errors import UserError
