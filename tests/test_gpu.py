@@ -14,7 +14,11 @@ from sidfast.networks.graphs import Graphs, side_by_side
 
 pytestmark = pytest.mark.gpu
 STEPS = 200                                              # of the embedded teacher's curves
-CASES = [(stage, kind) for stage in (0, 1, 2) for kind in ("fp32", "bf16", "fp16")]
+CASES = {f"{stage}-{kind}": (stage, kind, {}) for stage in (0, 1, 2) for kind in ("fp32", "bf16", "fp16")} | {
+    name: (1, "fp32", synthetic) for name, synthetic in {
+        "ema": {"source": "ema"}, "stale": {"source": "stale", "stale_by": 3},
+        "multistep": {"source": "multistep", "steps": 3}, "teacher": {"teacher_share": 0.5, "teacher_steps": 4},
+        "blur": {"degradation": "blur", "strength": 0.6}, "noise": {"degradation": "noise", "strength": 0.3}}.items()}
 
 
 @pytest.mark.parametrize("update, engine", [
@@ -52,25 +56,25 @@ def on_gpu(networks):
 
 @pytest.fixture(scope="module")
 def runs(tiny_config, tmp_path_factory):
-    """Runs with and without graphs, in every stage and type that has them."""
+    """Runs with and without graphs, in every stage and type that has them, and with every source of synthetic data."""
     folder, jobs = tmp_path_factory.mktemp("graphs"), []
-    for stage, kind in CASES:
+    for name, (stage, kind, synthetic) in CASES.items():
         for graphs in (False, True):
-            config = copy.deepcopy(tiny_config)
+            config = copy.deepcopy(tiny_config) | {"synthetic": synthetic}
             config["speed"] = {"fused": False, "cuda_graphs": graphs, "tf32": False}
             config["deepspeed"] = {"zero_optimization": {"stage": stage}}
             if kind != "fp32":
                 config["deepspeed"][kind] = {"enabled": True}
-            jobs.append({"config": config, "out": str(folder / f"{stage}-{kind}-{graphs}")})
+            jobs.append({"config": config, "out": str(folder / f"{name}-{graphs}")})
     run_jobs(jobs, folder, 1, 29731, gpu=True)
     return folder
 
 
-@pytest.mark.parametrize("stage, kind", CASES)
-def test_same_curve_with_graphs(runs, stage, kind):
-    want, got = (losses(runs / f"{stage}-{kind}-{graphs}") for graphs in (False, True))
+@pytest.mark.parametrize("name", CASES)
+def test_same_curve_with_graphs(runs, name):
+    want, got = (losses(runs / f"{name}-{graphs}") for graphs in (False, True))
     assert len(got) == 20
-    bound = 1e-4 if kind == "fp32" else 2e-2             # the order of sums differs from run to run
+    bound = 1e-4 if CASES[name][1] == "fp32" else 2e-2   # the order of sums differs from run to run
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, rel=bound)
 
