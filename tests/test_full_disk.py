@@ -19,6 +19,7 @@ from sidfast.train import Unfailing
 from sidfast.training import checkpoint
 from sidfast.training import saver as saving
 from sidfast.training.channel import Channel
+from sidfast.training.progress import diverged
 from sidfast.training.run import LineFile
 from sidfast.training.saver import Saver
 from sidfast.training.state import file_name
@@ -37,12 +38,12 @@ def files_up_to(size):
 
 # ---- checkpoints and files on a full disk
 
-def save(saver, step, monkeypatch, size=1000):
+def save(saver, step, monkeypatch, size=1000, in_a_row=0):
     kinds, others = [file_name(*kind, 0, 1) for kind in KINDS], torch.ones(1)
     monkeypatch.setattr(checkpoint, "snapshot", lambda *_: {k: {"a": others if "ema" not in k else torch.ones(size)}
                                                             for k in kinds})
     monkeypatch.setattr(checkpoint, "engine_states", lambda _: STATE["engines"])
-    saver.save(step, {}, None, EXTRA | {"step": step})
+    saver.save(step, {}, None, EXTRA | {"step": step, "in_a_row": {"generator": in_a_row, "fake_score": 0}})
     return saver.wait()
 
 
@@ -72,6 +73,18 @@ def test_pruning_spares_the_best_and_clears_away_what_was_damaged(group, tmp_pat
     for step, left in ((4, (1, 2, 4)), (5, (1, 4, 5))):
         assert save(saver, step, monkeypatch) is None
         assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{n}" for n in left]
+
+
+def test_pruning_spares_the_last_one_before_updates_were_left_out(group, tmp_path, monkeypatch):
+    """However many follow; a diverged run names it. Once updates are made again, it goes with the others."""
+    saver = Saver(tmp_path, 2, Channel(), 60, print)
+    for step, skipped, left in ((1, 0, "1"), (2, 0, "12"), (3, 1, "23"), (4, 6, "234"), (5, 11, "245"), (6, 16, "256")):
+        assert save(saver, step, monkeypatch, in_a_row=skipped) is None
+        assert [p.name[-1] for p in sorted(tmp_path.glob("step-*"))] == list(left)
+    assert f"The last good checkpoint is {tmp_path}/step-00000002; go on" in str(diverged("x", 7, saver))
+    assert saving.last_good(tmp_path).name == "step-00000006"
+    assert save(saver, 7, monkeypatch) is None
+    assert [p.name[-1] for p in sorted(tmp_path.glob("step-*"))] == ["6", "7"]
 
 
 def test_what_killed_processes_left_is_removed(group, tmp_path):

@@ -35,7 +35,7 @@ from sidfast.training.engines import (
     restore_moments,
     scatter,
 )
-from sidfast.training.state import STATE, check_state, file_name, files_of, read_state, seal
+from sidfast.training.state import STATE, check_state, file_name, files_of, is_steady, read_state, seal
 
 _PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
 _NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})(?![0-9])")           # what `step_folder` makes of a step
@@ -74,8 +74,8 @@ def step_folder(folder, step, partial=False):
 def complete(folder, step, state, keep, lost=()):
     """Make the checkpoint that was put together a complete one, then remove those beyond the newest `keep`.
 
-    `state`: what state.json will hold; `lost`: further folders to remove. Folders that `best` names stay. Raises
-    OSError.
+    `state`: what state.json will hold; `lost`: further folders to remove. Folders that `best` names stay, and where
+    updates were being left out as all the newest were made, the last one from before. Raises OSError.
     """
     partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
     write_text(partial / STATE, seal(state))
@@ -89,7 +89,9 @@ def complete(folder, step, state, keep, lost=()):
     write_atomically(folder / "latest", final.name + "\n")
     others = [f for f in by_age(folder) if f.name not in _best(folder)]
     lost = [f for f in others if f in lost and f != final]
-    for old in lost + [f for f in others if f not in lost][keep:]:
+    kept = [f for f in others if f not in lost]
+    before = [] if any(map(is_steady, kept[:keep])) else list(filter(is_steady, kept[keep:]))[:1]
+    for old in lost + [f for f in kept[keep:] if f not in before]:
         discard(old)
 
 

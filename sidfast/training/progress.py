@@ -74,7 +74,7 @@ class Progress:
 def diverged(what, step, saver):
     """A Diverged that says at which step, and which checkpoint to go on from; waits for one that is being written."""
     saver.wait()
-    good = last_good(saver.folder)
+    good = last_good(saver.folder, steady=True)
     advice = "begin again" if good == "none" else "go on from it (--resume PATH)"
     return Diverged(f"{what}: the run has diverged at step {step}. The last good checkpoint is {good}; {advice} with "
                     "lower learning rates and another --out")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from sidfast.files import flush
 from sidfast.training import checkpoint
-from sidfast.training.state import FORMAT
+from sidfast.training.state import FORMAT, is_steady
 
 WRITE_ERRORS = (OSError, SafetensorError)                # what a full or broken disk raises
 _FILES_AT_ONCE = 4                                       # writing and checksums are both slower than disks
@@ -151,9 +151,11 @@ def space(folder, needed):
     return f"which needs {_size(needed)} ({free})"
 
 
-def last_good(folder):
-    """The newest complete checkpoint by its files' sizes, or "none"."""
-    return next((f for f in checkpoint.by_age(folder) if checkpoint.checkpoint_fault(f) is None), "none")
+def last_good(folder, steady=False):
+    """The newest complete checkpoint by its files' sizes, or "none"; `steady`: of those alone at which no network was
+    leaving its updates out."""
+    return next((f for f in checkpoint.by_age(folder) if checkpoint.checkpoint_fault(f) is None
+                 and (not steady or is_steady(f))), "none")
 
 
 def _size(count):

@@ -100,6 +100,16 @@ def read_state(path):
     return state
 
 
+def is_steady(path):
+    """Whether a checkpoint's state.json is whole, and no network was leaving its updates out when it was made."""
+    try:
+        state = read_state(path)
+        check_state(state)
+    except (OSError, ValueError):
+        return False
+    return not any(state["extra"]["in_a_row"].values())
+
+
 def check_state(state):
     """Raise ValueError unless a state has all that a run goes on from."""
     try:
