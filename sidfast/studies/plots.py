@@ -103,17 +103,17 @@ def _by_variant(results, metric):
     figure, axes = _figure(1.2 + 0.24 * len(names))
     values = {name: [value for run in results["variants"][name]["runs"].values() if run["status"] == "done"
                      and (value := run["metrics"].get(metric)) is not None] for name in names}
-    for row, name in enumerate(names):
-        reference, summary = name == results["reference"], results["variants"][name]["summary"][metric]
-        color = "black" if reference else "tab:blue"
+    colors = {name: "black" if name == results["reference"] else "tab:blue" for name in names}
+    for row, (name, color) in enumerate(colors.items()):
+        summary = results["variants"][name]["summary"][metric]
         axes.plot(values[name], [row] * len(values[name]), ".", color=color, markersize=5, alpha=0.6)
         half = None if summary["low"] is None else summary["high"] - summary["mean"]
         axes.errorbar(summary["mean"], row, xerr=half, color=color, marker="|", markersize=9, linewidth=1, capsize=2)
-        if reference:
+        if name == results["reference"]:
             axes.axvline(summary["mean"], color=color, linewidth=0.8, linestyle=":")
     _room(axes, metric, [value for found in values.values() for value in found])
-    for row, name in enumerate(names):
-        _mark_cut(axes, row, results["variants"][name]["summary"][metric])
+    for row, (name, color) in enumerate(colors.items()):
+        _mark_cut(axes, row, results["variants"][name]["summary"][metric], color)
     axes.set(xlabel=f"{label(metric)}: seeds, their mean and its 95 % interval", yticks=range(len(names)),
              yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     axes.tick_params(axis="y", labelsize=8)
@@ -121,13 +121,13 @@ def _by_variant(results, metric):
     return figure
 
 
-def _mark_cut(axes, row, summary):
+def _mark_cut(axes, row, summary, color):
     """Arrows where an interval goes on beyond the axis."""
     left, right = axes.get_xlim()
     for edge, arrow, cut in ((left, "<", summary["low"] is not None and summary["low"] < left),
                              (right, ">", summary["high"] is not None and summary["high"] > right)):
         if cut:
-            axes.plot(edge, row, arrow, color="tab:blue", markersize=5, clip_on=False)
+            axes.plot(edge, row, arrow, color=color, markersize=5, clip_on=False)
 
 
 def _room(axes, metric, values):

@@ -89,9 +89,9 @@ def complete(folder, step, state, keep, lost=()):
     write_atomically(folder / "latest", final.name + "\n")
     others = [f for f in by_age(folder) if f.name not in _best(folder)]
     lost = [f for f in others if f in lost and f != final]
-    kept = [f for f in others if f not in lost]
-    before = [] if any(map(is_steady, kept[:keep])) else list(filter(is_steady, kept[keep:]))[:1]
-    for old in lost + [f for f in kept[keep:] if f not in before]:
+    whole = [f for f in others if f not in lost]
+    before = [] if any(map(is_steady, whole[:keep])) else list(filter(is_steady, whole[keep:]))[:1]
+    for old in lost + [f for f in whole[keep:] if f not in before]:
         discard(old)
 
 
