@@ -105,13 +105,15 @@ def test_add_channel_stats(timed, machine, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_accumulate(timed, machine, implementation):
-    n = 2**26 if machine.gpu else 2**12
-    sums, wanted = torch.zeros(n, device=machine.device), torch.tensor(True, device=machine.device)
-    gradient = torch.randn(n, device=machine.device, dtype=machine.dtype)
+@pytest.mark.parametrize("count, n", [(1, 2**26), (32, 320)])
+def test_accumulate(timed, machine, implementation, count, n):
+    n = n if machine.gpu else min(n, 2**12)
+    sums, gradients = ([torch.randn(n, device=machine.device, dtype=kind) for _ in range(count)]
+                       for kind in (torch.float32, machine.dtype))
+    wanted = torch.tensor(True, device=machine.device)
     f = pick(implementation, accumulate, accumulate_reference, machine)
-    timed(f"accumulate [{n}]", implementation, lambda: f(sums, gradient, wanted), 20 if machine.gpu else 1,
-          least_bytes=size(sums, sums, gradient))
+    timed(f"accumulate {count} x [{n}]", implementation, lambda: f(sums, gradients, wanted), 20 if machine.gpu else 1,
+          least_bytes=size(*sums, *sums, *gradients))
 
 
 def measure(timed, machine, name, direction, implementation, f, inputs, beside=(), writes=1):

@@ -87,7 +87,9 @@ def launch_everything(dtype):
         return torch.randn(shape, dtype=like).requires_grad_()
 
     single, (a, s) = torch.float32, torch.rand(2, 2)
-    accumulate.launch(torch.zeros(5000), torch.zeros(5000, dtype=dtype), torch.tensor(True))
+    for sizes in ([5000], [320] * 32, [3, 1, 2560]):
+        accumulate.launch([torch.zeros(n) for n in sizes], [torch.zeros(n, dtype=dtype) for n in sizes],
+                          torch.tensor(True))
     for k in (1, 2):                                     # without and with a doubled batch
         x_g, x_t = draw(2, 4, 64, 64, like=single), draw(2, 4, 64, 64, like=single)
         o_real, o_fake = draw(2 * k, 4, 64, 64), draw(2 * k, 4, 64, 64)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidfast.errors import NothingFinite
 from sidfast.method.distill import fake_score_update, generator_update
 from sidfast.networks import flat as flat_module
+from sidfast.networks import summed as summed_module
 from sidfast.networks.summed import GradientSums, SummedLoss
 from sidfast.networks.trained import Trained
 
@@ -134,6 +135,36 @@ def test_gradients_are_handed_over_one_chunk_after_the_other(monkeypatch):
     with Casts():
         loss.hand_over().backward()
     assert order == ["made", "taken"] * len(trained.flat.chunks) and len(order) > 2
+
+
+def test_small_gradients_are_added_together(monkeypatch):
+    """So many and so many elements at most; a larger one by itself. A pass that an error ends leaves nothing behind."""
+    monkeypatch.setattr(summed_module._Adder, "_TOGETHER", 3)
+    monkeypatch.setattr(summed_module._Adder, "_SMALL", 12)
+    together, add = [], summed_module.accumulate
+    monkeypatch.setattr(summed_module, "accumulate", lambda sums, *rest: (
+        together.append([s.numel() for s in sums]), add(sums, *rest)))
+    net = torch.nn.ParameterList(torch.zeros(n) for n in (1, 2, 13, 3, 1, 5, 8, 4))
+    trained = Trained(net, flat=True)
+
+    def compute(net, x):
+        return sum(k * p.sum() for k, p in enumerate(net)) * x, x.isfinite()
+
+    def fail(_):
+        raise RuntimeError("on purpose")
+
+    loss, failing = SummedLoss(trained, compute, None), net[3].register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        loss(1.0, True, torch.ones(()))
+    failing.remove()
+    together.clear()
+    loss(1.0, True, torch.ones(()))
+    assert sorted(n for group in together for n in group) == sorted(p.numel() for p in net)
+    assert all(group == [13] or (len(group) <= 3 and sum(group) <= 12) for group in together)
+    assert [13] in together and max(map(len, together)) == 3
+    loss.hand_over().backward()
+    for k, (_, gradient) in enumerate(trained.flat.named([c.grad for c in trained.flat.chunks])):
+        assert torch.equal(gradient, torch.full_like(gradient, k))
 
 
 def test_weights_and_unused_parameters():

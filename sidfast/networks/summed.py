@@ -21,6 +21,40 @@ class GradientSums:
         return self._kept[key]
 
 
+class _Adder:
+    """Adds gradients to sums, small ones several in a launch.
+
+    `_TOGETHER` tensors at most, of `_SMALL` elements at most in all: so much memory is held back. A larger one is added
+    at once.
+    """
+
+    _TOGETHER, _SMALL = 32, 2**20
+
+    def __init__(self):
+        self.drop()
+
+    def drop(self):
+        """Forget what has not been added."""
+        self._sums, self._gradients, self._elements = [], [], 0
+
+    def add(self, sums, gradient, wanted):
+        n = gradient.numel()
+        if n > self._SMALL:
+            accumulate([sums], [gradient], wanted)
+            return
+        if len(self._sums) == self._TOGETHER or self._elements + n > self._SMALL:
+            self.finish(wanted)
+        self._sums.append(sums)
+        self._gradients.append(gradient)
+        self._elements += n
+
+    def finish(self, wanted):
+        """Add what has been held back."""
+        if self._sums:
+            accumulate(self._sums, self._gradients, wanted)
+        self.drop()
+
+
 class SummedLoss:
     """`compute(unet, *tensors) -> (loss, finite, *others)`, its backward pass, and the sum of its gradients over
     micro-batches.
@@ -28,7 +62,7 @@ class SummedLoss:
     loss: a scalar, differentiable in the UNet's parameters and in nothing else; finite: [N] (bool), which samples are;
     others: tensors without gradient. Call it for every micro-batch, then `hand_over` for a loss with all gradients: an
     engine's hooks see one backward pass, so it reduces gradients once. Each parameter's gradient is added to the sums
-    as soon as it is there, and given back.
+    as soon as it is there, or soon after, and given back.
 
     `trained`: a Trained that is flat; losses that share `sums` take turns, from the first micro-batch to `hand_over`.
     `capture(function) -> (replay, its results)`, Graphs.capture for example, makes both passes graphs: the first call
@@ -43,7 +77,7 @@ class SummedLoss:
         self._unet, self._flat, self._compute, self._leave_out = trained.unet, trained.flat, compute, leave_out
         self._shared, self._capture, self._agree = sums or GradientSums(), capture, agree
         self._sums = self._inputs = self._loss = self._finite = None
-        self._warm = False
+        self._warm, self._adder = False, _Adder()
         self._forward = None if capture else self._run_forward
         self._backward = None if capture else self._run_backward
 
@@ -86,11 +120,11 @@ class SummedLoss:
         self._known = torch.cuda.Event() if gpu else None
         parameters = dict(self._unet.named_parameters())
         for name, view in self._flat.named(self._sums):
-            parameters[name].register_post_accumulate_grad_hook(self._adder(view))
+            parameters[name].register_post_accumulate_grad_hook(self._adding_to(view))
 
-    def _adder(self, view):
+    def _adding_to(self, view):
         def add(parameter):
-            accumulate(view, parameter.grad, self._finite)
+            self._adder.add(view, parameter.grad, self._finite)
             parameter.grad = None
 
         return add
@@ -108,7 +142,9 @@ class SummedLoss:
 
     def _run_backward(self):
         loss, self._loss = self._loss, None
+        self._adder.drop()                               # (of a backward pass that an error ended)
         loss.backward(self._weight.to(loss.dtype))
+        self._adder.finish(self._finite)
 
     def _passes(self, tensors):
         """(whether all samples are finite, copies of what the forward pass returned); if so, gradients are added."""
