@@ -27,8 +27,11 @@ class _Place(NamedTuple):
     start: int
 
     def view(self, whole):
-        """The part of a flat tensor that is this parameter; that of a convolution lies channels last."""
-        part = whole[self.start:self.start + self.shape.numel()]
+        """The part of a flat tensor that is this parameter."""
+        return self.shaped(whole[self.start:self.start + self.shape.numel()])
+
+    def shaped(self, part):
+        """That part in the parameter's shape; a convolution's lies channels last."""
         if len(self.shape) != 4:
             return part.view(self.shape)
         K, C, h, w = self.shape
@@ -38,41 +41,30 @@ class _Place(NamedTuple):
 class Joined:
     """Part of the class of a block whose parameters are one, `joined`; see `join_blocks`."""
 
-    places = ()
+    places, sizes = (), ()
 
     def forward(self, *inputs):
         """As the block's own."""
         with self._parameters_at_hand():
             if self.recomputed:                          # (the checkpoint saves nothing, and has hooks of its own)
                 return super().forward(*inputs)
-            with saved_tensors_hooks(self._pack, self._unpack):
+            with saved_tensors_hooks(*_places_instead_of(self.joined)):
                 return super().forward(*inputs)
 
     recomputed = False
 
     @contextmanager
     def _parameters_at_hand(self):
-        ends = [*(place.start for place in self.places[1:]), len(self.joined)]
-        pieces = self.joined.split([end - place.start for end, place in zip(ends, self.places, strict=True)])
-        for place, piece in zip(self.places, pieces, strict=True):
-            place.module.__dict__[place.attribute] = place._replace(start=0).view(piece)
+        pieces = iter(self.joined.split(self.sizes))     # (slices would each make a gradient of their own)
+        for place in self.places:
+            place.module.__dict__[place.attribute] = place.shaped(next(pieces))
+            if _padding(place):
+                next(pieces)
         try:
             yield
         finally:
             for place in self.places:
                 place.module.__dict__[place.attribute] = None
-
-    def _pack(self, tensor):
-        joined = self.joined
-        if tensor.untyped_storage().data_ptr() != joined.untyped_storage().data_ptr():
-            return tensor
-        return tensor.shape, tensor.stride(), tensor.storage_offset() - joined.storage_offset()
-
-    def _unpack(self, saved):
-        if isinstance(saved, torch.Tensor):
-            return saved
-        shape, stride, offset = saved
-        return self.joined.detach().as_strided(shape, stride, offset + self.joined.storage_offset())
 
 
 class _Whole(NamedTuple):
@@ -114,11 +106,35 @@ def _join(prefix, block):
     requires_grad = any(p.requires_grad for p in pieces)
     block.register_parameter("joined", nn.Parameter(torch.cat(pieces).detach(), requires_grad))
     block.__class__, block.places = _joined_class(type(block)), tuple(found)
+    block.sizes = [n for place in found for n in (place.shape.numel(), _padding(place)) if n]
 
 
 def _flattened(p):
     flat = (p.permute(0, 2, 3, 1) if p.ndim == 4 else p).flatten()
-    return nn.functional.pad(flat, (0, -len(flat) % _ALIGNED))
+    return nn.functional.pad(flat, (0, _padding(p)))
+
+
+def _padding(of):
+    """Elements between this parameter, or that of a place, and the next."""
+    return -of.shape.numel() % _ALIGNED
+
+
+def _places_instead_of(joined):
+    """Hooks for saved tensors, (pack, unpack): what lies in a parameter's memory is saved as its place in there."""
+    memory, first = joined.untyped_storage().data_ptr(), joined.storage_offset()
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() != memory:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.storage_offset() - first
+
+    def unpack(saved):
+        if isinstance(saved, torch.Tensor):
+            return saved
+        shape, stride, offset = saved
+        return joined.detach().as_strided(shape, stride, offset + joined.storage_offset())
+
+    return pack, unpack
 
 
 @functools.cache
