@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from sidfast.networks.graphs import GraphedStep
 
@@ -52,6 +53,14 @@ def seconds(function, device, rounds=10):
         wait(device)
         times.append(time.perf_counter() - start)
     return sorted(times[2:])[rounds // 2]
+
+
+def compiled_blocks(step):
+    """How many pieces of code a call of `step` runs that torch.compile made, after a call that has it make them."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    return sum(event.count for event in profiled.key_averages() if event.key.startswith("Torch-Compiled Region"))
 
 
 def wait(device):

@@ -1,11 +1,14 @@
 """What the speed section decides: asked for and impossible is an error, left to itself it falls back and says why."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from harness import compiled_blocks
 
-from sidfast.config import Speed
+from sidfast.config import Config, Speed
 from sidfast.errors import UserError
 from sidfast.networks.fused import FusedUNet, fuse
 from sidfast.networks.loading import load_teacher
@@ -70,6 +73,24 @@ def test_attention_is_timed_on_the_shapes_of_the_run(teacher, monkeypatch):
     assert sum(count for *_, count in shapes) == 2 * layers
 
 
+def test_attention_that_does_not_work_here(teacher, monkeypatch):
+    """Asked for by name, it is tried before the first pass."""
+    monkeypatch.setattr(speed, "INTERPRETED", True)
+    decided = decide(teacher, fused=True, attention="math")
+    assert decided.attention == "math" and list(decided.attention_ms) == ["math"]
+    with pytest.raises(UserError, match=r"speed.attention: cudnn does not work here .*; leave it at auto"):
+        decide(teacher, fused=True, attention="cudnn")
+
+
+@pytest.mark.parametrize("kappas, factor, rows", [
+    ((1, 1, 1, 1), 1, 4), ((1.5, 1, 1, 1), 1, 8), ((1, 1, 1, 1.5), 1, 8), ((1, 1, 1, 1), 2, 8),
+    ((1.5, 1.5, 1.5, 1.5), 2, 16), ((1, 1.5, 1.5, 1.5), 2, 8)])
+def test_largest_pass(tiny_config, kappas, factor, rows):
+    guidance = dict(zip(("kappa1", "kappa2", "kappa3", "kappa4"), kappas, strict=True))
+    train = tiny_config["train"] | {"batch_size": 16, "fake_score_factor": factor}
+    assert speed.largest_pass(Config.model_validate(tiny_config | {"guidance": guidance, "train": train}), 4) == rows
+
+
 def test_prepare(teacher):
     unet = copy.deepcopy(teacher.unet)
     assert type(decide(teacher).prepare(unet)) is type(teacher.unet) and not unet.is_gradient_checkpointing
@@ -77,8 +98,20 @@ def test_prepare(teacher):
     assert isinstance(fuse(copy.deepcopy(teacher.unet)), FusedUNet)
 
 
-def test_compile_takes_the_blocks_one_by_one(teacher, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
-    decide(teacher, compile=True).prepare(copy.deepcopy(teacher.unet))
-    assert set(compiled) == {"ResnetBlock2D", "BasicTransformerBlock"}
+def test_every_block_runs_compiled(teacher, monkeypatch):
+    """More sizes than torch.compile takes unasked, in each role of training, all networks in one process."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_block, backend="eager"))
+    config = {"sample_size": 8, "cross_attention_dim": 8, "attention_head_dim": 4, "norm_num_groups": 4,
+              "block_out_channels": (8, 12, 16, 20), "layers_per_block": 1}
+    x, inputs = torch.randn(2, 4, 8, 8), (torch.ones(2), torch.randn(2, 3, 8))
+    for _ in range(2):
+        unet = UNet2DConditionModel(**config)
+        blocks = sum(type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock") for m in unet.modules())
+        assert blocks > 16
+        decide(teacher, compile=True).prepare(unet)
+        for trained, frozen in ((False, False), (True, False), (False, True)):
+            unet.requires_grad_(trained)
+            step = functools.partial(unet, x.clone().requires_grad_(frozen), *inputs)
+            with torch.set_grad_enabled(trained or frozen):
+                assert compiled_blocks(step) == blocks

@@ -32,15 +32,16 @@ IMPLEMENTATIONS = {"cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION), "flash": _sdpa(SD
 _BOUND = 3e-2                                            # relative error in bf16 and fp16; fp32 is far below
 
 
-def choose_attention(shapes, dtype, device, repeat=5):
-    """Time every implementation on the given shapes, forward and backward, and check it against the maths. On a GPU its
-    kernels alone are timed, as a CUDA graph: what launching costs differs from start to start.
+def choose_attention(shapes, dtype, device, names=None, repeat=5):
+    """Time implementations (all, or `names`) on the given shapes, forward and backward, and check them against the
+    maths. On a GPU kernels alone are timed, as a CUDA graph: what launching costs differs from start to start.
 
     shapes: a list of (N, S, L, heads, d, times it occurs). Returns {implementation: total ms, or (text) why it is out},
     the best first; implementations that fail or are wrong (output or a gradient) come last.
     """
     results = {}
-    for name, attend in IMPLEMENTATIONS.items():
+    for name in names or IMPLEMENTATIONS:
+        attend = IMPLEMENTATIONS[name]
         try:
             results[name] = sum(count * _measure(attend, shape, dtype, device, repeat) for *shape, count in shapes)
         except (RuntimeError, ImportError, NotImplementedError, ValueError) as error:

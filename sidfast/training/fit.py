@@ -10,7 +10,7 @@ from sidfast.errors import UserError
 from sidfast.method.synthetic import SOURCES
 from sidfast.training.engines import ENGINES, compute_dtype, zero_stages
 from sidfast.training.planner import CONTEXT, GIB, Planner, Shapes, load_shapes
-from sidfast.training.speed import decide_speed
+from sidfast.training.speed import decide_speed, largest_pass
 
 _LARGEST = 32                                            # beyond that a GPU gains little
 
@@ -47,8 +47,8 @@ def _needed(config, teacher, sizes, processes, device):
     side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
     dtype = compute_dtype(config.deepspeed)
     teacher.unet.to(device)                              # where training wants it too
-    speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side), 2 * sizes[-1],
-                         zero_stages(config), dtype, device)
+    speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side),
+                         largest_pass(config, sizes[-1]), zero_stages(config), dtype, device)
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
 
     def prepare(checkpointing):

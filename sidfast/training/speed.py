@@ -7,10 +7,12 @@ import torch
 
 from sidfast.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
+from sidfast.method.guidance import passes
 from sidfast.networks.attention import choose_attention
 from sidfast.networks.fused import attention_shapes, cannot_fuse, fuse
 from sidfast.networks.packed import pass_layout, repack
 
+_ROLES = 8                                               # forward alone, trained, frozen, each for a pass or two
 _NAMES = {"fused": "fused kernels", "cuda_graphs": "CUDA graphs"}
 
 
@@ -56,20 +58,29 @@ def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, ca
     """The Speed of a run. `section`: the configuration's `speed`; latent_shape: (C, H, W); `rows`: of the largest pass;
     `stages`: ZeRO's, per engine; `capturing`: what speaks against CUDA graphs besides, or None.
 
-    Times attention on the real shapes if it is left to it. Raises UserError for what is asked for and impossible here,
-    RuntimeError if no implementation of attention works.
+    Times attention on the real shapes, and checks it: all there are if it is left to it, or the one asked for. Raises
+    UserError for what is asked for and impossible here, RuntimeError if no implementation of attention works.
     """
     fused, graphs, overlap, notes = check_speed(section, teacher, stages, device, capturing)
     attention, timed = section.attention, {}
-    if fused and attention == "auto":
+    if fused:
         shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
-        timed = _timed_attention(tuple(shapes), dtype, device)
+        timed = _timed_attention(tuple(shapes), dtype, device, None if attention == "auto" else (attention,))
         attention = next(iter(timed))
         if isinstance(timed[attention], str):
+            if section.attention != "auto":
+                raise UserError(f"speed.attention: {attention} does not work here ({timed[attention]}); "
+                                f"leave it at auto")
             raise RuntimeError(f"no implementation of attention works here: {timed}")
     packed = fused and 3 not in stages                   # (of stage 3's weights, only parts are here)
     return Speed(fused, graphs, overlap, section.compile, attention, section.gradient_checkpointing,
                  section.share_generator_forward, packed, timed, notes)
+
+
+def largest_pass(config, micro_batch):
+    """Rows of a run's largest pass: images times texts."""
+    g, factor = config.guidance, config.train.fake_score_factor
+    return micro_batch * max(factor * passes([g.kappa1]), passes([g.kappa2, g.kappa3]), passes([g.kappa4]))
 
 
 def check_speed(section, teacher, stages, device, capturing=None):
@@ -96,9 +107,9 @@ def check_speed(section, teacher, stages, device, capturing=None):
 
 
 @functools.cache
-def _timed_attention(shapes, dtype, device):
+def _timed_attention(shapes, dtype, device, names):
     """Timed once, and by the first process for all: runs in one process, and processes of one run, take the same."""
-    timed = [choose_attention(shapes, dtype, device)]
+    timed = [choose_attention(shapes, dtype, device, names)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(timed)
     return timed[0]
@@ -118,6 +129,12 @@ def compile_regions(unet):
 
     Raises torch's RuntimeError where Python is none that it supports; errors of the compilation come in the first pass.
     """
-    for module in unet.modules():
-        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
-            module.compile()
+    blocks = [m for m in unet.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
+    # Blocks of a kind share one piece of code, which is compiled for each size and role; beyond a limit of eight it
+    # would run as written, and say so in a warning at most.
+    config, needed = torch.compiler.config, _ROLES * len(blocks)
+    config.recompile_limit = max(config.recompile_limit, needed)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, needed)
+    config.fail_on_recompile_limit_hit = True
+    for block in blocks:
+        block.compile(dynamic=False)

@@ -36,7 +36,7 @@ from sidfast.training.preview import Preview
 from sidfast.training.progress import Progress
 from sidfast.training.run import RunDirectory, describe_inputs
 from sidfast.training.saver import Saver, last_good
-from sidfast.training.speed import decide_speed
+from sidfast.training.speed import decide_speed, largest_pass
 from sidfast.training.spikes import Spikes
 from sidfast.training.state import read_state
 from sidfast.training.watch import Watch
@@ -62,8 +62,8 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     for module in (teacher.unet, teacher.vae, teacher.text_encoder):
         module.to(device)
     stages = zero_stages(config)
-    speed = decide_speed(config.speed, teacher, latent_shape, 2 * config.train.micro_batch, stages, dtype, device,
-                         cannot_capture(config.synthetic))
+    speed = decide_speed(config.speed, teacher, latent_shape, largest_pass(config, config.train.micro_batch), stages,
+                         dtype, device, cannot_capture(config.synthetic))
     torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
     if rank == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
