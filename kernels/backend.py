@@ -52,14 +52,24 @@ def widen(x):
 
 
 def require(name, *expected):
-    """ValueError naming the function unless every (tensor, shape) fits and is contiguous; a tensor of None fits.
+    """ValueError naming the function unless every (tensor, shape) fits, has elements and is contiguous; a tensor of
+    None fits.
 
     The kernels themselves check nothing: another tensor would be read past its end, or in the wrong order.
     """
+    require_shapes(name, *expected)
+    for x, _ in expected:
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)}, strides {x.stride()}, should be contiguous")
+
+
+def require_shapes(name, *expected):
+    """The same without the order in memory, for functions that bring it about themselves."""
     for x, shape in expected:
-        if x is not None and not (x.shape == tuple(shape) and x.is_contiguous()):
-            raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)}, strides {x.stride()}, "
-                             f"should be {tuple(shape)}, contiguous")
+        if x is not None and x.shape != tuple(shape):
+            raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)} should be {tuple(shape)}")
+        if x is not None and not x.numel():
+            raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)} is empty")
 
 
 def share(blocks, device, columns=1, density=16):

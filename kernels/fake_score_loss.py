@@ -10,7 +10,7 @@ One launch forward, one backward, as in `sid_loss`.
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import flat_like, last_to_finish, sum_parts, triton_runs_on
+from sidfast.kernels.backend import flat_like, last_to_finish, require_shapes, sum_parts, triton_runs_on
 from sidfast.kernels.guidance import guide, load_branches, store_branches
 
 _BLOCK = 2048                                            # elements of a sample per program: 16 bytes of fp32 a thread
@@ -65,7 +65,7 @@ def _fake_score_loss_backward_kernel(p_dloss, DLOSS, p_finite, p_output, p_targe
 def _fake_score_loss(output: torch.Tensor, target: torch.Tensor, w: torch.Tensor, kappa1: float,
                      ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss [N] and finite [N] (bool)."""
-    target, output = flat_like(target, output)
+    output, target = flat_like(output, target)
     N, D = target.shape[0], target[0].numel()
     chunks = triton.cdiv(D, _BLOCK)
     loss = torch.empty(N, device=target.device)
@@ -87,7 +87,7 @@ def _(output, target, w, kappa1):
 def _fake_score_loss_backward(dloss: torch.Tensor, finite: torch.Tensor, output: torch.Tensor, target: torch.Tensor,
                               w: torch.Tensor, kappa1: float) -> torch.Tensor:
     """The gradient of the output."""
-    target, output = flat_like(target, output)
+    output, target = flat_like(output, target)
     N, D = target.shape[0], target[0].numel()
     doutput = torch.empty_like(output)
     _fake_score_loss_backward_kernel[(N, triton.cdiv(D, _BLOCK))](
@@ -98,7 +98,7 @@ def _fake_score_loss_backward(dloss: torch.Tensor, finite: torch.Tensor, output:
 
 @_fake_score_loss_backward.register_fake
 def _(dloss, finite, output, target, w, kappa1):
-    return torch.empty_like(flat_like(target, output)[1])
+    return torch.empty_like(flat_like(output)[0])
 
 
 def _setup(ctx, inputs, output):
@@ -118,11 +118,12 @@ def fake_score_loss(output, target, w, kappa1):
     fp32.
 
     Returns the loss [N] and finite [N] (bool): the samples that count. Differentiable in the output alone. Raises
-    ValueError if it has neither N nor 2N rows.
+    ValueError for other shapes.
     """
-    N = target.shape[0]
+    N, *sample = target.shape
     if output.shape[0] not in (N, 2 * N):
         raise ValueError(f"fake_score_loss: {output.shape[0]} rows are neither {N} nor {2 * N}")
+    require_shapes("fake_score_loss", (output, (len(output), *sample)), (target, target.shape), (w, (N,)))
     if not triton_runs_on(output):
         return fake_score_loss_reference(output, target, w, kappa1)
     return _fake_score_loss(output, target, w.contiguous(), float(kappa1))

@@ -26,12 +26,13 @@ def guide(output, n, kappa):
 
 
 def denoise(output, x_t, A, B, kappa):
-    """x_hat [N, C, H, W] (method.md, eqs. 2 and 3) of an output [N or 2N, C, H, W]; x_t [N, C, H, W]; A, B [N].
+    """x_hat [N, C, H, W] (method.md, eqs. 2 and 3) of an output [N or 2N, C, H, W], in whose memory format it comes;
+    x_t [N, C, H, W]; A, B [N].
 
     Raises ValueError for another number of rows.
     """
     A, B = (v.to(x_t.dtype)[:, None, None, None] for v in (A, B))
-    return A * x_t + B * guide(output, x_t.shape[0], kappa)
+    return B * guide(output, x_t.shape[0], kappa) + A * x_t
 
 
 @triton.jit

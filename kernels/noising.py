@@ -7,7 +7,7 @@ Backward: dx = a (dx_t + sum of the copies' gradients).
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import flat_like, triton_runs_on
+from sidfast.kernels.backend import flat_like, require_shapes, triton_runs_on
 
 _BLOCK = 2048                                            # elements of a sample per program
 
@@ -97,8 +97,9 @@ def add_noise(x, eps, a, s, copies, dtype):
     """Eq. 1 of method.md. x, eps [N, C, H, W] in one float type; a, s [N]; differentiable in x.
 
     Returns x_t [N, C, H, W] in x's type and the networks' input [copies * N, C, H, W] in `dtype`, both in x's memory
-    format.
+    format. Raises ValueError for other shapes.
     """
+    require_shapes("add_noise", (x, x.shape), (eps, x.shape), (a, (len(x),)), (s, (len(x),)))
     if not triton_runs_on(x):
         return add_noise_reference(x, eps, a, s, copies, dtype)
     return _add_noise(x, eps, a.contiguous(), s.contiguous(), copies, dtype)

@@ -17,7 +17,7 @@ up, in a fixed order. Backward is a second launch over the same inputs.
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import flat_like, last_to_finish, sum_parts, triton_runs_on
+from sidfast.kernels.backend import flat_like, last_to_finish, require_shapes, sum_parts, triton_runs_on
 from sidfast.kernels.guidance import denoise, load_branches, store_branches
 
 _BLOCK = 2048                                            # elements of a sample per program
@@ -168,12 +168,14 @@ def sid_loss(x_g, x_t, o_real, o_fake, A, B, kappa2, kappa3, kappa4, alpha):
     arithmetic in fp32.
 
     Returns the loss [N] and finite [N] (bool): the samples that count. Differentiable in the first four. Raises
-    ValueError if an output has neither N nor 2N rows.
+    ValueError for other shapes.
     """
-    N = x_g.shape[0]
+    N, *sample = x_g.shape
     for name, output in (("o_real", o_real), ("o_fake", o_fake)):
         if output.shape[0] not in (N, 2 * N):
             raise ValueError(f"sid_loss: {name} has {output.shape[0]} rows, neither {N} nor {2 * N}")
+    require_shapes("sid_loss", (x_t, x_g.shape), (A, (N,)), (B, (N,)),
+                   *((output, (len(output), *sample)) for output in (o_real, o_fake)))
     scales = (float(v) for v in (kappa2, kappa3, kappa4, alpha))
     args = (x_g, x_t, o_real, o_fake, A.contiguous(), B.contiguous(), *scales)
     if not triton_runs_on(x_g):

@@ -28,7 +28,15 @@ def explain(validation, of, under=""):
     message = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "enum":
         message = message.replace(error["ctx"]["expected"], _distinct(error["ctx"]["expected"]))
-    return f"{key}: {message}, not {_short(error['input'])}"
+    words = "".join(f" or {word}" for word in _words(validation, error, of))
+    return f"{key}: {message}{words}, not {_short(error['input'])}"
+
+
+def _words(validation, error, of):
+    """The words, such as 'auto', that could stand in an error's place besides what its message names."""
+    place = _place(error["loc"], of)
+    return [other["ctx"]["expected"] for other in validation.errors()
+            if other["type"] == "literal_error" and other["loc"] != error["loc"] and _place(other["loc"], of) == place]
 
 
 def first_fault(validation):

@@ -10,6 +10,7 @@ from sidfast.kernels.channel_stats import (
     add_channel_stats_reference,
     column_sums,
     column_sums_reference,
+    sum_rows,
 )
 
 SHAPES = [(1, 1, 1), (2, 5, 7, 66), (2, 135, 33), (1, 8, 16, 320)]
@@ -80,10 +81,20 @@ def test_column_sums(shape, dtype, device):
     assert torch.equal(sums, column_sums(x))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+def test_sum_rows(rows, device):
+    """What as many programs left; 256 rows at a time."""
+    parts = random_tensors(device, torch.float32, x=(rows, 35))["x"].detach()
+    assert error(sum_rows(parts, torch.float32), parts.double().sum(0)) < BOUND
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"column_sums: .* contiguous"):
         column_sums(torch.randn(4, 6).T)
+    with pytest.raises(ValueError, match=r"column_sums: .* is empty"):
+        column_sums(torch.randn(0, 6))
     with pytest.raises(ValueError, match=r"add_channel_stats: .* contiguous"):
         add_channel_stats(torch.randn(2, 4, 6), residual=torch.randn(2, 6, 4).mT)
-    with pytest.raises(ValueError, match=r"shape \(4,\), .* should be \(6,\)"):
+    with pytest.raises(ValueError, match=r"shape \(4,\) should be \(6,\)"):
         add_channel_stats(torch.randn(2, 4, 6), bias=torch.randn(4))

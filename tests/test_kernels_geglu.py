@@ -55,9 +55,9 @@ def test_sums_of_the_gradient(dtype, device):
 def test_errors():
     with pytest.raises(ValueError, match="7 channels have no two halves"):
         geglu(torch.randn(3, 7))
-    with pytest.raises(ValueError, match=r"strides \(1, 6\), should be .* contiguous"):
+    with pytest.raises(ValueError, match=r"strides \(1, 6\), should be contiguous"):
         geglu_forward(torch.randn(4, 6).T)
-    with pytest.raises(ValueError, match=r"shape \(4, 6\), .* should be \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) should be \(4, 3\)"):
         geglu_backward(torch.randn(4, 6), torch.randn(4, 6))
 
 

@@ -15,6 +15,7 @@ CASES = {                                                # x, channels of `other
     "odd, image": ((2, 9, 15, 21), 0, 7),
     "odd, seam in a group": ((2, 135, 40), 26, 6),
     "one group": ((2, 70, 33), 1, 1),
+    "chunks by and by": ((1, 320, 400), 200, 1),         # five, of which the programs that merge them hold two
     "sd": ((1, 8, 8, 160), 0, 16),                       # groups as large as those of Stable Diffusion, half as many
     "sd, skip": ((1, 4, 4, 160), 80, 16),
     "even": ((1, 4, 4, 128), 0, 16),                     # whole blocks
@@ -137,10 +138,12 @@ def test_errors():
     x, w = torch.randn(2, 9, 66), torch.randn(66)
     with pytest.raises(ValueError, match="66 channels do not divide into 32 groups"):
         group_norm(x, w, w, 32)
-    with pytest.raises(ValueError, match=r"strides \(66, 594, 1\), should be \(9, 2, 66\), contiguous"):
+    with pytest.raises(ValueError, match=r"strides \(66, 594, 1\), should be contiguous"):
         group_norm_forward([x.transpose(0, 1)], [torch.empty(9, 1, 2, 66)], w, w, 11, 1e-5)
     with pytest.raises(ValueError, match=r"should be \(2, 9, 66\)"):
         group_norm_forward([x, x[:, :8]], [torch.empty(2, 1, 2, 66)] * 2, w, w, 11, 1e-5)
+    with pytest.raises(ValueError, match=r"shape \(0, 9, 66\) is empty"):
+        group_norm(x[:0], w, w, 11)
 
 
 def test_reference_is_pytorchs():

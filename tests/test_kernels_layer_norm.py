@@ -110,9 +110,9 @@ def test_one_output_used(used, device):
 
 def test_errors():
     w = torch.randn(4)
-    with pytest.raises(ValueError, match=r"strides \(1, 6\), should be .* contiguous"):
+    with pytest.raises(ValueError, match=r"strides \(1, 6\), should be contiguous"):
         layer_norm_forward(torch.randn(4, 6).T, w, w, 1e-5)
-    with pytest.raises(ValueError, match=r"shape \(4,\), .* should be \(6,\)"):
+    with pytest.raises(ValueError, match=r"shape \(4,\) should be \(6,\)"):
         layer_norm_forward(torch.randn(4, 6), w, w, 1e-5)
 
 

@@ -7,6 +7,7 @@ from helpers_latents import assert_close, assert_no_worse, draw, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sidfast.kernels.fake_score_loss import fake_score_loss, fake_score_loss_reference
+from sidfast.kernels.guidance import denoise
 from sidfast.kernels.noising import add_noise, add_noise_reference
 from sidfast.kernels.sid_loss import sid_loss, sid_loss_reference
 
@@ -135,12 +136,69 @@ def test_sid_loss_of_any_shape(n, c, h, w, real, fake, channels_last, seed):
         assert_close(name, g, r, 1e-4 if n * c * h * w < 8 else 2e-5)        # (few numbers can cancel)
 
 
-def test_rows_that_do_not_fit():
-    x = torch.zeros(2, 4, 3, 3)
+@pytest.mark.parametrize("device", DEVICES)
+def test_samples_of_many_programs(device):
+    """Of 36, whose parts the last one to finish adds up 32 at a time; a bad element lies in the last part."""
+    x, (A, B), dloss = sid_inputs((2, 4, 128, 140), 2, 2, device)
+    args = (1.5, 0.5, 2, 0.5)
+    want = value_and_grads(lambda *x: sid_loss_reference(*x, A, B, *args)[0], x, dloss)
+    fake_want = value_and_grads(lambda o: fake_score_loss_reference(o, x[0], -B, 1.5)[0], [x[2]], dloss)
+    x, (A, B, dloss) = ([v.float().to(device) for v in group] for group in (x, (A, B, dloss)))
+    got = value_and_grads(lambda *x: sid_loss(*x, A, B, *args)[0], x, dloss)
+    fake_got = value_and_grads(lambda o: fake_score_loss(o, x[0], -B, 1.5)[0], [x[2]], dloss)
+    for name, g, w in zip(("loss", "dx_g", "dx_t", "do_real", "do_fake", "fake loss", "doutput"), (*got, *fake_got),
+                          (*want, *fake_want), strict=True):
+        assert_close(name, g, w, BOUND)
+    x[2][1, 3, 127, 139] = torch.nan
+    assert sid_loss(*x, A, B, *args)[1].tolist() == [True, False]
+    assert fake_score_loss(x[2], x[0], A, 1.5)[1].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kappas", [(1e30, 1, 1), (1, 1e30, 1), (1, 1, 1e30)], ids=("y_2", "y_3", "y_real"))
+def test_sid_loss_of_an_estimate_that_overflows(kappas, device):
+    """Outputs are finite, and what guidance makes of one of them is not."""
+    x, levels, _ = sid_inputs((2, 4, 3, 3), 2, 2, device)
+    x, levels = ([v.float().to(device) for v in group] for group in (x, levels))
+    for output in x[2:]:
+        output[[1, 3]] *= torch.tensor([-1e10, 1e10], device=device).view(2, 1, 1, 1)        # of the second sample
+        output[0] = output[2]                       # (nothing is left of guidance in the first)
+    loss, finite = sid_loss(*x, *levels, *kappas, 0.5)
+    assert finite.tolist() == [True, False] and loss[0].isfinite() and loss[1] == 0
+    assert sid_loss_reference(*x, *levels, *kappas, 0.5)[1].tolist() == [True, False]
+
+
+def test_shapes_that_do_not_fit():
+    x, a = torch.zeros(2, 4, 3, 3), torch.zeros(2)
     with pytest.raises(ValueError, match="o_fake has 3 rows, neither 2 nor 4"):
-        sid_loss(x, x, x, torch.zeros(3, 4, 3, 3), x[:, 0, 0, 0], x[:, 0, 0, 0], 1, 1, 1, 1)
+        sid_loss(x, x, x, torch.zeros(3, 4, 3, 3), a, a, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="3 rows are neither 2 nor 4"):
-        fake_score_loss(torch.zeros(3, 4, 3, 3), x, x[:, 0, 0, 0], 1)
+        fake_score_loss(torch.zeros(3, 4, 3, 3), x, a, 1)
+    small, few = x[..., :2], a[:1]
+    for inputs in ((x[:1], x, x, a, a), (x, small, x, a, a), (x, x, small, a, a), (x, x, x, few, a), (x, x, x, a, few)):
+        with pytest.raises(ValueError, match=r"sid_loss: a tensor of shape \(.*\) should be \(2,"):
+            sid_loss(x, *inputs, 1, 1, 1, 1)
+    for inputs in ((small, x, a), (x, x, few)):
+        with pytest.raises(ValueError, match=r"fake_score_loss: a tensor of shape \(.*\) should be \(2,"):
+            fake_score_loss(*inputs, 1)
+    for inputs in ((small, a, a), (x, few, a), (x, a, few)):
+        with pytest.raises(ValueError, match=r"add_noise: a tensor of shape \(.*\) should be \(2,"):
+            add_noise(x, *inputs, 1, torch.float32)
+    with pytest.raises(ValueError, match="is empty"):
+        sid_loss(*(x[:0],) * 4, a[:0], a[:0], 1, 1, 1, 1)
+
+
+def test_the_memory_format_is_that_of_the_networks():
+    """Outputs of the fused UNet are channels last: so are the images made of them, and no loss copies an output."""
+    o = torch.randn(2, 4, 5, 3).contiguous(memory_format=torch.channels_last)
+    x_t, a = torch.randn(2, 4, 5, 3), torch.rand(2)
+    x_g = denoise(o, x_t, a, a, 1)
+    x_t, x_in = add_noise(x_g, x_t, a, a, 2, torch.bfloat16)
+    target = torch.randn(2, 4, 5, 3)
+    o = o.requires_grad_()
+    [do] = torch.autograd.grad(fake_score_loss(o, target, a, 1)[0].sum(), o)
+    for v in (x_g, x_t, x_in, do):
+        assert v.is_contiguous(memory_format=torch.channels_last) and not v.is_contiguous()
 
 
 def test_operators_are_registered():

@@ -120,10 +120,10 @@ def generator_update(networks, objective, run=in_turn, **options):
         x_g = generate(generator, batch.z, batch.text, objective)
         rows = copies(trained.unet, kappas[:2]), copies(networks.teacher, kappas[2:])
         x_t, x_in = add_noise(x_g, batch.eps, a, s, max(rows), batch.text.dtype)
+        x_fake, x_real = (x_in if k == max(rows) else x_in[:k * len(x_t)] for k in rows)
         inputs = batch.t, batch.text, batch.null
-        o_fake, o_real = run(
-            lambda: predict_guided(fake_score, x_in[:rows[0] * len(x_t)], *inputs, kappas[:2]),
-            lambda: predict_guided(networks.teacher, x_in[:rows[1] * len(x_t)], *inputs, kappas[2:]), x_t.device)
+        o_fake, o_real = run(lambda: predict_guided(fake_score, x_fake, *inputs, kappas[:2]),
+                             lambda: predict_guided(networks.teacher, x_real, *inputs, kappas[2:]), x_t.device)
         loss, finite = generator_loss(x_g, x_t, o_real, o_fake, a, s, objective.prediction_type, kappas,
                                       objective.alpha)
         finite, loss = finite & loss.isfinite(), torch.where(keep, loss, 0)
