@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import GATES, check_gates, find_machine, free, load_gates, repeated
+from harness import GATES, check_gates, find_machine, free, load_gates, missing, repeated
 
 from sidfast.files import write_atomically
 
-_KEY = pytest.StashKey()
+_KEY, _WHOLE, _PARTIAL = (pytest.StashKey() for _ in range(3))             # results; files that ran, wholly or not
 
 
 def pytest_addoption(parser):
@@ -21,7 +21,20 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[_KEY] = {}
+    config.stash[_KEY], config.stash[_WHOLE] = {}, set()
+    config.stash[_PARTIAL] = {Path(arg.split("::")[0]).name for arg in config.args if "::" in arg}
+
+
+def pytest_deselected(items):
+    for item in items:
+        item.config.stash[_PARTIAL].add(item.path.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    item.config.stash[_WHOLE if report.passed else _PARTIAL].add(item.path.name)
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +83,16 @@ def timed(benchmark, machine, record):
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     results, where = config.stash[_KEY], "cuda" if torch.cuda.is_available() else "cpu"
-    config.stash[_KEY] = (results, check_gates(results, load_gates(config.getoption("--gates") or GATES), where))
-    if exitstatus == 0 and any(not holds for *_, holds in config.stash[_KEY][1]):
+    gates = load_gates(config.getoption("--gates") or GATES)
+    checked, lacking = check_gates(results, gates, where), missing(results, gates, where)
+    whole = config.stash[_WHOLE] - config.stash[_PARTIAL]
+    config.stash[_KEY] = results, checked, [(gate, names, gate["file"] not in whole) for gate, names in lacking]
+    if exitstatus == 0 and not all(holds for *_, holds in (*checked, *config.stash[_KEY][2])):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results, checked = config.stash[_KEY]
+    results, checked, lacking = config.stash[_KEY]
     write = terminalreporter.write_line
     for group, rows in results.items():
         write(f"\n{group}")
@@ -87,6 +103,8 @@ def pytest_terminal_summary(terminalreporter, config):
         bound = gate.get("ratio", gate.get("share_of_copy"))
         what = f"against {gate['slow']}" if "slow" in gate else "share of the copy bandwidth"
         write(f"{'ok  ' if holds else 'FAIL'} {gate['group']}: {gate['fast']} {what}: {value:.2f}, at least {bound}")
+    for gate, names, holds in lacking:
+        write(f"{'--  ' if holds else 'FAIL'} {gate['group']}: not measured: {', '.join(names)}")
 
 
 def _write(path, machine, results):

@@ -94,7 +94,8 @@ def free():
 
 
 def load_gates(path=GATES):
-    """The list of gates: {"group", "fast", "slow", "ratio"} or {"group", "fast", "share_of_copy"}; "where": device."""
+    """The list of gates: {"group", "fast", "slow", "ratio"} or {"group", "fast", "share_of_copy"}; "where": device;
+    "file": of the benchmark that measures it."""
     return json.loads(Path(path).read_text())
 
 
@@ -118,6 +119,13 @@ def check_gates(results, gates, where):
             ratio = min(others) / fast["ms"]
             checked.append((gate, ratio, ratio >= gate["ratio"]))
     return checked
+
+
+def missing(results, gates, where):
+    """[(gate, the implementations that were not measured)] of the gates that lack some."""
+    found = [(gate, [name for name in (gate["fast"], *_names(gate.get("slow", ()))) if name not in results.get(
+        gate["group"], {})]) for gate in gates if gate["where"] == where]
+    return [(gate, names) for gate, names in found if names]
 
 
 def _names(value):

@@ -1,13 +1,16 @@
 """Each kernel against plain PyTorch, as written and compiled: time, bandwidth, share of a copy's bandwidth."""
 
+import functools
+
+import eager
 import pytest
 import torch
 from sidfast.kernels.accumulate import accumulate, accumulate_reference
 from sidfast.kernels.channel_stats import add_channel_stats, add_channel_stats_reference
 from sidfast.kernels.fake_score_loss import fake_score_loss, fake_score_loss_reference
-from sidfast.kernels.geglu import geglu, geglu_reference
-from sidfast.kernels.group_norm import group_norm, group_norm_reference
-from sidfast.kernels.layer_norm import layer_norm, layer_norm_reference
+from sidfast.kernels.geglu import geglu
+from sidfast.kernels.group_norm import group_norm
+from sidfast.kernels.layer_norm import layer_norm
 from sidfast.kernels.noising import add_noise, add_noise_reference
 from sidfast.kernels.sid_loss import sid_loss, sid_loss_reference
 
@@ -20,11 +23,10 @@ def latents(machine, *rows):
     return n, [torch.randn(k * n, *shape, device=machine.device) for k in rows]
 
 
-def pick(implementation, fused, reference, machine):
+def pick(implementation, fused, plain, machine):
     if implementation == "compiled" and not machine.gpu:
         pytest.skip("compiling takes longer than the benchmark here")
-    return {"fused": fused, "eager": reference, "compiled": torch.compile(reference) if machine.gpu else None}[
-        implementation]
+    return {"fused": fused, "eager": plain, "compiled": torch.compile(plain) if machine.gpu else None}[implementation]
 
 
 def size(*tensors):
@@ -67,9 +69,8 @@ def test_group_norm(timed, machine, direction, implementation):
     shape = (16, 64, 64, 320) if machine.gpu else (1, 8, 8, 32)
     x = torch.randn(shape, device=machine.device, dtype=machine.dtype)
     weight, bias = torch.randn(2, shape[-1], device=machine.device, dtype=machine.dtype)
-    f = pick(implementation, group_norm, group_norm_reference, machine)
-    measure(timed, machine, "group_norm with SiLU", direction, implementation,
-            lambda x, w, b: f(x, w, b, 32, silu=True), [x, weight, bias])
+    f = pick(implementation, functools.partial(group_norm, groups=32, silu=True), eager.group_norm(32, True), machine)
+    measure(timed, machine, "group_norm with SiLU", direction, implementation, f, [x, weight, bias])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -78,7 +79,7 @@ def test_layer_norm(timed, machine, direction, implementation):
     shape = (16 * 4096, 320) if machine.gpu else (64, 32)
     x, residual = (torch.randn(shape, device=machine.device, dtype=machine.dtype) for _ in range(2))
     weight, bias = torch.randn(2, shape[-1], device=machine.device, dtype=machine.dtype)
-    f = pick(implementation, layer_norm, layer_norm_reference, machine)
+    f = pick(implementation, layer_norm, eager.layer_norm, machine)
     measure(timed, machine, "layer_norm with residual", direction, implementation,
             lambda x, w, b, r: f(x, w, b, residual=r)[1], [x, weight, bias, residual], writes=2)
 
@@ -88,7 +89,7 @@ def test_layer_norm(timed, machine, direction, implementation):
 def test_geglu(timed, machine, direction, implementation):
     shape = (16 * 4096, 2560) if machine.gpu else (64, 64)
     x = torch.randn(shape, device=machine.device, dtype=machine.dtype)
-    f = pick(implementation, geglu, geglu_reference, machine)
+    f = pick(implementation, geglu, eager.geglu, machine)
     measure(timed, machine, "geglu", direction, implementation, f, [x])
 
 

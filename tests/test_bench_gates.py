@@ -1,16 +1,20 @@
 """The benchmarks' gates: they hold for what they were set for, and a slowed kernel makes its gate fail the run."""
 
 import json
+import os
+import subprocess
+import sys
 
 import peak
 import plots
 import pytest
 import pytest.__main__
 from conftest import ROOT, Forked
-from harness import check_gates, load_gates
+from harness import check_gates, load_gates, missing
 
-GATE = {"where": "cpu", "group": "sum", "fast": "fused", "slow": ["eager", "compiled"], "ratio": 1.5}
-SHARE = {"where": "cpu", "group": "sum", "fast": "fused", "share_of_copy": 0.7}
+GATE = {"where": "cpu", "file": "test_sum.py", "group": "sum", "fast": "fused", "slow": ["eager", "compiled"],
+        "ratio": 1.5}
+SHARE = {"where": "cpu", "file": "test_sum.py", "group": "sum", "fast": "fused", "share_of_copy": 0.7}
 BENCH = '''
 import time
 import pytest, torch
@@ -44,27 +48,66 @@ def test_what_was_not_measured_is_not_judged(results):
     assert check_gates({"sum": {"fused": {"ms": 1}, "eager": {"ms": 1}}}, [GATE], "cuda") == []
 
 
+@pytest.mark.parametrize("group, names", [
+    ({}, ["fused", "eager", "compiled"]), ({"fused": {}, "eager": {}}, ["compiled"]),
+    ({"fused": {}, "eager": {}, "compiled": {}}, [])], ids=str)
+def test_what_was_not_measured_is_named(group, names):
+    assert missing({"sum": group}, [GATE], "cpu") == ([(GATE, names)] if names else [])
+    assert missing({"sum": {"fused": {}}}, [SHARE], "cpu") == missing({}, [GATE], "cuda") == []
+
+
 def test_the_gates_kept_are_well_formed():
     gates = load_gates()
     assert len(gates) >= 8
     for gate in gates:
         assert gate["where"] in ("cuda", "cpu") and gate["group"] and gate["fast"]
+        assert (ROOT / "bench" / gate["file"]).is_file()
         assert ("share_of_copy" in gate) != ("slow" in gate and gate["ratio"] > 0)
+
+
+def run_bench(folder, gate, *arguments, seconds=0.001):
+    """(exit code, output) of BENCH with a gate."""
+    (folder / "test_sum.py").write_text(BENCH.replace("FUSED", str(seconds)))
+    (folder / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n" + (ROOT / "bench" / "conftest.py").read_text())
+    (folder / "gates.json").write_text(json.dumps([gate]))
+    done = Forked(pytest.__main__.__file__, ["-p", "no:cacheprovider", folder, "--gates", folder / "gates.json",
+                                             "--results", folder / "results.json", *arguments], 0)
+    output, errors = done.communicate()
+    return done.returncode, output + errors
 
 
 @pytest.mark.parametrize("seconds, code", [(0.001, 0), (0.06, 1)], ids=("fast", "slowed"))
 def test_a_slowed_kernel_fails_the_run(tmp_path, seconds, code):
-    (tmp_path / "test_sum.py").write_text(BENCH.replace("FUSED", str(seconds)))
-    (tmp_path / "conftest.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n" + (ROOT / "bench" / "conftest.py").read_text())
-    (tmp_path / "gates.json").write_text(json.dumps([GATE]))
-    done = Forked(pytest.__main__.__file__, ["-p", "no:cacheprovider", tmp_path, "--gates", tmp_path / "gates.json",
-                                             "--results", tmp_path / "results.json"], 0)
-    output, errors = done.communicate()
-    assert done.returncode == code, output[-2000:] + errors[-2000:]
-    assert ("ok   sum" if code == 0 else "FAIL sum: fused against ['eager', 'compiled']") in output
+    got, output = run_bench(tmp_path, GATE | {"slow": ["eager"]}, seconds=seconds)
+    assert got == code and ("ok   sum" if code == 0 else "FAIL sum: fused against ['eager']") in output, output[-2000:]
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["machine"] == "CPU" and kept["results"]["sum"]["eager"]["ms"] > 19
+
+
+@pytest.mark.parametrize("arguments, code", [((), 1), (("-k", "fused or eager"), 1), (("-k", "fused"), 0)],
+                         ids=("whole", "all selected", "part"))
+def test_a_gate_without_its_measurement_fails_a_whole_run(tmp_path, arguments, code):
+    """A name with a slip in it would be no gate any more."""
+    got, output = run_bench(tmp_path, GATE | {"group": "smu"}, *arguments)
+    assert got == code, output[-2000:]
+    assert f"{'FAIL' if code else '--  '} smu: not measured: fused, eager, compiled" in output
+
+
+@pytest.mark.gpu
+def test_a_slowed_kernel_of_ours_fails_its_gate(tmp_path):
+    """GEGLU's, launched twelve times over, against the gate that is kept for it."""
+    (tmp_path / "slowed.py").write_text(
+        "from sidfast.kernels import geglu\n"
+        "usual = geglu.geglu_forward\n"
+        "geglu.geglu_forward = lambda x: [usual(x) for _ in range(12)][0]\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    for plugin, code in (([], 0), (["-p", "slowed"], 1)):
+        done = subprocess.run([sys.executable, "-m", "pytest", *plugin, "bench/test_kernels.py", "-k",
+                               "geglu and backward"], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
+                              capture_output=True, text=True)
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+        assert f"{'FAIL' if code else 'ok  '} geglu [65536, 2560], forward and backward" in done.stdout
 
 
 def test_pictures(tmp_path):
