@@ -6,13 +6,14 @@ import eager
 import pytest
 import torch
 from sidfast.kernels.accumulate import accumulate, accumulate_reference
-from sidfast.kernels.channel_stats import add_channel_stats, add_channel_stats_reference
+from sidfast.kernels.channel_stats import add_channel_stats, add_channel_stats_reference, column_sums
 from sidfast.kernels.fake_score_loss import fake_score_loss, fake_score_loss_reference
 from sidfast.kernels.geglu import geglu
 from sidfast.kernels.group_norm import group_norm
 from sidfast.kernels.layer_norm import layer_norm
 from sidfast.kernels.noising import add_noise, add_noise_reference
 from sidfast.kernels.sid_loss import sid_loss, sid_loss_reference
+from sidfast.kernels.upsample import interleave, interleave_reference, separate
 
 IMPLEMENTATIONS = ("fused", "eager", "compiled")
 
@@ -103,6 +104,22 @@ def test_add_channel_stats(timed, machine, implementation):
     f = pick(implementation, add_channel_stats, add_channel_stats_reference, machine)
     timed(f"add_channel_stats {list(shape)}, forward", implementation, lambda: f(x, residual, bias),
           20 if machine.gpu else 1, least_bytes=size(x, residual, x))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ("column_sums", "interleave", "separate"))
+def test_small_kernels(timed, machine, name, implementation):
+    """The gradient of a bias; and what turns a 2x2 convolution into an upsampling one, forward and backward."""
+    if implementation == "fused" and not machine.gpu:
+        pytest.skip("the kernel itself needs a GPU")
+    small, channels = (32, 1280) if machine.gpu else (4, 32)
+    shape = {"column_sums": (16 * small**2, channels), "interleave": (16, small + 1, small + 1, 4 * channels),
+             "separate": (16, 2 * small, 2 * small, channels)}[name]
+    x = torch.randn(shape, device=machine.device, dtype=machine.dtype)
+    kernel, plain = {"column_sums": (column_sums, lambda x: x.sum(0)), "interleave": (interleave, interleave_reference),
+                     "separate": (separate, eager.separate)}[name]
+    f, y = pick(implementation, kernel, plain, machine), plain(x)
+    timed(f"{name} {list(shape)}", implementation, lambda: f(x), 20 if machine.gpu else 1, least_bytes=size(x, y))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -16,7 +16,7 @@ from sidfast.kernels.channel_stats import sum_rows
 def geglu_reference(x):
     """x [..., 2F]. Returns y [..., F] in x's type."""
     a, g = widen(x).chunk(2, -1)
-    return (a * g * 0.5 * (1 + torch.erf(g * 0.5**0.5))).to(x.dtype)
+    return (a * (g * (0.5 + 0.5 * torch.erf(g * 0.5**0.5)))).to(x.dtype)         # (a g alone might overflow)
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _geglu_kernel(p_x, p_y, T, F, BT: tl.constexpr, BF: tl.constexpr):
     o = o_t[:, None] * (2 * F) + o_f[None, :]
     b_a = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     b_g = tl.load(p_x + o + F, mask=m, other=0.0).to(tl.float32)
-    b_y = b_a * b_g * (0.5 + 0.5 * tl.erf(b_g * 0.7071067811865476))
+    b_y = b_a * (b_g * (0.5 + 0.5 * tl.erf(b_g * 0.7071067811865476)))
     tl.store(p_y + o_t[:, None] * F + o_f[None, :], b_y.to(p_y.dtype.element_ty), mask=m)
 
 
@@ -47,8 +47,8 @@ def _geglu_backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.const
         b_g = tl.load(p_x + o + F, mask=m, other=0.0).to(tl.float32)
         b_dy = tl.load(p_dy + o_t[:, None] * F + o_f[None, :], mask=m, other=0.0).to(tl.float32)
         b_cdf = 0.5 + 0.5 * tl.erf(b_g * 0.7071067811865476)
-        b_da = b_dy * b_g * b_cdf
-        b_dg = b_dy * b_a * (b_cdf + b_g * 0.3989422804014327 * tl.exp(-0.5 * b_g * b_g))
+        b_da = b_dy * (b_g * b_cdf)
+        b_dg = b_dy * (b_a * (b_cdf + b_g * 0.3989422804014327 * tl.exp(-0.5 * b_g * b_g)))
         tl.store(p_dx + o, b_da.to(p_dx.dtype.element_ty), mask=m)
         tl.store(p_dx + o + F, b_dg.to(p_dx.dtype.element_ty), mask=m)
         if SUMS:

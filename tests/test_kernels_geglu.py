@@ -19,6 +19,16 @@ def test_geglu(shape, dtype, device):
     assert_matches(geglu, eager.geglu, random_tensors(device, dtype, x=shape))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_that_would_overflow(device):
+    """Half of the input is a closed gate: nothing comes through, however large the other half."""
+    x = torch.tensor([[1e20, 3.0, -1e20, -1e19]], device=device, requires_grad=True)
+    y = geglu(x)
+    [dx] = torch.autograd.grad(y, x, torch.full_like(y, 1e20))
+    assert not y.any() and not dx.any()
+    assert torch.equal(y, eager.geglu(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_geglu_at_full_size(dtype):
