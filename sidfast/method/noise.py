@@ -20,6 +20,7 @@ class NoiseSchedule:
         """`alphas_cumprod`: a_t^2 for t = 0 .. T-1 [T], falling."""
         alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
         self.log_sigma = 0.5 * ((1 - alphas) / alphas).log()                 # [T], rising, float64
+        self._on_grid = _coefficients(self.log_sigma)
 
     def __len__(self):
         return len(self.log_sigma)
@@ -28,6 +29,7 @@ class NoiseSchedule:
         """The same schedule with its table on another device."""
         other = object.__new__(NoiseSchedule)
         other.log_sigma = self.log_sigma.to(device)
+        other._on_grid = tuple(v.to(device) for v in self._on_grid)
         return other
 
     def log_sigma_at(self, t):
@@ -46,8 +48,14 @@ class NoiseSchedule:
 
     def coefficients(self, t):
         """(a, s) of timesteps t, float32, each of t's shape: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
-        log_sigma = self.log_sigma_at(t)
-        return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
+        if t.is_floating_point():
+            return _coefficients(self.log_sigma_at(t))
+        a, s = self._on_grid                             # (interpolating takes two dozen launches)
+        return a[t], s[t]
+
+
+def _coefficients(log_sigma):
+    return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
 
 
 DENSITIES = {}                                           # name -> class (method.md, section 6)

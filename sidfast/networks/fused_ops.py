@@ -116,6 +116,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None, weight, packed)
         ctx.stride, ctx.x_shape = stride, x.shape
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)                 # (of the statistics: zeros in a launch of their own)
         return y, stats
 
     @staticmethod
@@ -136,6 +137,7 @@ class _UpsampleConv(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None, weight, packed)
         ctx.x_shape = x.shape
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return y, stats
 
     @staticmethod
