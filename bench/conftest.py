@@ -12,7 +12,8 @@ from harness import GATES, check_gates, find_machine, free, load_gates, missing,
 
 from sidfast.files import write_atomically
 
-_KEY, _WHOLE, _PARTIAL = (pytest.StashKey() for _ in range(3))             # results; files that ran, wholly or not
+_KEY, _RAN, _PARTIAL, _SKIPPED = (pytest.StashKey() for _ in range(4))
+# (results; files of which tests ran, files of which not all were asked for, and {file: ids of skipped tests})
 
 
 def pytest_addoption(parser):
@@ -21,7 +22,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[_KEY], config.stash[_WHOLE] = {}, set()
+    config.stash[_KEY], config.stash[_RAN], config.stash[_SKIPPED] = {}, set(), {}
     config.stash[_PARTIAL] = {Path(arg.split("::")[0]).name for arg in config.args if "::" in arg}
 
 
@@ -33,7 +34,10 @@ def pytest_deselected(items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     report = yield
-    item.config.stash[_WHOLE if report.passed else _PARTIAL].add(item.path.name)
+    if report.skipped:
+        item.config.stash[_SKIPPED].setdefault(item.path.name, []).append(item.name)
+    elif report.when == "call":
+        item.config.stash[_RAN].add(item.path.name)
     return report
 
 
@@ -85,8 +89,13 @@ def pytest_sessionfinish(session, exitstatus):
     results, where = config.stash[_KEY], "cuda" if torch.cuda.is_available() else "cpu"
     gates = load_gates(config.getoption("--gates") or GATES)
     checked, lacking = check_gates(results, gates, where), missing(results, gates, where)
-    whole = config.stash[_WHOLE] - config.stash[_PARTIAL]
-    config.stash[_KEY] = results, checked, [(gate, names, gate["file"] not in whole) for gate, names in lacking]
+    whole = config.stash[_RAN] - config.stash[_PARTIAL]
+    if exitstatus or config.getoption("lf", False):      # (what had passed before is not collected, nor told of)
+        whole = set()
+    skipped = config.stash[_SKIPPED]
+    config.stash[_KEY] = results, checked, [
+        (gate, names, gate["file"] not in whole or all(any(name in test for test in skipped.get(gate["file"], ()))
+                                                       for name in names)) for gate, names in lacking]
     if exitstatus == 0 and not all(holds for *_, holds in (*checked, *config.stash[_KEY][2])):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

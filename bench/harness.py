@@ -122,7 +122,7 @@ def check_gates(results, gates, where):
 
 
 def missing(results, gates, where):
-    """[(gate, the implementations that were not measured)] of the gates that lack some."""
+    """[(gate, its implementations that were not measured)] of the gates that lack some."""
     found = [(gate, [name for name in (gate["fast"], *_names(gate.get("slow", ()))) if name not in results.get(
         gate["group"], {})]) for gate in gates if gate["where"] == where]
     return [(gate, names) for gate, names in found if names]

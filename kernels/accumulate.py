@@ -20,10 +20,11 @@ def accumulate_reference(sums, gradients, wanted):
 def accumulate(sums, gradients, wanted):
     """Add each of `gradients` to its sum, in place and in the sum's type, if `wanted` (a bool, a tensor) holds.
 
-    Lists of tensors, two by two of one shape (ValueError if not), all sums of one type and all gradients of one;
-    sums dense in memory, in any order of dimensions. What is not wanted may hold NaN. The host does not wait for the
-    flag. The kernel runs on a GPU alone: Triton's interpreter would take seconds for a network's parameters (tests call
-    `launch`). It is compiled for each length of the lists: a few dozen tensors are enough.
+    Lists of tensors, as many of either and two by two of one shape (ValueError if not), all sums of one type and all
+    gradients of one; sums dense in memory, in any order of dimensions, and none twice. What is not wanted may hold NaN.
+    The host does not wait for the flag. The kernel runs on a GPU alone: Triton's interpreter would take seconds for a
+    network's parameters (tests call `launch`). It is compiled for each length of the lists and each pattern of sizes
+    that 16 divides: a few dozen tensors at once are enough.
     """
     for s, gradient in zip(sums, gradients, strict=True):
         if gradient.shape != s.shape:

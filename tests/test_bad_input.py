@@ -21,6 +21,7 @@ from sidfast.training import speed
     ("guidence.kappa1=3", ["unknown key guidence", "guidance"]),
     ("train.batch_size=many", ["train.batch_size", "'many'"]),
     ("speed.fused=maybe", ["speed.fused", "boolean or 'auto'", "'maybe'"]),
+    ("speed.attention=fast", ["speed.attention", "'efficient' or 'math', not 'fast'"]),
     ("train.micro_batch=0", ["train.micro_batch", "1 or 'auto'", "0"]),
     ("train.batch_size=5", ["train.batch_size (5)", "train.micro_batch (2)"]),
     ("noise.t_min=990", ["noise.t_min (990)", "noise.t_max (979)"]),

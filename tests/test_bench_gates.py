@@ -21,6 +21,7 @@ import pytest, torch
 
 @pytest.mark.parametrize("implementation", ("fused", "eager"))
 def test_sum(timed, machine, implementation):
+    BODY
     x = torch.ones(1000)
 
     def step():
@@ -59,20 +60,23 @@ def test_what_was_not_measured_is_named(group, names):
 def test_the_gates_kept_are_well_formed():
     gates = load_gates()
     assert len(gates) >= 8
-    for gate in gates:
+    for gate in gates:                                   # (names are tied to measurements when those are made)
         assert gate["where"] in ("cuda", "cpu") and gate["group"] and gate["fast"]
         assert (ROOT / "bench" / gate["file"]).is_file()
         assert ("share_of_copy" in gate) != ("slow" in gate and gate["ratio"] > 0)
 
 
-def run_bench(folder, gate, *arguments, seconds=0.001):
-    """(exit code, output) of BENCH with a gate."""
-    (folder / "test_sum.py").write_text(BENCH.replace("FUSED", str(seconds)))
+def run_bench(folder, gate, *arguments, seconds=0.001, body="", more=""):
+    """(exit code, output) of BENCH with a gate; `body` begins its test, `more` follows it."""
+    (folder / "test_sum.py").write_text(BENCH.replace("FUSED", str(seconds)).replace("BODY", body) + more)
     (folder / "conftest.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n" + (ROOT / "bench" / "conftest.py").read_text())
     (folder / "gates.json").write_text(json.dumps([gate]))
-    done = Forked(pytest.__main__.__file__, ["-p", "no:cacheprovider", folder, "--gates", folder / "gates.json",
-                                             "--results", folder / "results.json", *arguments], 0)
+    what = [] if any("::" in argument for argument in arguments) else [folder]
+    arguments = [str(folder / argument) if "::" in argument else argument for argument in arguments]
+    done = Forked(pytest.__main__.__file__, [*what, "-o", f"cache_dir={folder / 'cache'}", "--gates",
+                                             folder / "gates.json", "--results", folder / "results.json",
+                                             *arguments], 0)
     output, errors = done.communicate()
     return done.returncode, output + errors
 
@@ -85,13 +89,28 @@ def test_a_slowed_kernel_fails_the_run(tmp_path, seconds, code):
     assert kept["machine"] == "CPU" and kept["results"]["sum"]["eager"]["ms"] > 19
 
 
-@pytest.mark.parametrize("arguments, code", [((), 1), (("-k", "fused or eager"), 1), (("-k", "fused"), 0)],
-                         ids=("whole", "all selected", "part"))
+@pytest.mark.parametrize("arguments, code", [
+    ((), 1), (("-k", "fused or eager"), 1), (("-k", "fused"), 0), (("--lf",), 0), (("test_sum.py::test_sum",), 0)],
+    ids=("whole", "all selected", "selected", "last failed", "named"))
 def test_a_gate_without_its_measurement_fails_a_whole_run(tmp_path, arguments, code):
     """A name with a slip in it would be no gate any more."""
     got, output = run_bench(tmp_path, GATE | {"group": "smu"}, *arguments)
     assert got == code, output[-2000:]
     assert f"{'FAIL' if code else '--  '} smu: not measured: fused, eager, compiled" in output
+
+
+@pytest.mark.parametrize("slow, code", [(["eager", "other"], 0), (["eager", "others"], 1)], ids=str)
+def test_a_gate_may_lack_what_was_skipped(tmp_path, slow, code):
+    """On a machine that cannot run it, and nothing else."""
+    skipping = '\n\n@pytest.mark.parametrize("name", ["other"])\ndef test_skipped(name):\n    pytest.skip("not here")\n'
+    got, output = run_bench(tmp_path, GATE | {"slow": slow}, more=skipping)
+    assert got == code and f"{'FAIL' if code else '--  '} sum: not measured: {slow[1]}" in output, output[-2000:]
+
+
+@pytest.mark.parametrize("mark, code", [("fail", 1), ("skip", 0)])
+def test_a_run_that_fails_or_measures_nothing_names_what_is_missing(tmp_path, mark, code):
+    got, output = run_bench(tmp_path, GATE, body=f"pytest.{mark}('')")
+    assert got == code and "--   sum: not measured: fused, eager, compiled" in output, output[-2000:]
 
 
 @pytest.mark.gpu

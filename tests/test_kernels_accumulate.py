@@ -56,6 +56,11 @@ def test_what_is_not_wanted_may_be_anything(place, value):
     assert not sums.isfinite().any()
 
 
+def test_lists_must_agree():
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        accumulate([torch.zeros(2)], [torch.zeros(2)] * 2, torch.tensor(True))
+
+
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"a gradient of shape \(3,\) for sums of \(4,\)"):
         accumulate([torch.zeros(2), torch.zeros(4)], [torch.zeros(2), torch.zeros(3)], torch.tensor(True))

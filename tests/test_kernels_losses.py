@@ -207,6 +207,8 @@ def test_operators_are_registered():
     x, levels = [v.float().requires_grad_() for v in x], [v.float() for v in levels]
     torch.library.opcheck(torch.ops.sidfast.sid_loss.default, (*x, *levels, 1.5, 1.5, 1.5, 0.5))
     torch.library.opcheck(torch.ops.sidfast.fake_score_loss.default, (x[2], x[0].detach(), levels[0], 1.5))
+    last = x[2].detach().contiguous(memory_format=torch.channels_last).requires_grad_()      # (x's format or another's)
+    torch.library.opcheck(torch.ops.sidfast.fake_score_loss.default, (last, x[0].detach(), levels[0], 1.5))
     torch.library.opcheck(torch.ops.sidfast.add_noise.default, (*x[:2], *levels, 2, torch.bfloat16))
 
     def loss(*x):

@@ -32,6 +32,16 @@ def test_coefficients_are_those_of_diffusers(betas):
     # (diffusers rounds alphas_cumprod to float32 and takes 1 - alpha from that: s is only so exact at small t)
 
 
+def test_whole_timesteps_of_any_type():
+    """From a table, to the bit what interpolation gives."""
+    t = torch.tensor([0, 1, 77, 100])
+    for kind in (torch.int64, torch.int32, torch.int8, torch.uint8):
+        for got, want in zip(SCHEDULE.coefficients(t.to(kind)), SCHEDULE.coefficients(t.double()), strict=True):
+            assert torch.equal(got, want)
+    elsewhere = SCHEDULE.to("meta")
+    assert all(v.device.type == "meta" for v in elsewhere.coefficients(t.to("meta")))
+
+
 def test_coefficients_have_unit_variance_between_grid_points():
     t = torch.linspace(0, 999, 5001, dtype=torch.float64)
     a, s = SCHEDULE.coefficients(t)

@@ -100,7 +100,10 @@ def test_prepare(teacher):
 
 def test_every_block_runs_compiled(teacher, monkeypatch):
     """More sizes than torch.compile takes unasked, in each role of training, all networks in one process."""
-    compile_block = torch.nn.Module.compile
+    compile_block, config_of_torch = torch.nn.Module.compile, torch.compiler.config
+    for name, value in (("recompile_limit", 8), ("accumulated_recompile_limit", 9),
+                        ("fail_on_recompile_limit_hit", False)):
+        monkeypatch.setattr(config_of_torch, name, value)
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_block, backend="eager"))
     config = {"sample_size": 8, "cross_attention_dim": 8, "attention_head_dim": 4, "norm_num_groups": 4,
               "block_out_channels": (8, 12, 16, 20), "layers_per_block": 1}
@@ -115,3 +118,4 @@ def test_every_block_runs_compiled(teacher, monkeypatch):
             step = functools.partial(unet, x.clone().requires_grad_(frozen), *inputs)
             with torch.set_grad_enabled(trained or frozen):
                 assert compiled_blocks(step) == blocks
+    assert config_of_torch.fail_on_recompile_limit_hit and config_of_torch.recompile_limit == 8 * blocks

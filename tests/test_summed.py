@@ -144,7 +144,7 @@ def test_small_gradients_are_added_together(monkeypatch):
     together, add = [], summed_module.accumulate
     monkeypatch.setattr(summed_module, "accumulate", lambda sums, *rest: (
         together.append([s.numel() for s in sums]), add(sums, *rest)))
-    net = torch.nn.ParameterList(torch.zeros(n) for n in (1, 2, 13, 3, 1, 5, 8, 4))
+    net = torch.nn.ParameterList(torch.zeros(n) for n in (1, 2, 13, 3, 1, 5, 5, 5, 8, 4))
     trained = Trained(net, flat=True)
 
     def compute(net, x):

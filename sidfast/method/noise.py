@@ -51,7 +51,7 @@ class NoiseSchedule:
         if t.is_floating_point():
             return _coefficients(self.log_sigma_at(t))
         a, s = self._on_grid                             # (interpolating takes two dozen launches)
-        return a[t], s[t]
+        return a[t.long()], s[t.long()]
 
 
 def _coefficients(log_sigma):

@@ -24,8 +24,8 @@ class GradientSums:
 class _Adder:
     """Adds gradients to sums, small ones several in a launch.
 
-    `_TOGETHER` tensors at most, of `_SMALL` elements at most in all: so much memory is held back. A larger one is added
-    at once.
+    `_TOGETHER` tensors at most, of `_SMALL` elements at most in all, are held back. A larger one is added at once. All
+    come from one backward pass on one stream, and each parameter's once.
     """
 
     _TOGETHER, _SMALL = 32, 2**20

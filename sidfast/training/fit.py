@@ -47,8 +47,10 @@ def _needed(config, teacher, sizes, processes, device):
     side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
     dtype = compute_dtype(config.deepspeed)
     teacher.unet.to(device)                              # where training wants it too
-    speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side),
-                         largest_pass(config, sizes[-1]), zero_stages(config), dtype, device)
+    # (attention that was asked for need not manage the largest micro-batch, only the one that will fit)
+    rows = largest_pass(config, sizes[-1 if config.speed.attention == "auto" else 0])
+    speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side), rows,
+                         zero_stages(config), dtype, device)
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
 
     def prepare(checkpointing):
