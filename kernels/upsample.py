@@ -12,24 +12,24 @@ Of the nine taps on a doubled image several fall on the same pixel of the small 
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require
+from sidfast.kernels.backend import require, require_shapes, widen
 from sidfast.kernels.channel_stats import add_channel_stats
 
-_ROWS, _CHANNELS = 16, 128                               # of a program
+_ROWS, _CHANNELS, _TAPS = 16, 128, 256                   # of a program: rows, channels; channels of all its taps
 
 
-def combine_taps(weight):
-    """A 3x3 kernel [K, C, 3, 3] as the 2x2 one [4K, C, 2, 2], channels last, sums in fp32."""
-    by_parity = _combine(_combine(weight.float(), 2), -1)                        # [q, b, p, a, K, C]
+def combine_taps_reference(weight):
+    """`combine_taps` in plain PyTorch."""
+    by_parity = _combine(_combine(widen(weight), 2), -1)                         # [q, b, p, a, K, C]
     combined = by_parity.permute(2, 0, 4, 5, 3, 1).flatten(0, 2)
     return combined.to(weight.dtype, memory_format=torch.channels_last)
 
 
-def separate_taps(gradient):
-    """The gradient [K, C, 3, 3] of a 3x3 kernel from that of its 2x2 one: the adjoint of `combine_taps`."""
-    by_parity = gradient.float().unflatten(0, (2, 2, -1)).permute(1, 5, 0, 4, 2, 3)
+def separate_taps_reference(gradient):
+    """`separate_taps` in plain PyTorch."""
+    by_parity = widen(gradient).unflatten(0, (2, 2, -1)).permute(1, 5, 0, 4, 2, 3)
     rows = _separate(by_parity).movedim(0, -1)           # [p, a, K, C, 3]
-    return _separate(rows).permute(1, 2, 0, 3).to(gradient.dtype, memory_format=torch.contiguous_format)
+    return _separate(rows).permute(1, 2, 0, 3).to(gradient.dtype, memory_format=torch.channels_last)
 
 
 def _combine(weight, axis):
@@ -66,6 +66,59 @@ def _separate_kernel(p_dy, p_dz, R, H, W, K, BR: tl.constexpr, BC: tl.constexpr)
     o_y = (o_n * 2 * H + o_u) * 2 * W + o_v
     b_dy = tl.load(p_dy + o_y[:, None] * K + o_c[None, :], mask=m & inside[:, None], other=0.0)
     tl.store(p_dz + o_r[:, None] * K + o_c[None, :], b_dy, mask=m)
+
+
+@triton.jit
+def _combine_taps_kernel(p_weight, p_combined, K, C, BC: tl.constexpr):
+    """An output of parity p sees tap i at its pixel (i + 1 - p) // 2."""
+    i_k = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    for p in tl.static_range(2):
+        for q in tl.static_range(2):
+            for pixel in tl.static_range(4):
+                b_sum = tl.zeros([BC], tl.float32)
+                for tap in tl.static_range(9):
+                    if (tap // 3 + 1 - p) // 2 * 2 + (tap % 3 + 1 - q) // 2 == pixel:
+                        b_sum += tl.load(p_weight + (i_k * 9 + tap) * C + o_c, mask=o_c < C).to(tl.float32)
+                o = (((p * 2 + q) * K + i_k) * 4 + pixel) * C + o_c
+                tl.store(p_combined + o, b_sum.to(p_combined.dtype.element_ty), mask=o_c < C)
+
+
+@triton.jit
+def _separate_taps_kernel(p_gradient, p_separated, K, C, BC: tl.constexpr):
+    i_k = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    for tap in tl.static_range(9):
+        b_sum = tl.zeros([BC], tl.float32)
+        for p in tl.static_range(2):
+            for q in tl.static_range(2):
+                pixel = (tap // 3 + 1 - p) // 2 * 2 + (tap % 3 + 1 - q) // 2
+                o = (((p * 2 + q) * K + i_k) * 4 + pixel) * C + o_c
+                b_sum += tl.load(p_gradient + o, mask=o_c < C).to(tl.float32)
+        tl.store(p_separated + (i_k * 9 + tap) * C + o_c, b_sum.to(p_separated.dtype.element_ty), mask=o_c < C)
+
+
+def combine_taps(weight):
+    """A 3x3 kernel [K, C, 3, 3] as the 2x2 one [4K, C, 2, 2], channels last, sums in fp32."""
+    K, C = weight.shape[:2]
+    require_shapes("combine_taps", (weight, (K, C, 3, 3)))
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    combined = weight.new_empty(4 * K, 2, 2, C).permute(0, 3, 1, 2)
+    _combine_taps_kernel[(K, triton.cdiv(C, _TAPS))](p_weight=weight, p_combined=combined, K=K, C=C, BC=_TAPS,
+                                                     num_warps=1)
+    return combined
+
+
+def separate_taps(gradient):
+    """The gradient [K, C, 3, 3] of a 3x3 kernel, channels last, from that of its 2x2 one: the adjoint of
+    `combine_taps`."""
+    K, C = gradient.shape[0] // 4, gradient.shape[1]
+    require_shapes("separate_taps", (gradient, (4 * K, C, 2, 2)))
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    separated = gradient.new_empty(K, 3, 3, C).permute(0, 3, 1, 2)
+    _separate_taps_kernel[(K, triton.cdiv(C, _TAPS))](p_gradient=gradient, p_separated=separated, K=K, C=C, BC=_TAPS,
+                                                      num_warps=1)
+    return separated
 
 
 def interleave(z, bias=None):

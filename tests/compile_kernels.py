@@ -27,7 +27,7 @@ from sidfast.kernels.group_norm import group_norm  # noqa: E402
 from sidfast.kernels.layer_norm import layer_norm  # noqa: E402
 from sidfast.kernels.noising import add_noise  # noqa: E402
 from sidfast.kernels.sid_loss import sid_loss  # noqa: E402
-from sidfast.kernels.upsample import interleave, separate  # noqa: E402
+from sidfast.kernels.upsample import combine_taps, interleave, separate, separate_taps  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -111,6 +111,7 @@ def launch_everything(dtype):
             column_sums(x.flatten(0, -2), dtype)
             interleave(draw(2, 9, 9, 4 * width), bias[:width])
             separate(draw(2, 16, 16, width))
+            separate_taps(combine_taps(draw(16, width, 3, 3)))
             geglu_backward(draw(64, 4 * width), draw(64, 8 * width), sums_type=torch.float32)
         up = draw(64, 8 * width)
         all_gradients([geglu(up)], up)

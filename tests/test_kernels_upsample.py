@@ -7,23 +7,57 @@ from helpers_kernels import BOUND, DEVICES, DTYPES, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sidfast.kernels.channel_stats import add_channel_stats
-from sidfast.kernels.upsample import combine_taps, interleave, interleave_reference, separate, separate_taps
+from sidfast.kernels.upsample import (
+    combine_taps,
+    combine_taps_reference,
+    interleave,
+    interleave_reference,
+    separate,
+    separate_taps,
+    separate_taps_reference,
+)
 from torch.nn import functional as F
 
 
 def test_two_by_two_is_three_by_three():
     """In float64: output and both gradients of doubling, then a 3x3 convolution with padding 1."""
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 3, 3, 3, requires_grad=True)
-    want = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight.double(), padding=1)
-    combined = combine_taps(weight.detach()).double().requires_grad_()
+    weight = torch.randn(6, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    want = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    combined = combine_taps_reference(weight.detach()).requires_grad_()
     z = F.conv2d(x, combined, padding=1).permute(0, 2, 3, 1)
     got = interleave_reference(z).permute(0, 3, 1, 2)
-    assert error(got, want) < 1e-6
     dy = torch.randn_like(want)
     dx_want, dweight_want = torch.autograd.grad(want, (x, weight), dy)
     dx, dcombined = torch.autograd.grad(got, (x, combined), dy)
-    assert error(dx, dx_want) < 1e-6 and error(separate_taps(dcombined), dweight_want) < 1e-6
+    assert error(got, want) < 1e-12 and error(dx, dx_want) < 1e-12
+    assert error(separate_taps_reference(dcombined), dweight_want) < 1e-12
+
+
+def check_taps(device, dtype, K, C, channels_last):
+    """Sums of four in fp32, rounded once; channels last whatever the input."""
+    g = torch.Generator().manual_seed(0)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    for kernel, reference, shape in ((combine_taps, combine_taps_reference, (K, C, 3, 3)),
+                                     (separate_taps, separate_taps_reference, (4 * K, C, 2, 2))):
+        x = torch.randn(shape, generator=g).to(device, dtype).contiguous(memory_format=order)
+        got, want = kernel(x), reference(x.double())
+        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+        cut = 2 if device == "cpu" else 1                # (the interpreter cuts bits off)
+        assert error(got, want) < (BOUND if dtype == torch.float32 else cut * torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_taps(dtype, device):
+    check_taps(device, dtype, 6, 300, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=10, derandomize=True, deadline=None)
+@given(K=st.integers(1, 5), C=st.integers(1, 270), channels_last=st.booleans())
+def test_taps_of_any_shape(device, K, C, channels_last):
+    check_taps(device, torch.float32, K, C, channels_last)
 
 
 def check(device, dtype, N, H, W, K):
@@ -59,3 +93,7 @@ def test_error():
         separate(torch.randn(1, 4, 2, 6).transpose(1, 2))
     with pytest.raises(ValueError, match=r"add_channel_stats: .* should be \(3,\)"):
         interleave(torch.randn(1, 4, 2, 12), torch.randn(4))
+    with pytest.raises(ValueError, match=r"combine_taps: .* should be \(4, 3, 3, 3\)"):
+        combine_taps(torch.randn(4, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"separate_taps: .* should be \(4, 3, 2, 2\)"):
+        separate_taps(torch.randn(6, 3, 2, 2))
