@@ -53,7 +53,7 @@ def speed_over_micro_batch(results):
     axes.set_ylim(bottom=0)
     axes.set_xlabel("micro-batch")
     axes.set_ylabel("images/s, whole step")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
