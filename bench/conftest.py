@@ -88,16 +88,20 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     results, where = config.stash[_KEY], "cuda" if torch.cuda.is_available() else "cpu"
     gates = load_gates(config.getoption("--gates") or GATES)
-    checked, lacking = check_gates(results, gates, where), missing(results, gates, where)
-    whole = config.stash[_RAN] - config.stash[_PARTIAL]
-    if exitstatus or config.getoption("lf", False):      # (what had passed before is not collected, nor told of)
-        whole = set()
-    skipped = config.stash[_SKIPPED]
-    config.stash[_KEY] = results, checked, [
-        (gate, names, gate["file"] not in whole or all(any(name in test for test in skipped.get(gate["file"], ()))
-                                                       for name in names)) for gate, names in lacking]
-    if exitstatus == 0 and not all(holds for *_, holds in (*checked, *config.stash[_KEY][2])):
+    partial = exitstatus or config.getoption("lf", False)                        # (--lf does not tell what it leaves)
+    checked = check_gates(results, gates, where)
+    lacking = [(gate, names, partial or _may_lack(config, gate["file"], names))
+               for gate, names in missing(results, gates, where)]
+    config.stash[_KEY] = results, checked, lacking
+    if exitstatus == 0 and not all(holds for *_, holds in (*checked, *lacking)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _may_lack(config, file, names):
+    """Whether these measurements of a file were not asked for, or are of tests that this machine has to skip."""
+    skipped = config.stash[_SKIPPED].get(file, ())
+    return file not in config.stash[_RAN] - config.stash[_PARTIAL] or all(
+        any(name in test for test in skipped) for name in names)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -28,13 +28,3 @@ def geglu(x):
     """[..., 2F] -> [..., F]."""
     a, g = x.chunk(2, -1)
     return a * F.gelu(g)
-
-
-def separate(dy):
-    """[N, 2H, 2W, K] -> [N, H + 1, W + 1, 4K], the adjoint of `sidfast.kernels.upsample.interleave_reference`."""
-    N, H, W, K = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
-    dz = dy.new_zeros(N, H + 1, W + 1, 2, 2, K)
-    for p in (0, 1):
-        for q in (0, 1):
-            dz[:, p:H + p, q:W + q, p, q] = dy[:, p::2, q::2]
-    return dz.flatten(3)

@@ -5,6 +5,7 @@ import functools
 import eager
 import pytest
 import torch
+from sidfast.kernels import upsample
 from sidfast.kernels.accumulate import accumulate, accumulate_reference
 from sidfast.kernels.channel_stats import add_channel_stats, add_channel_stats_reference, column_sums
 from sidfast.kernels.fake_score_loss import fake_score_loss, fake_score_loss_reference
@@ -13,15 +14,6 @@ from sidfast.kernels.group_norm import group_norm
 from sidfast.kernels.layer_norm import layer_norm
 from sidfast.kernels.noising import add_noise, add_noise_reference
 from sidfast.kernels.sid_loss import sid_loss, sid_loss_reference
-from sidfast.kernels.upsample import (
-    combine_taps,
-    combine_taps_reference,
-    interleave,
-    interleave_reference,
-    separate,
-    separate_taps,
-    separate_taps_reference,
-)
 
 IMPLEMENTATIONS = ("fused", "eager", "compiled")
 
@@ -115,22 +107,27 @@ def test_add_channel_stats(timed, machine, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ("column_sums", "interleave", "separate", "combine_taps", "separate_taps"))
-def test_small_kernels(timed, machine, name, implementation):
-    """The gradient of a bias; and what makes a 2x2 convolution an upsampling 3x3 one: images and weights, forward and
-    backward."""
+def test_column_sums(timed, machine, implementation):
+    shape = (16 * 1024, 1280) if machine.gpu else (256, 32)
+    measure_alone(timed, machine, "column_sums", implementation, column_sums, lambda x: x.sum(0), shape)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ("interleave", "separate", "combine_taps", "separate_taps"))
+def test_upsample(timed, machine, name, implementation):
+    """What makes a 2x2 convolution an upsampling 3x3 one: images and weights, forward and backward."""
+    side, channels = (32, 1280) if machine.gpu else (4, 32)
+    shape = {"interleave": (16, side + 1, side + 1, 4 * channels), "separate": (16, 2 * side, 2 * side, channels),
+             "combine_taps": (channels, channels, 3, 3), "separate_taps": (4 * channels, channels, 2, 2)}[name]
+    measure_alone(timed, machine, name, implementation, getattr(upsample, name), getattr(upsample, f"{name}_reference"),
+                  shape, torch.channels_last if "taps" in name else torch.contiguous_format)
+
+
+def measure_alone(timed, machine, name, implementation, kernel, plain, shape, order=torch.contiguous_format):
+    """Time a host function of one tensor, which runs on a GPU alone."""
     if implementation == "fused" and not machine.gpu:
         pytest.skip("the kernel itself needs a GPU")
-    small, channels = (32, 1280) if machine.gpu else (4, 32)
-    shape = {"column_sums": (16 * small**2, channels), "interleave": (16, small + 1, small + 1, 4 * channels),
-             "separate": (16, 2 * small, 2 * small, channels), "combine_taps": (channels, channels, 3, 3),
-             "separate_taps": (4 * channels, channels, 2, 2)}[name]
-    x = torch.randn(shape, device=machine.device, dtype=machine.dtype)
-    kernel, plain = {"column_sums": (column_sums, lambda x: x.sum(0)), "interleave": (interleave, interleave_reference),
-                     "separate": (separate, eager.separate), "combine_taps": (combine_taps, combine_taps_reference),
-                     "separate_taps": (separate_taps, separate_taps_reference)}[name]
-    if "taps" in name:                                   # (as convolutions have them)
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = torch.randn(shape, device=machine.device, dtype=machine.dtype).contiguous(memory_format=order)
     f, y = pick(implementation, kernel, plain, machine), plain(x)
     timed(f"{name} {list(shape)}", implementation, lambda: f(x), 20 if machine.gpu else 1, least_bytes=size(x, y))
 

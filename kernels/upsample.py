@@ -52,6 +52,16 @@ def interleave_reference(z):
     return y.reshape(N, 2 * H - 2, 2 * W - 2, -1)
 
 
+def separate_reference(dy):
+    """The adjoint of `interleave_reference`: dy [N, 2H, 2W, K] -> dz [N, H + 1, W + 1, 4K]."""
+    N, H, W, K = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
+    dz = dy.new_zeros(N, H + 1, W + 1, 2, 2, K)
+    for p in (0, 1):
+        for q in (0, 1):
+            dz[:, p:H + p, q:W + q, p, q] = dy[:, p::2, q::2]
+    return dz.flatten(3)
+
+
 @triton.jit
 def _separate_kernel(p_dy, p_dz, R, H, W, K, BR: tl.constexpr, BC: tl.constexpr):
     """Rows of dz are (n, i, j, p, q); outside the image they are 0."""

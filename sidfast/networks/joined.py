@@ -25,6 +25,7 @@ class _Place(NamedTuple):
     name: str                                            # in the whole network
     shape: torch.Size
     start: int
+    piece: int                                           # its number among `Joined.sizes`
 
     def view(self, whole):
         """The part of a flat tensor that is this parameter."""
@@ -55,11 +56,9 @@ class Joined:
 
     @contextmanager
     def _parameters_at_hand(self):
-        pieces = iter(self.joined.split(self.sizes))     # (slices would each make a gradient of their own)
+        pieces = self.joined.split(self.sizes)           # (slices would each make a gradient of their own)
         for place in self.places:
-            place.module.__dict__[place.attribute] = place.shaped(next(pieces))
-            if _padding(place):
-                next(pieces)
+            place.module.__dict__[place.attribute] = place.shaped(pieces[place.piece])
         try:
             yield
         finally:
@@ -94,29 +93,23 @@ def places(unet):
 
 
 def _join(prefix, block):
-    found, pieces, start = [], [], 0
+    found, pieces, sizes = [], [], []
     for name, p in list(block.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         module = block.get_submodule(owner)
-        found.append(_Place(module, attribute, f"{prefix}.{name}", p.shape, start))
+        found.append(_Place(module, attribute, f"{prefix}.{name}", p.shape, sum(sizes), len(sizes)))
         pieces.append(_flattened(p))
-        start += len(pieces[-1])
+        sizes += [n for n in (p.numel(), len(pieces[-1]) - p.numel()) if n]      # (the second aligns the next)
         del module._parameters[attribute]
         module.__dict__[attribute] = None
     requires_grad = any(p.requires_grad for p in pieces)
     block.register_parameter("joined", nn.Parameter(torch.cat(pieces).detach(), requires_grad))
-    block.__class__, block.places = _joined_class(type(block)), tuple(found)
-    block.sizes = [n for place in found for n in (place.shape.numel(), _padding(place)) if n]
+    block.__class__, block.places, block.sizes = _joined_class(type(block)), tuple(found), sizes
 
 
 def _flattened(p):
     flat = (p.permute(0, 2, 3, 1) if p.ndim == 4 else p).flatten()
-    return nn.functional.pad(flat, (0, _padding(p)))
-
-
-def _padding(of):
-    """Elements between this parameter, or that of a place, and the next."""
-    return -of.shape.numel() % _ALIGNED
+    return nn.functional.pad(flat, (0, -len(flat) % _ALIGNED))
 
 
 def _places_instead_of(joined):
