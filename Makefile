@@ -1,4 +1,4 @@
-# make train: install, then distil the embedded teacher (seven to thirteen minutes on two cores, with the installation)
+# make train: install, then distil the embedded teacher (six to thirteen minutes on two cores, with the installation)
 # make test:  install, then run the tests (no GPU, no network)
 # make bench: benchmarks and their gates; ARGS="--results FILE" keeps the numbers
 
