@@ -22,7 +22,7 @@ def time_by_kind(results):
     if rows is None:
         return None
     kinds = sorted({kind for times in rows.values() for kind in times}, key=lambda kind: (kind not in FLOOR, kind))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.7 * len(rows)))
+    figure, axes = plt.subplots(figsize=(8, 1.7 + 0.7 * len(rows)), layout="constrained")
     left = dict.fromkeys(rows, 0.0)
     for i, kind in enumerate(kinds):
         widths = [times.get(kind, 0) for times in rows.values()]
@@ -44,7 +44,7 @@ def speed_over_micro_batch(results):
                     if name.startswith("fused, micro-batch"))
     if len(points) < 2:
         return None
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(*zip(*points, strict=True), "o-", label="fused, bf16, CUDA graphs")
     for i, (name, numbers) in enumerate(n for n in rows.items() if n[0].startswith("plain")):
         axes.axhline(numbers["images_per_s"], linestyle=":", color=f"C{i + 1}", label=name)
@@ -63,14 +63,15 @@ def bandwidth(results):
     if not groups:
         return None
     names = sorted({name for rows in groups.values() for name in rows}, key=lambda name: (name != "fused", name))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.45 * len(groups)))
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(groups)), layout="constrained")
     for i, name in enumerate(names):
         shares = [rows.get(name, {}).get("share_of_copy", 0) for rows in groups.values()]
         axes.barh([k - 0.8 * i / len(names) for k in range(len(groups))], shares, 0.8 / len(names), label=name)
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     axes.set_yticks([k - 0.27 for k in range(len(groups))], list(groups), fontsize=7)
+    axes.margins(y=0.02)
     axes.set_xlabel("least bytes / time, as a share of a copy's bandwidth")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
