@@ -72,12 +72,12 @@ def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, W, ADD: t
 
 
 @triton.jit
-def _column_sums_kernel(p_x, p_sums, T, C, blocks, BT: tl.constexpr, BC: tl.constexpr):
+def _column_sums_kernel(p_x, p_sums, T, C, blocks, STAGES: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     i_c, i_t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     b_sum = tl.zeros([BT, BC], tl.float32)
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=STAGES):
         o_t = (i_t * blocks + i) * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_c[None, :]
         b_sum += tl.load(p_x + o_t[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
@@ -134,6 +134,6 @@ def column_sums(x, dtype=torch.float32):
     columns = triton.cdiv(C, COLUMNS)
     programs, blocks = share(triton.cdiv(T, 64), x.device, columns)
     sums = x.new_empty(programs, C, dtype=torch.float32)
-    _column_sums_kernel[(columns, programs)](p_x=x, p_sums=sums, T=T, C=C, blocks=blocks, BT=64, BC=COLUMNS,
+    _column_sums_kernel[(columns, programs)](p_x=x, p_sums=sums, T=T, C=C, blocks=blocks, STAGES=1, BT=64, BC=COLUMNS,
                                              num_warps=4)
     return sum_rows(sums, dtype)

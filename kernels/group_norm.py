@@ -21,6 +21,8 @@ import triton.language as tl
 from sidfast.kernels.backend import UNFUSED, require, triton_runs_on, widen
 from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats, sum_rows
 
+_RUN = 1                                                 # chunks of a program that sums for the backward pass
+
 
 def group_norm_reference(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
     """x [N, ..., C1], other [N, ..., C2]; weight, bias [C1 + C2]; shift [N, C1 + C2]. Returns y [N, ..., C1 + C2]."""
@@ -86,15 +88,12 @@ def _group_norm_moments_kernel(p_stats1, p_stats2, p_shift, p_weight, p_channel,
 
 
 @triton.jit
-def _load_centred(p_x, p_channel, i_n, o_s, o_c, S, C1, C, seam):
-    """x - centre and scale, with the masks of elements and of channels."""
+def _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam):
+    """centre, scale and bias."""
     m_c = o_c < C1
-    m = (o_s < S)[:, None] & m_c[None, :]
     p = p_channel + i_n * 3 * C + seam + o_c
-    b_centre = tl.load(p, mask=m_c, other=0.0)
-    b_scale = tl.load(p + C, mask=m_c, other=0.0)
-    b_x = tl.load(p_x + (i_n * S + o_s)[:, None] * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    return b_x - b_centre[None, :], b_scale, m, m_c
+    b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return tl.load(p, mask=m_c, other=0.0), tl.load(p + C, mask=m_c, other=0.0), b_bias
 
 
 @triton.jit
@@ -103,37 +102,43 @@ def _group_norm_apply_kernel(p_x, p_channel, p_bias, p_y, S, C1, C, seam, SILU: 
     i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
-    b_x, b_scale, m, m_c = _load_centred(p_x, p_channel, i_n, o_s, o_c, S, C1, C, seam)
-    b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_z = b_x * b_scale[None, :] + b_bias[None, :]
+    b_centre, b_scale, b_bias = _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam)
+    m = (o_s < S)[:, None] & (o_c < C1)[None, :]
+    b_x = tl.load(p_x + (i_n * S + o_s)[:, None] * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    b_z = (b_x - b_centre[None, :]) * b_scale[None, :] + b_bias[None, :]
     if SILU:
         b_z = b_z * tl.sigmoid(b_z)
     tl.store(p_y + (i_n * S + o_s)[:, None] * C + seam + o_c[None, :], b_z.to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU: tl.constexpr):
-    """x - centre, dz (0 outside the tensor) and scale."""
-    b_x, b_scale, m, m_c = _load_centred(p_x, p_channel, i_n, o_s, o_c, S, C1, C, seam)
+def _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C, seam, SILU: tl.constexpr):
+    """x - centre, and dz (0 outside the tensor)."""
+    m = (o_s < S)[:, None] & (o_c < C1)[None, :]
+    b_x = tl.load(p_x + (i_n * S + o_s)[:, None] * C1 + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     b_dz = tl.load(p_dy + (i_n * S + o_s)[:, None] * C + seam + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    b_x -= b_centre[None, :]
     if SILU:
-        b_bias = tl.load(p_bias + seam + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_z = b_x * b_scale[None, :] + b_bias[None, :]
         b_sigmoid = tl.sigmoid(b_z)
         b_dz = b_dz * b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
-    return b_x, b_dz, b_scale
+    return b_x, b_dz
 
 
 @triton.jit
-def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, SILU: tl.constexpr,
-                                     BS: tl.constexpr, BC: tl.constexpr):
-    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_s = i_k * BS + tl.arange(0, BS)
+def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, chunks, C1, C, seam, SILU: tl.constexpr,
+                                     RUN: tl.constexpr, STAGES: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+    i_c, i_r, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
-    b_x, b_dz, _ = _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
-    p = p_sums + ((i_n * tl.num_programs(1) + i_k) * 2) * C1 + o_c
-    tl.store(p, tl.sum(b_dz, 0), mask=o_c < C1)
-    tl.store(p + C1, tl.sum(b_dz * b_x, 0), mask=o_c < C1)
+    b_centre, b_scale, b_bias = _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam)
+    for i in tl.range(RUN, num_stages=STAGES):
+        i_k = i_r * RUN + i
+        o_s = i_k * BS + tl.arange(0, BS)
+        b_x, b_dz = _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
+        p = p_sums + ((i_n * chunks + i_k) * 2) * C1 + o_c
+        m_c = (o_c < C1) & (i_k < chunks)
+        tl.store(p, tl.sum(b_dz, 0), mask=m_c)
+        tl.store(p + C1, tl.sum(b_dz * b_x, 0), mask=m_c)
 
 
 @triton.jit
@@ -178,7 +183,8 @@ def _group_norm_backward_kernel(p_x, p_dy, p_channel, p_bias, p_slope, p_residua
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C1
     m = (o_s < S)[:, None] & m_c[None, :]
-    b_x, b_dz, b_scale = _load_gradient(p_x, p_dy, p_channel, p_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
+    b_centre, b_scale, b_bias = _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam)
+    b_x, b_dz = _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
     b_slope = tl.load(p_slope + i_n * 2 * C + seam + o_c, mask=m_c, other=0.0)
     b_level = tl.load(p_slope + i_n * 2 * C + C + seam + o_c, mask=m_c, other=0.0)
     b_dx = b_scale[None, :] * b_dz + b_slope[None, :] * b_x + b_level[None, :]
@@ -251,7 +257,8 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
              "num_warps": 4}
     sums = [x.new_empty(N, merge["chunks"], 2, x.shape[-1], dtype=torch.float32) for x in xs]
     for (x, seam, grid), p_sums in zip(_each(xs, N, S), sums, strict=True):
-        _group_norm_backward_sums_kernel[grid](p_x=x, p_sums=p_sums, C1=x.shape[-1], seam=seam, **fixed)
+        _group_norm_backward_sums_kernel[(grid[0], triton.cdiv(grid[1], _RUN), N)](
+            p_x=x, p_sums=p_sums, chunks=grid[1], C1=x.shape[-1], seam=seam, RUN=_RUN, STAGES=1, **fixed)
 
     slope = rstd.new_empty(N, 2, C)
     by_sample = rstd.new_empty(N, 2 * C) if affine else None
