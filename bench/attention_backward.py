@@ -193,6 +193,9 @@ def measure(variant, device):
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        print("attention_backward.py: needs a GPU", file=sys.stderr)
+        sys.exit(2)
     if len(sys.argv) > 1:
         measure(sys.argv[1], find_machine().device)
     else:                                                # (a fault of one ends its process alone)

@@ -1,8 +1,8 @@
 """Which tiles of the memory-bound backward kernels are fastest: `python bench/tiles.py`. Needs a GPU.
 
 For each kernel, the milliseconds of all its launches in a backward pass of SD 1.5's UNet (16 rows, bf16), by the
-settings of its tiles, the fastest first, with its rate as a share of a copy's. A line a setting; what the kernels are
-launched with now is marked.
+settings of its tiles, the fastest first, with its rate as a share of a copy's. A line a setting; each list of settings
+begins with what the kernel is launched with now, which is marked.
 """
 
 import argparse
@@ -145,8 +145,10 @@ def milliseconds(launch, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kernels", nargs="*", choices=[*KERNELS, []], help="only these")
-    chosen = parser.parse_args(argv).kernels or KERNELS
+    parser.add_argument("--only", action="append", choices=KERNELS, metavar="KERNEL", help=f"of {', '.join(KERNELS)}")
+    chosen = parser.parse_args(argv).only or KERNELS
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
     machine = find_machine()
     print(f"{machine.name}, a copy {machine.copy_gb_s:.0f} GB/s", flush=True)
     for name in chosen:
