@@ -72,12 +72,12 @@ def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, W, ADD: t
 
 
 @triton.jit
-def _column_sums_kernel(p_x, p_sums, T, C, blocks, STAGES: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def _column_sums_kernel(p_x, p_sums, T, C, blocks, BT: tl.constexpr, BC: tl.constexpr):
     i_c, i_t = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     b_sum = tl.zeros([BT, BC], tl.float32)
-    for i in tl.range(blocks, num_stages=STAGES):
+    for i in range(blocks):
         o_t = (i_t * blocks + i) * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_c[None, :]
         b_sum += tl.load(p_x + o_t[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
@@ -113,7 +113,7 @@ def add_channel_stats(x, residual=None, bias=None, out=None, interleaved=False):
     stats = x.new_empty(N, chunks, 2, C, dtype=torch.float32)
     _channel_stats_kernel[(triton.cdiv(C, COLUMNS), chunks, N)](
         p_x=x, p_residual=residual, p_bias=bias, p_y=y, p_stats=stats, S=S, C=C, W=shape[-2],
-        ADD=residual is not None, BIAS=bias is not None, INTERLEAVED=interleaved, BS=CHUNK, BC=COLUMNS, num_warps=4)
+        ADD=residual is not None, BIAS=bias is not None, INTERLEAVED=interleaved, BS=CHUNK, BC=COLUMNS, num_warps=2)
     return y, stats
 
 
@@ -132,8 +132,8 @@ def column_sums(x, dtype=torch.float32):
     T, C = x.shape
     require("column_sums", (x, (T, C)))
     columns = triton.cdiv(C, COLUMNS)
-    programs, blocks = share(triton.cdiv(T, 64), x.device, columns)
+    programs, blocks = share(triton.cdiv(T, 64), x.device, columns, density=8)
     sums = x.new_empty(programs, C, dtype=torch.float32)
-    _column_sums_kernel[(columns, programs)](p_x=x, p_sums=sums, T=T, C=C, blocks=blocks, STAGES=1, BT=64, BC=COLUMNS,
+    _column_sums_kernel[(columns, programs)](p_x=x, p_sums=sums, T=T, C=C, blocks=blocks, BT=64, BC=COLUMNS,
                                              num_warps=4)
     return sum_rows(sums, dtype)

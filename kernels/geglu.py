@@ -39,7 +39,7 @@ def _geglu_backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.const
     o_f = i_f * BF + tl.arange(0, BF)
     b_sum_a = tl.zeros([BT, BF], tl.float32)
     b_sum_g = tl.zeros([BT, BF], tl.float32)
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=3):
         o_t = (i_t * blocks + i) * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & (o_f < F)[None, :]
         o = o_t[:, None] * (2 * F) + o_f[None, :]

@@ -19,9 +19,11 @@ import torch
 import triton
 import triton.language as tl
 from sidfast.kernels.backend import UNFUSED, require, triton_runs_on, widen
-from sidfast.kernels.channel_stats import CHUNK, COLUMNS, add_channel_stats, sum_rows
+from sidfast.kernels.channel_stats import CHUNK, add_channel_stats, sum_rows
 
-_RUN = 1                                                 # chunks of a program that sums for the backward pass
+# Positions and channels of a program that goes over elements, and channels of one that sums over a chunk.
+_TILE = {"BS": 16, "BC": 64, "num_warps": 2}
+_SUMS = {"BS": CHUNK, "BC": 32, "num_warps": 2}
 
 
 def group_norm_reference(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
@@ -126,19 +128,16 @@ def _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C
 
 
 @triton.jit
-def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, chunks, C1, C, seam, SILU: tl.constexpr,
-                                     RUN: tl.constexpr, STAGES: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
-    i_c, i_r, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, SILU: tl.constexpr,
+                                     BS: tl.constexpr, BC: tl.constexpr):
+    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     b_centre, b_scale, b_bias = _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam)
-    for i in tl.range(RUN, num_stages=STAGES):
-        i_k = i_r * RUN + i
-        o_s = i_k * BS + tl.arange(0, BS)
-        b_x, b_dz = _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
-        p = p_sums + ((i_n * chunks + i_k) * 2) * C1 + o_c
-        m_c = (o_c < C1) & (i_k < chunks)
-        tl.store(p, tl.sum(b_dz, 0), mask=m_c)
-        tl.store(p + C1, tl.sum(b_dz * b_x, 0), mask=m_c)
+    b_x, b_dz = _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
+    p = p_sums + ((i_n * tl.num_programs(1) + i_k) * 2) * C1 + o_c
+    tl.store(p, tl.sum(b_dz, 0), mask=o_c < C1)
+    tl.store(p + C1, tl.sum(b_dz * b_x, 0), mask=o_c < C1)
 
 
 @triton.jit
@@ -207,12 +206,13 @@ def _sizes(xs, groups):
     return N, S, channels, merge
 
 
-def _each(xs, N, S):
-    """For each input: itself, where its channels begin, and the grid of the kernels that go over its elements."""
+def _each(xs, N, S, tile):
+    """For each input: itself, and grid and options of a kernel that goes over it in tiles of positions and channels."""
     seam = 0
     for x in xs:
-        yield x, seam, (triton.cdiv(x.shape[-1], COLUMNS), triton.cdiv(S, CHUNK), N)
-        seam += x.shape[-1]
+        C1 = x.shape[-1]
+        yield x, (triton.cdiv(C1, tile["BC"]), triton.cdiv(S, tile["BS"]), N), {"C1": C1, "seam": seam, **tile}
+        seam += C1
 
 
 def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=False):
@@ -235,9 +235,8 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
         p_stats1=stats[0], p_stats2=stats[-1], p_shift=shift, p_weight=weight, p_channel=channel, p_rstd=rstd, eps=eps,
         SHIFT=shift is not None, BS=CHUNK, **merge)
     y = xs[0].new_empty(*xs[0].shape[:-1], C)
-    for x, seam, grid in _each(xs, N, S):
-        _group_norm_apply_kernel[grid](p_x=x, p_channel=channel, p_bias=bias, p_y=y, S=S, C1=x.shape[-1], C=C,
-                                       seam=seam, SILU=silu, BS=CHUNK, BC=COLUMNS, num_warps=4)
+    for x, grid, options in _each(xs, N, S, _TILE):
+        _group_norm_apply_kernel[grid](p_x=x, p_channel=channel, p_bias=bias, p_y=y, S=S, C=C, SILU=silu, **options)
     return y, (channel, rstd)
 
 
@@ -253,12 +252,10 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
     require("group_norm_backward", (dy, (*xs[0].shape[:-1], C)), *((x, x.shape) for x in xs), (weight, (C,)),
             *((v, x.shape) for v, x in zip(residuals, xs, strict=True)), (bias, (C,)), (channel, (N, 3, C)),
             (rstd, (N, groups)))
-    fixed = {"p_dy": dy, "p_channel": channel, "p_bias": bias, "S": S, "C": C, "SILU": silu, "BS": CHUNK, "BC": COLUMNS,
-             "num_warps": 4}
+    fixed = {"p_dy": dy, "p_channel": channel, "p_bias": bias, "S": S, "C": C, "SILU": silu}
     sums = [x.new_empty(N, merge["chunks"], 2, x.shape[-1], dtype=torch.float32) for x in xs]
-    for (x, seam, grid), p_sums in zip(_each(xs, N, S), sums, strict=True):
-        _group_norm_backward_sums_kernel[(grid[0], triton.cdiv(grid[1], _RUN), N)](
-            p_x=x, p_sums=p_sums, chunks=grid[1], C1=x.shape[-1], seam=seam, RUN=_RUN, STAGES=1, **fixed)
+    for (x, grid, options), p_sums in zip(_each(xs, N, S, _SUMS), sums, strict=True):
+        _group_norm_backward_sums_kernel[grid](p_x=x, p_sums=p_sums, **options, **fixed)
 
     slope = rstd.new_empty(N, 2, C)
     by_sample = rstd.new_empty(N, 2 * C) if affine else None
@@ -268,9 +265,9 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
         p_affine=by_sample, p_dshift=dshift, AFFINE=affine, SHIFT=shift, **merge)
 
     dxs = [torch.empty_like(x) for x in xs]
-    for (x, seam, grid), residual, dx in reversed(list(zip(_each(xs, N, S), residuals, dxs, strict=True))):
-        _group_norm_backward_kernel[grid](p_x=x, p_slope=slope, p_residual=residual, p_dx=dx, C1=x.shape[-1], seam=seam,
-                                          ADD=residual is not None, **fixed)
+    for (x, grid, options), residual, dx in reversed(list(zip(_each(xs, N, S, _TILE), residuals, dxs, strict=True))):
+        _group_norm_backward_kernel[grid](p_x=x, p_slope=slope, p_residual=residual, p_dx=dx, ADD=residual is not None,
+                                          **options, **fixed)
     dweight, dbias = sum_rows(by_sample, weight.dtype).view(2, C) if affine else (None, None)
     return dxs, dweight, dbias, dshift
 

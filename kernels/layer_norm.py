@@ -1,12 +1,15 @@
-"""LayerNorm over the last dimension, together with the residual addition before it.
+"""LayerNorm over the last dimension, together with the additions before it.
 
-    h = x + residual        xh = (h - mean) rstd        y = xh w + b        mean, rstd: of each row of h as stored
+    h = x + v + residual        xh = (h - mean) rstd        y = xh w + b        mean, rstd: of each row of h as stored
+
+v is the bias of the product that made x, a number for each column: adding it here is free, where in that product it
+is not (65,536 rows of 320 on an H100: 58 us instead of 36).
 
 Backward, with e the gradient that reaches h from elsewhere, and E the mean over a row:
 
     dh = e + rstd (w dy - E[w dy] - xh E[w dy xh])        dw = sum dy xh        db = sum dy        sums over rows
 
-dx and dresidual are both dh; its sum over rows is the gradient of a bias in either summand.
+dx and dresidual are both dh; dv is its sum over rows.
 """
 
 import torch
@@ -16,9 +19,9 @@ from sidfast.kernels.backend import UNFUSED, require, share, triton_runs_on, wid
 from sidfast.kernels.channel_stats import sum_rows
 
 
-def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None):
-    """x, residual [..., C]; weight, bias [C]. Returns h and y, both [..., C] in x's type."""
-    h = x if residual is None else (widen(x) + widen(residual)).to(x.dtype)
+def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None, bias_of_x=None):
+    """x, residual [..., C]; weight, bias, bias_of_x [C]. Returns h and y, both [..., C] in x's type."""
+    h = sum((widen(v) for v in (bias_of_x, residual) if v is not None), widen(x)).to(x.dtype)
     centred = widen(h) - widen(h).mean(-1, keepdim=True)
     variance = (centred**2).mean(-1, keepdim=True)
     y = centred / (variance + eps).sqrt() * widen(weight) + widen(bias)
@@ -26,16 +29,19 @@ def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None):
 
 
 @triton.jit
-def _layer_norm_kernel(p_x, p_residual, p_weight, p_bias, p_h, p_y, p_mean, p_rstd, T, C, eps, ADD: tl.constexpr,
-                       BT: tl.constexpr, BC: tl.constexpr):
+def _layer_norm_kernel(p_x, p_bias_of_x, p_residual, p_weight, p_bias, p_h, p_y, p_mean, p_rstd, T, C, eps,
+                       BIAS: tl.constexpr, ADD: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     o_c = tl.arange(0, BC)
     m_t, m_c = o_t < T, o_c < C
     m = m_t[:, None] & m_c[None, :]
     o = o_t[:, None] * C + o_c[None, :]
     b_h = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+    if BIAS:
+        b_h += tl.load(p_bias_of_x + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     if ADD:
         b_h += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+    if BIAS or ADD:
         b_stored = b_h.to(p_h.dtype.element_ty)
         tl.store(p_h + o, b_stored, mask=m)
         b_h = b_stored.to(tl.float32)
@@ -89,26 +95,27 @@ def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual,
         tl.store(p + 2 * C, tl.sum(b_dh_sum, 0), mask=m_c)
 
 
-def _tile(C):
-    """A whole row, and as many rows as make about 2048 elements."""
+def _tile(C, elements, warps):
+    """A whole row, and as many rows as make about `elements`, by `warps` warps or more."""
     BC = triton.next_power_of_2(C)
-    return UNFUSED | {"BT": max(1, 2048 // BC), "BC": BC, "num_warps": 4 if BC <= 2048 else 8 if BC <= 8192 else 16}
+    return UNFUSED | {"BT": max(1, elements // BC), "BC": BC, "num_warps": min(16, max(warps, BC // 1024))}
 
 
-def layer_norm_forward(x, weight, bias, eps, residual=None):
-    """(h, y, mean [T], rstd [T]) for x and residual [..., C] of T rows, weight and bias [C], all contiguous.
+def layer_norm_forward(x, weight, bias, eps, residual=None, bias_of_x=None):
+    """(h, y, mean [T], rstd [T]) for x and residual [..., C] of T rows, weight, bias, bias_of_x [C], all contiguous.
 
-    h and y have x's shape and type, h is x itself without a residual; mean and rstd are fp32. ValueError for shapes
+    h and y have x's shape and type, h is x itself with nothing to add; mean and rstd are fp32. ValueError for shapes
     that do not fit, or strides.
     """
     C, T = x.shape[-1], x.shape[:-1].numel()
-    require("layer_norm_forward", *((v, x.shape) for v in (x, residual)), *((v, (C,)) for v in (weight, bias)))
-    h = x if residual is None else torch.empty_like(x)
-    y, tile = torch.empty_like(x), _tile(C)
+    require("layer_norm_forward", *((v, x.shape) for v in (x, residual)),
+            *((v, (C,)) for v in (weight, bias, bias_of_x)))
+    h = x if residual is None and bias_of_x is None else torch.empty_like(x)
+    y, tile = torch.empty_like(x), _tile(C, 2048, 4)
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     _layer_norm_kernel[(triton.cdiv(T, tile["BT"]),)](
-        p_x=x, p_residual=residual, p_weight=weight, p_bias=bias, p_h=h, p_y=y, p_mean=mean, p_rstd=rstd, T=T, C=C,
-        eps=eps, ADD=residual is not None, **tile)
+        p_x=x, p_bias_of_x=bias_of_x, p_residual=residual, p_weight=weight, p_bias=bias, p_h=h, p_y=y, p_mean=mean,
+        p_rstd=rstd, T=T, C=C, eps=eps, BIAS=bias_of_x is not None, ADD=residual is not None, **tile)
     return h, y, mean, rstd
 
 
@@ -122,12 +129,12 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     C, T = h.shape[-1], h.shape[:-1].numel()
     require("layer_norm_backward", *((v, h.shape) for v in (dy, h, residual)), *((v, (T,)) for v in (mean, rstd)),
             (weight, (C,)))
-    dh, tile = torch.empty_like(h), _tile(C)
-    programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=8 if affine else 16)
+    dh, tile = torch.empty_like(h), _tile(C, 1024, 2)
+    programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=4 if affine else 8)
     sums = mean.new_empty(programs, 3, C) if affine else None
     _layer_norm_backward_kernel[(programs,)](
         p_dy=dy, p_h=h, p_mean=mean, p_rstd=rstd, p_weight=weight, p_residual=residual, p_dh=dh, p_sums=sums, T=T, C=C,
-        blocks=blocks, ADD=residual is not None, AFFINE=affine, STAGES=1, **tile)
+        blocks=blocks, ADD=residual is not None, AFFINE=affine, STAGES=3 if C <= 2048 else 1, **tile)
     return dh, *(sum_rows(sums.flatten(1), weight.dtype).view(3, C) if affine else (None, None, None))
 
 

@@ -112,17 +112,6 @@ def test_every_run_gives_the_same_bits(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("chunks", (2, 4))
-def test_a_program_may_sum_several_chunks(chunks, device, monkeypatch):
-    """Of three; the bits stay the same."""
-    tensors = tensors_of("odd, seam in a group", device, torch.float32)
-    want = torch.autograd.grad(norm(6, True)(**tensors).square().sum(), list(tensors.values()))
-    monkeypatch.setattr("sidfast.kernels.group_norm._RUN", chunks)
-    got = torch.autograd.grad(norm(6, True)(**tensors).square().sum(), list(tensors.values()))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_some_gradients_only(device):
     """A frozen layer of the public function: gradients of x alone, equal to those among all."""
     tensors = tensors_of("odd, seam in a group", device, torch.float32)

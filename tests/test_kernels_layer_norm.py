@@ -6,7 +6,7 @@ import torch
 from helpers_kernels import BOUND, DEVICES, DTYPES, assert_matches, error, random_tensors, widened
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sidfast.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
+from sidfast.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward, layer_norm_reference
 
 SHAPES = [(1, 8), (3, 35, 66), (2, 7, 5, 33), (50, 320), (5, 1280), (2, 2100)]         # the last two: a row a program
 ALL = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if dtype == torch.float32 or shape != (5, 1280)]
@@ -48,6 +48,20 @@ def test_normalises_what_it_stores(dtype, device):
     h = h.detach().double()
     assert error(mean, h.mean(1)) < BOUND
     assert error(rstd, (h.var(1, correction=0) + 1e-5).rsqrt()) < BOUND
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_of_the_input(dtype, residual, device):
+    """Added before anything is rounded."""
+    v = tensors_of(device, dtype, (35, 66), residual)
+    added = random_tensors(device, dtype, seed=1, bias_of_x=(66,))
+    h, y, *_ = layer_norm_forward(v["x"], v["weight"], v["bias"], 1e-5, v.get("residual"), **added)
+    want_h, want_y = layer_norm_reference(**widened(v | added))
+    bound = {torch.float32: BOUND, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    assert h.dtype == y.dtype == dtype and error(h, want_h) < bound
+    assert error(y, want_y) < 2 * bound                  # (of h as rounded)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sidfast.kernels.upsample import combine_taps
 from sidfast.networks.attention import IMPLEMENTATIONS
 from sidfast.networks.fused_ops import (
+    add,
     conv,
     geglu,
     group_norm,
@@ -59,12 +60,12 @@ class FusedTransformer(Transformer2DModel):
     def forward(self, x, stats, text):
         """x [N, H, W, C] and its statistics, text [k N, L, D] -> y [k N, H, W, C] and its statistics."""
         y, x, _ = group_norm(x, stats, self.norm)
-        h = linear(y.flatten(1, 2), self.proj_in.weight, self.proj_in.bias.detach())
+        h = linear(y.flatten(1, 2), self.proj_in.weight)
         bias, residual = self.proj_in.bias, None
         for block in self.transformer_blocks:
             h, bias, residual = block.forward(h, bias, residual, text)       # (without hooks: stage 3's cost time)
         x, out = repeat(x, len(text)), self.proj_out
-        return conv((h + residual).view_as(x), out.weight, None, out.bias, x)
+        return conv(add(h, bias, residual).view_as(x), out.weight, None, out.bias, x)
 
 
 class FusedTransformerBlock(Packed, BasicTransformerBlock):
@@ -83,11 +84,8 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
         return [self.attn2.to_k.weight, self.attn2.to_v.weight]
 
     def forward(self, x, bias_of_x, residual, text):
-        """One layer on tokens x + residual [N, S, C] and text [k N, L, D]. Returns what it adds [k N, S, C], the bias
-        in that, and the rest of the sum.
-
-        `bias_of_x`: the bias that x contains and that has no gradient yet (see `layer_norm`); None for the result's.
-        """
+        """One layer on tokens x + bias_of_x + residual [N, S, C] and text [k N, L, D]. Returns its output as three such
+        summands, [k N, S, C], [C] and [k N, S, C]: whatever comes next adds them up in passing."""
         own, of_text = self.kept or (None, None)
         h, y = layer_norm(x, self.norm1, bias_of_x, residual)
         a = self._attention(self.attn1, *projections(y, own, *self._own_weights()))
@@ -96,13 +94,12 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
         a = self._attention(self.attn2, q, *projections(text, of_text, *self._text_weights()))
         h, y = layer_norm(a, self.norm3, self.attn2.to_out[0].bias, h)
         up, down = self.ff.net[0].proj, self.ff.net[2]
-        y = geglu(linear(y, up.weight, up.bias.detach()), up.bias)
-        return linear(y, down.weight, down.bias), None, h
+        y = geglu(linear(y, up.weight, up.bias), up.bias)
+        return linear(y, down.weight), down.bias, h
 
     def _attention(self, attn, q, k, v):
         o = self.attend(*(t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v)))
-        out = attn.to_out[0]
-        return linear(o.flatten(2), out.weight, out.bias.detach())
+        return linear(o.flatten(2), attn.to_out[0].weight)
 
 
 class FusedDownsample(Packed, Downsample2D):

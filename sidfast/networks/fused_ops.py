@@ -5,8 +5,8 @@ Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes 
 - A GroupNorm gets its statistics from whoever wrote its input, and a skip connection is never concatenated.
 - A tensor that a norm reads and that goes on beside it comes back from the norm unchanged, so that its gradient is
   added inside the norm's backward kernel.
-- The bias of a product is added where the product is; its gradient is left to the kernel that reads the product's
-  gradient anyway (`bias_of_x`).
+- The bias of a product gets its gradient from the kernel that reads the product's anyway (`bias_of_x`). A norm adds it,
+  too, which is free there; GEGLU is slower with it, by as much as the product with a bias is slower than without.
 - Frozen weights (requires_grad False) save no activation for a gradient that nobody wants.
 - What is saved of a weight is the parameter itself: ZeRO stage 3 takes its memory back between the passes.
 
@@ -54,21 +54,23 @@ def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=Non
 
 
 def layer_norm(x, norm, bias_of_x=None, residual=None):
-    """(h, y): h = x + residual, y = LayerNorm `norm` (a module) of h; all [N, S, C].
-
-    `bias_of_x`: the bias [C] that x contains already, which gets its gradient here.
-    """
+    """(h, y): h = x + bias_of_x + residual, y = LayerNorm `norm` (a module) of h; all [N, S, C], `bias_of_x` [C]."""
     return _LayerNorm.apply(x, residual, norm.weight, norm.bias, bias_of_x, norm.eps)
 
 
 def geglu(x, bias_of_x):
-    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]; `bias_of_x` as in `layer_norm`."""
+    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]. `bias_of_x` [2F]: what x contains already, and
+    what gets its gradient here."""
     return _Geglu.apply(x, bias_of_x)
 
 
+def add(x, bias_of_x, residual):
+    """x + bias_of_x + residual, all [N, S, C], `bias_of_x` [C]: for what no norm reads next."""
+    return _Add.apply(x, bias_of_x, residual)
+
+
 def linear(x, weight, bias=None):
-    """x [..., C], weight [K, C] or [K, C, 1, 1], bias [K] -> [..., K]; the gradient of the bias by a kernel of our
-    own."""
+    """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K] gets no gradient here (see `geglu`)."""
     return _Linear.apply(x, weight, bias)
 
 
@@ -87,6 +89,11 @@ def _pointwise(weight):
     return weight.ndim == 2 or weight.shape[2:] == (1, 1)
 
 
+def _weight_gradient(dy, x):
+    """[K, C]: the gradient of a weight between x [..., C] and dy [..., K]."""
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
 def _convolve(x, weight, stride=1):
     if _pointwise(weight):
         return x @ weight.flatten(1).t()
@@ -97,9 +104,8 @@ def _convolve(x, weight, stride=1):
 def _convolve_backward(dy, x, x_shape, weight, stride, need_x, need_weight):
     """(dx, dweight); x may be None without need_weight."""
     if _pointwise(weight):
-        flat = dy.flatten(0, -2)
         dx = dy @ weight.flatten(1) if need_x else None
-        return dx, (flat.t() @ x.flatten(0, -2)).view_as(weight) if need_weight else None
+        return dx, _weight_gradient(dy, x).view_as(weight) if need_weight else None
     if x is None:
         x = dy.new_empty(x_shape)                        # its values are not read
     dx, dweight, _ = _aten.convolution_backward(
@@ -151,6 +157,17 @@ class _UpsampleConv(torch.autograd.Function):
         return dx, separate_taps(dpacked) if need_weight else None, None, dbias
 
 
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias_of_x, residual):
+        return add_channel_stats(x, residual, bias_of_x)[0]                  # (the statistics cost no time beside it)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dy = dy.contiguous()
+        return dy, column_sums(dy.flatten(0, -2), dy.dtype) if ctx.needs_input_grad[1] else None, dy
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -160,11 +177,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        flat = dy.contiguous().flatten(0, -2)
+        need_x, need_weight, _ = ctx.needs_input_grad
         dx = dy @ weight.flatten(1) if need_x else None
-        dweight = (flat.t() @ x.flatten(0, -2)).view_as(weight) if need_weight else None
-        return dx, dweight, column_sums(flat, weight.dtype) if need_bias else None
+        return dx, _weight_gradient(dy, x).view_as(weight) if need_weight else None, None
 
 
 class _JointLinear(torch.autograd.Function):
@@ -184,8 +199,7 @@ class _JointLinear(torch.autograd.Function):
         need_x, need_skip, need_weight = ctx.needs_input_grad
         dy, matrix, dweight = dy.contiguous(), weight.flatten(1), None
         if need_weight:
-            flat = dy.flatten(0, 2).t()
-            dweight = torch.cat([flat @ v.flatten(0, 2) for v in inputs if v is not None], 1).view_as(weight)
+            dweight = torch.cat([_weight_gradient(dy, v) for v in inputs if v is not None], 1).view_as(weight)
         return (dy @ matrix[:, :ctx.C1] if need_x else None, dy @ matrix[:, ctx.C1:] if need_skip else None, dweight)
 
 
@@ -213,7 +227,7 @@ class _GroupNorm(torch.autograd.Function):
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, bias_of_x, eps):
-        h, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
+        h, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual, bias_of_x)
         ctx.save_for_backward(h, mean, rstd, weight)
         ctx.set_materialize_grads(False)
         return h, y
@@ -251,13 +265,13 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         x, *weights = ctx.saved_tensors
-        dys = [dy.flatten(0, -2) for dy in dys]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dys[0] @ weights[0]
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            first, *others = (dy.flatten(0, -2) for dy in dys)
+            dx = first @ weights[0]
+            for dy, weight in zip(others, weights[1:], strict=True):
                 dx.addmm_(dy, weight)
             dx = dx.view(ctx.x_shape)
         if not ctx.needs_input_grad[2]:
             return dx, None, *(None for _ in weights)
-        return dx, None, *(dy.t() @ x.flatten(0, -2) for dy in dys)
+        return dx, None, *(_weight_gradient(dy, x) for dy in dys)
