@@ -95,10 +95,11 @@ def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual,
         tl.store(p + 2 * C, tl.sum(b_dh_sum, 0), mask=m_c)
 
 
-def _tile(C, elements, warps):
-    """A whole row, and as many rows as make about `elements`, by `warps` warps or more."""
+def _tile(C, elements):
+    """A whole row, and as many rows as make about `elements`; sixteen for a thread, if that takes 16 warps at most."""
     BC = triton.next_power_of_2(C)
-    return UNFUSED | {"BT": max(1, elements // BC), "BC": BC, "num_warps": min(16, max(warps, BC // 1024))}
+    BT = max(1, elements // BC)
+    return UNFUSED | {"BT": BT, "BC": BC, "num_warps": min(16, BT * BC // 512)}
 
 
 def layer_norm_forward(x, weight, bias, eps, residual=None, bias_of_x=None):
@@ -111,7 +112,7 @@ def layer_norm_forward(x, weight, bias, eps, residual=None, bias_of_x=None):
     require("layer_norm_forward", *((v, x.shape) for v in (x, residual)),
             *((v, (C,)) for v in (weight, bias, bias_of_x)))
     h = x if residual is None and bias_of_x is None else torch.empty_like(x)
-    y, tile = torch.empty_like(x), _tile(C, 2048, 4)
+    y, tile = torch.empty_like(x), _tile(C, 2048)
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     _layer_norm_kernel[(triton.cdiv(T, tile["BT"]),)](
         p_x=x, p_bias_of_x=bias_of_x, p_residual=residual, p_weight=weight, p_bias=bias, p_h=h, p_y=y, p_mean=mean,
@@ -129,7 +130,7 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     C, T = h.shape[-1], h.shape[:-1].numel()
     require("layer_norm_backward", *((v, h.shape) for v in (dy, h, residual)), *((v, (T,)) for v in (mean, rstd)),
             (weight, (C,)))
-    dh, tile = torch.empty_like(h), _tile(C, 1024, 2)
+    dh, tile = torch.empty_like(h), _tile(C, 1024)
     programs, blocks = share(triton.cdiv(T, tile["BT"]), h.device, density=4 if affine else 8)
     sums = mean.new_empty(programs, 3, C) if affine else None
     _layer_norm_backward_kernel[(programs,)](
