@@ -42,9 +42,18 @@ def column_sums_reference(x):
 
 
 @triton.jit
+def tile_of(i, C, BC: tl.constexpr):
+    """Which block of channels, and which of positions, program i works on: all channels of some positions come next to
+    each other. One dimension of the grid is for both, because CUDA's others end at 65,535."""
+    columns = tl.cdiv(C, BC)
+    return i % columns, i // columns
+
+
+@triton.jit
 def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, W, ADD: tl.constexpr, BIAS: tl.constexpr,
                           INTERLEAVED: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
-    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_c, i_k = tile_of(tl.program_id(0), C, BC)
+    i_n = tl.program_id(1).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
@@ -66,7 +75,7 @@ def _channel_stats_kernel(p_x, p_residual, p_bias, p_y, p_stats, S, C, W, ADD: t
         b_y = tl.where(m, b_stored.to(tl.float32), 0.0)
     b_sum = tl.sum(b_y, 0)
     b_centred = tl.where(m, b_y - (b_sum / tl.minimum(BS, S - i_k * BS))[None, :], 0.0)
-    p = p_stats + ((i_n * tl.num_programs(1) + i_k) * 2) * C + o_c
+    p = p_stats + ((i_n * tl.cdiv(S, BS) + i_k) * 2) * C + o_c
     tl.store(p, b_sum, mask=m_c)
     tl.store(p + C, tl.sum(b_centred * b_centred, 0), mask=m_c)
 
@@ -111,7 +120,7 @@ def add_channel_stats(x, residual=None, bias=None, out=None, interleaved=False):
     if residual is not None or bias is not None or interleaved:
         y = x.new_empty(shape) if out is None else out
     stats = x.new_empty(N, chunks, 2, C, dtype=torch.float32)
-    _channel_stats_kernel[(triton.cdiv(C, COLUMNS), chunks, N)](
+    _channel_stats_kernel[(triton.cdiv(C, COLUMNS) * chunks, N)](
         p_x=x, p_residual=residual, p_bias=bias, p_y=y, p_stats=stats, S=S, C=C, W=shape[-2],
         ADD=residual is not None, BIAS=bias is not None, INTERLEAVED=interleaved, BS=CHUNK, BC=COLUMNS, num_warps=2)
     return y, stats

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from sidfast.kernels.backend import UNFUSED, require, triton_runs_on, widen
-from sidfast.kernels.channel_stats import CHUNK, add_channel_stats, sum_rows
+from sidfast.kernels.channel_stats import CHUNK, add_channel_stats, sum_rows, tile_of
 
 # Positions and channels of a program that goes over elements, and channels of one that sums over a chunk.
 _TILE = {"BS": 16, "BC": 64, "num_warps": 2}
@@ -101,7 +101,8 @@ def _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam):
 @triton.jit
 def _group_norm_apply_kernel(p_x, p_channel, p_bias, p_y, S, C1, C, seam, SILU: tl.constexpr, BS: tl.constexpr,
                              BC: tl.constexpr):
-    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_c, i_k = tile_of(tl.program_id(0), C1, BC)
+    i_n = tl.program_id(1).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     b_centre, b_scale, b_bias = _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam)
@@ -130,12 +131,13 @@ def _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C
 @triton.jit
 def _group_norm_backward_sums_kernel(p_x, p_dy, p_channel, p_bias, p_sums, S, C1, C, seam, SILU: tl.constexpr,
                                      BS: tl.constexpr, BC: tl.constexpr):
-    i_c, i_k, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_c, i_k = tile_of(tl.program_id(0), C1, BC)
+    i_n = tl.program_id(1).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     b_centre, b_scale, b_bias = _load_channels(p_channel, p_bias, i_n, o_c, C1, C, seam)
     b_x, b_dz = _load_gradient(p_x, p_dy, b_centre, b_scale, b_bias, i_n, o_s, o_c, S, C1, C, seam, SILU)
-    p = p_sums + ((i_n * tl.num_programs(1) + i_k) * 2) * C1 + o_c
+    p = p_sums + ((i_n * tl.cdiv(S, BS) + i_k) * 2) * C1 + o_c
     tl.store(p, tl.sum(b_dz, 0), mask=o_c < C1)
     tl.store(p + C1, tl.sum(b_dz * b_x, 0), mask=o_c < C1)
 
@@ -175,9 +177,8 @@ def _group_norm_backward_means_kernel(p_sums1, p_sums2, p_channel, p_rstd, p_wei
 def _group_norm_backward_kernel(p_x, p_dy, p_channel, p_bias, p_slope, p_residual, p_dx, S, C1, C, seam,
                                 SILU: tl.constexpr, ADD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
     # Last program first: what the pass for the sums touched last is still in the L2 cache.
-    i_c = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_k = tl.num_programs(1) - 1 - tl.program_id(1)
-    i_n = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    i_c, i_k = tile_of(tl.num_programs(0) - 1 - tl.program_id(0), C1, BC)
+    i_n = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     o_s = i_k * BS + tl.arange(0, BS)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C1
@@ -211,7 +212,7 @@ def _each(xs, N, S, tile):
     seam = 0
     for x in xs:
         C1 = x.shape[-1]
-        yield x, (triton.cdiv(C1, tile["BC"]), triton.cdiv(S, tile["BS"]), N), {"C1": C1, "seam": seam, **tile}
+        yield x, (triton.cdiv(C1, tile["BC"]) * triton.cdiv(S, tile["BS"]), N), {"C1": C1, "seam": seam, **tile}
         seam += C1
 
 

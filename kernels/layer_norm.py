@@ -58,8 +58,7 @@ def _layer_norm_kernel(p_x, p_bias_of_x, p_residual, p_weight, p_bias, p_h, p_y,
 
 @triton.jit
 def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual, p_dh, p_sums, T, C, blocks,
-                                ADD: tl.constexpr, AFFINE: tl.constexpr, STAGES: tl.constexpr, BT: tl.constexpr,
-                                BC: tl.constexpr):
+                                ADD: tl.constexpr, AFFINE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     i_p = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
@@ -67,7 +66,7 @@ def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual,
     b_dweight = tl.zeros([BT, BC], tl.float32)
     b_dbias = tl.zeros([BT, BC], tl.float32)
     b_dh_sum = tl.zeros([BT, BC], tl.float32)
-    for i in tl.range(blocks, num_stages=STAGES):
+    for i in tl.range(blocks, num_stages=3 if BC <= 2048 else 1):            # (shared memory for two stages ahead)
         o_t = (i_p * blocks + i) * BT + tl.arange(0, BT)
         m_t = o_t < T
         m = m_t[:, None] & m_c[None, :]
@@ -96,10 +95,11 @@ def _layer_norm_backward_kernel(p_dy, p_h, p_mean, p_rstd, p_weight, p_residual,
 
 
 def _tile(C, elements):
-    """A whole row, and as many rows as make about `elements`; sixteen for a thread, if that takes 16 warps at most."""
+    """A whole row, and as many rows as make about `elements`: sixteen for a thread while 8 warps can have them (more
+    warps leave a thread too few registers)."""
     BC = triton.next_power_of_2(C)
     BT = max(1, elements // BC)
-    return UNFUSED | {"BT": BT, "BC": BC, "num_warps": min(16, BT * BC // 512)}
+    return UNFUSED | {"BT": BT, "BC": BC, "num_warps": min(8 if BC <= 8192 else 16, BT * BC // 512)}
 
 
 def layer_norm_forward(x, weight, bias, eps, residual=None, bias_of_x=None):
@@ -135,7 +135,7 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     sums = mean.new_empty(programs, 3, C) if affine else None
     _layer_norm_backward_kernel[(programs,)](
         p_dy=dy, p_h=h, p_mean=mean, p_rstd=rstd, p_weight=weight, p_residual=residual, p_dh=dh, p_sums=sums, T=T, C=C,
-        blocks=blocks, ADD=residual is not None, AFFINE=affine, STAGES=3 if C <= 2048 else 1, **tile)
+        blocks=blocks, ADD=residual is not None, AFFINE=affine, **tile)
     return dh, *(sum_rows(sums.flatten(1), weight.dtype).view(3, C) if affine else (None, None, None))
 
 

@@ -24,7 +24,7 @@ from sidfast.kernels.channel_stats import add_channel_stats, column_sums  # noqa
 from sidfast.kernels.fake_score_loss import fake_score_loss  # noqa: E402
 from sidfast.kernels.geglu import geglu, geglu_backward  # noqa: E402
 from sidfast.kernels.group_norm import group_norm  # noqa: E402
-from sidfast.kernels.layer_norm import layer_norm  # noqa: E402
+from sidfast.kernels.layer_norm import layer_norm, layer_norm_forward  # noqa: E402
 from sidfast.kernels.noising import add_noise  # noqa: E402
 from sidfast.kernels.sid_loss import sid_loss  # noqa: E402
 from sidfast.kernels.upsample import combine_taps, interleave, separate, separate_taps  # noqa: E402
@@ -107,6 +107,8 @@ def launch_everything(dtype):
         with torch.no_grad():
             add_channel_stats(x, x, bias[:width])
             add_channel_stats(x, bias=bias[:width])
+            for residual in (None, x):
+                layer_norm_forward(x, weight[:width], bias[:width], 1e-5, residual, bias[:width])
             column_sums(x.flatten(0, -2))
             column_sums(x.flatten(0, -2), dtype)
             interleave(draw(2, 9, 9, 4 * width), bias[:width])

@@ -2,16 +2,18 @@
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers_kernels import DEVICES
+from helpers_kernels import DEVICES, DTYPES, random_tensors
 from helpers_latents import error
 from torch import nn
 
 from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
 from sidfast.networks.fused import cannot_fuse, fuse, unfuse
+from sidfast.networks.fused_ops import add
 from sidfast.networks.packed import Packed, packed_bytes, pass_layout, repack
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -125,6 +127,34 @@ def test_frozen_unet_gives_the_same_input_gradient(device, exact):
     got = run(unet.requires_grad_(False), *to(device, torch.float32, *inputs_of(unet)))
     assert list(got) == ["y", "dx"]
     assert torch.equal(got["y"], want["y"]) and torch.equal(got["dx"], want["dx"])
+
+
+KINDS = {"biases": r"\.bias$", "weights": r"\.weight$", "queries": r"\.to_q\.", "norms' weights": r"norm\d?\.weight$"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_parameters_trained(kind):
+    """They have their gradients, whatever else is frozen."""
+    unet, want = fuse(unet_of("small")), result_of("small")
+    for name, p in unet.named_parameters():
+        p.requires_grad_(re.search(KINDS[kind], name) is not None)
+    got = run(unet, *inputs_of(unet))
+    assert len(got) > 4
+    assert all(torch.equal(value, want[key]) for key, value in got.items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add(dtype, device):
+    """The last sum of a block: rounded once; the gradient may lie in memory in any way."""
+    v = random_tensors(device, dtype, x=(2, 35, 66), bias_of_x=(66,), residual=(2, 35, 66))
+    dy = random_tensors(device, dtype, seed=1, dy=(2, 35, 132))["dy"].detach()[..., ::2]
+    y, grads = add(**v), torch.autograd.grad(add(**v), list(v.values()), dy)
+    exact = sum(t.detach().double() for t in v.values())
+    spacing = exact.abs() * torch.finfo(dtype).eps       # (to the nearest on a GPU, cut off by the interpreter)
+    assert y.dtype == dtype and ((y.double() - exact).abs() <= spacing + 1e-6).all()     # (of sums in fp32 themselves)
+    assert torch.equal(grads[0], dy) and torch.equal(grads[2], dy)
+    assert error(grads[1], dy.double().sum((0, 1))) < 2 * torch.finfo(dtype).eps
 
 
 def test_packed_weights():

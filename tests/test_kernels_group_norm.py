@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sidfast.kernels.channel_stats import add_channel_stats
 from sidfast.kernels.group_norm import group_norm, group_norm_backward, group_norm_forward
+from triton.runtime.jit import KernelInterface
 
 CASES = {                                                # x, channels of `other`, groups
     "tiny": ((1, 5, 8), 0, 8),                           # a group is one channel
@@ -109,6 +110,17 @@ def test_every_run_gives_the_same_bits(device):
     y, (dxs, *small) = host(tensors)
     y_again, (dxs_again, *small_again) = host(tensors)
     assert all(torch.equal(a, b) for a, b in zip((y, *dxs, *small), (y_again, *dxs_again, *small_again), strict=True))
+
+
+def test_images_of_any_size(monkeypatch):
+    """CUDA's grids have 65,535 programs at most in all directions but the first."""
+    grids = []
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda **_: grids.append(grid))
+    x = torch.empty(1, 2048, 2048, 128, device="meta", requires_grad=True)
+    weight = torch.empty(128, device="meta")
+    y, saved = group_norm_forward([x], [add_channel_stats(x)[1]], weight, weight, 32, 1e-5)
+    group_norm_backward(y, [x], saved, weight, weight, 32)
+    assert len(grids) > 5 and all(size < 2**16 for grid in grids for size in grid[1:])
 
 
 @pytest.mark.parametrize("device", DEVICES)

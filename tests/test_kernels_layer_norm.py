@@ -1,4 +1,4 @@
-"""LayerNorm with the residual addition: outputs and every gradient against float64."""
+"""LayerNorm with the additions before it: outputs and every gradient against float64."""
 
 import eager
 import pytest
@@ -123,6 +123,8 @@ def test_errors():
         layer_norm_forward(torch.randn(4, 6).T, w, w, 1e-5)
     with pytest.raises(ValueError, match=r"shape \(4,\) should be \(6,\)"):
         layer_norm_forward(torch.randn(4, 6), w, w, 1e-5)
+    with pytest.raises(ValueError, match=r"shape \(5,\) should be \(4,\)"):
+        layer_norm_forward(torch.randn(6, 4), w, w, 1e-5, bias_of_x=torch.randn(5))
 
 
 def test_reference_is_pytorchs():

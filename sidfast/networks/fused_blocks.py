@@ -94,7 +94,7 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
         a = self._attention(self.attn2, q, *projections(text, of_text, *self._text_weights()))
         h, y = layer_norm(a, self.norm3, self.attn2.to_out[0].bias, h)
         up, down = self.ff.net[0].proj, self.ff.net[2]
-        y = geglu(linear(y, up.weight, up.bias), up.bias)
+        y = geglu(linear(y, up.weight, up.bias.detach()), up.bias)
         return linear(y, down.weight), down.bias, h
 
     def _attention(self, attn, q, k, v):

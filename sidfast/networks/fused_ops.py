@@ -5,8 +5,8 @@ Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes 
 - A GroupNorm gets its statistics from whoever wrote its input, and a skip connection is never concatenated.
 - A tensor that a norm reads and that goes on beside it comes back from the norm unchanged, so that its gradient is
   added inside the norm's backward kernel.
-- The bias of a product gets its gradient from the kernel that reads the product's anyway (`bias_of_x`). A norm adds it,
-  too, which is free there; GEGLU is slower with it, by as much as the product with a bias is slower than without.
+- The bias of a product is added by the norm that reads the product, and gets its gradient there (`bias_of_x`). GEGLU
+  gives the gradient, too, but leaves the adding to the product: it would lose more time than the product gains.
 - Frozen weights (requires_grad False) save no activation for a gradient that nobody wants.
 - What is saved of a weight is the parameter itself: ZeRO stage 3 takes its memory back between the passes.
 
@@ -58,10 +58,10 @@ def layer_norm(x, norm, bias_of_x=None, residual=None):
     return _LayerNorm.apply(x, residual, norm.weight, norm.bias, bias_of_x, norm.eps)
 
 
-def geglu(x, bias_of_x):
-    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]. `bias_of_x` [2F]: what x contains already, and
+def geglu(x, bias_in_x):
+    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]. `bias_in_x` [2F]: what x contains already, and
     what gets its gradient here."""
-    return _Geglu.apply(x, bias_of_x)
+    return _Geglu.apply(x, bias_in_x)
 
 
 def add(x, bias_of_x, residual):
@@ -70,7 +70,7 @@ def add(x, bias_of_x, residual):
 
 
 def linear(x, weight, bias=None):
-    """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K] gets no gradient here (see `geglu`)."""
+    """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K], detached, has its gradient from `geglu`."""
     return _Linear.apply(x, weight, bias)
 
 
@@ -216,10 +216,11 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *beside):
         weight, bias, channel, rstd, *xs = ctx.saved_tensors
-        affine, shift = ctx.needs_input_grad[5], ctx.needs_input_grad[4]
+        _, _, _, _, shift, need_weight, need_bias, *_ = ctx.needs_input_grad
         beside = [None if d is None else d.contiguous() for d in beside[:len(xs)]]
         dxs, dweight, dbias, dshift = group_norm_backward(
-            dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, beside, affine, shift)
+            dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, beside,
+            need_weight or need_bias, shift)
         dskip = dxs[1] if len(dxs) == 2 else None
         return dxs[0], None, dskip, None, dshift, dweight, dbias, None, None, None
 
@@ -235,16 +236,16 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dy):
         h, mean, rstd, weight = ctx.saved_tensors
-        _, need_residual, affine, _, need_bias, _ = ctx.needs_input_grad
+        _, need_residual, *need_sums, _ = ctx.needs_input_grad
         dh, *sums = layer_norm_backward(dy.contiguous(), h, mean, rstd, weight,
-                                        None if dh is None else dh.contiguous(), affine or need_bias)
-        dweight, dbias, dbias_of_x = sums
-        return dh, dh if need_residual else None, dweight, dbias, dbias_of_x if need_bias else None, None
+                                        None if dh is None else dh.contiguous(), any(need_sums))
+        return dh, dh if need_residual else None, *(v if need else None for v, need in zip(
+            sums, need_sums, strict=True)), None
 
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias_of_x):
+    def forward(ctx, x, bias_in_x):
         ctx.save_for_backward(x)
         return geglu_forward(x)
 
@@ -257,7 +258,7 @@ class _Geglu(torch.autograd.Function):
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, *weights):
-        ctx.save_for_backward(x if weights[0].requires_grad else None, *weights)
+        ctx.save_for_backward(x if any(w.requires_grad for w in weights) else None, *weights)
         ctx.x_shape = x.shape
         packed = joined(weights) if packed is None else packed
         return (x @ packed.t()).split([len(w) for w in weights], -1)
@@ -272,6 +273,5 @@ class _Projections(torch.autograd.Function):
             for dy, weight in zip(others, weights[1:], strict=True):
                 dx.addmm_(dy, weight)
             dx = dx.view(ctx.x_shape)
-        if not ctx.needs_input_grad[2]:
-            return dx, None, *(None for _ in weights)
-        return dx, None, *(_weight_gradient(dy, x) for dy in dys)
+        return dx, None, *(_weight_gradient(dy, x) if need else None for dy, need in zip(
+            dys, ctx.needs_input_grad[2:], strict=True))
