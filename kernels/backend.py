@@ -96,6 +96,17 @@ def flat_like(x, *others):
 
 
 @triton.jit
+def tile_of(i, C, BC: tl.constexpr):
+    """Which block of columns (channels), and which of rows (positions), program i works on.
+
+    All columns of some rows come next to each other. One dimension of the grid is for both, because CUDA's others end
+    at 65,535.
+    """
+    columns = tl.cdiv(C, BC)
+    return i % columns, i // columns
+
+
+@triton.jit
 def last_to_finish(p_done, n):
     """Whether this program is the last of n to come here; what the others stored before can then be read.
 

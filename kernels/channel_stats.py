@@ -15,7 +15,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require, share, widen
+from sidfast.kernels.backend import require, share, tile_of, widen
 
 CHUNK = 64
 COLUMNS = 64                                             # channels of a program
@@ -39,14 +39,6 @@ def add_channel_stats_reference(x, residual=None, bias=None):
 def column_sums_reference(x):
     """x [T, C]. Returns the sums [C]."""
     return widen(x).sum(0)
-
-
-@triton.jit
-def tile_of(i, C, BC: tl.constexpr):
-    """Which block of channels, and which of positions, program i works on: all channels of some positions come next to
-    each other. One dimension of the grid is for both, because CUDA's others end at 65,535."""
-    columns = tl.cdiv(C, BC)
-    return i % columns, i // columns
 
 
 @triton.jit

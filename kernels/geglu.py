@@ -9,7 +9,7 @@ The sums of dx over rows are the gradient of the bias in the product that made x
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import require, share, triton_runs_on, widen
+from sidfast.kernels.backend import require, share, tile_of, triton_runs_on, widen
 from sidfast.kernels.channel_stats import sum_rows
 
 
@@ -21,7 +21,8 @@ def geglu_reference(x):
 
 @triton.jit
 def _geglu_kernel(p_x, p_y, T, F, BT: tl.constexpr, BF: tl.constexpr):
-    i_f, i_t = tl.program_id(0) % tl.cdiv(F, BF), (tl.program_id(0) // tl.cdiv(F, BF)).to(tl.int64)
+    i_f, i_t = tile_of(tl.program_id(0), F, BF)
+    i_t = i_t.to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
     o_f = i_f * BF + tl.arange(0, BF)
     m = (o_t < T)[:, None] & (o_f < F)[None, :]
@@ -35,7 +36,8 @@ def _geglu_kernel(p_x, p_y, T, F, BT: tl.constexpr, BF: tl.constexpr):
 @triton.jit
 def _geglu_backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.constexpr, BT: tl.constexpr,
                            BF: tl.constexpr):
-    i_f, i_t = tl.program_id(0) % tl.cdiv(F, BF), (tl.program_id(0) // tl.cdiv(F, BF)).to(tl.int64)
+    i_f, i_t = tile_of(tl.program_id(0), F, BF)
+    i_t = i_t.to(tl.int64)
     o_f = i_f * BF + tl.arange(0, BF)
     b_sum_a = tl.zeros([BT, BF], tl.float32)
     b_sum_g = tl.zeros([BT, BF], tl.float32)

@@ -18,8 +18,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from sidfast.kernels.backend import UNFUSED, require, triton_runs_on, widen
-from sidfast.kernels.channel_stats import CHUNK, add_channel_stats, sum_rows, tile_of
+from sidfast.kernels.backend import UNFUSED, require, tile_of, triton_runs_on, widen
+from sidfast.kernels.channel_stats import CHUNK, add_channel_stats, sum_rows
 
 # Positions and channels of a program that goes over elements, and channels of one that sums over a chunk.
 _TILE = {"BS": 16, "BC": 64, "num_warps": 2}
