@@ -178,6 +178,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
         dx = dy @ weight.flatten(1) if need_x else None
         return dx, _weight_gradient(dy, x).view_as(weight) if need_weight else None, None
 
@@ -266,11 +267,10 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         x, *weights = ctx.saved_tensors
-        dx = None
+        dys, dx = [dy.flatten(0, -2) for dy in dys], None                    # (may copy: once, then)
         if ctx.needs_input_grad[0]:
-            first, *others = (dy.flatten(0, -2) for dy in dys)
-            dx = first @ weights[0]
-            for dy, weight in zip(others, weights[1:], strict=True):
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
             dx = dx.view(ctx.x_shape)
         return dx, None, *(_weight_gradient(dy, x) if need else None for dy, need in zip(
