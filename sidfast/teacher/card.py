@@ -10,7 +10,13 @@ def model_card(recipe, numbers, device):
     rows += [_row(name, value) for name, value in numbers.items() if name.startswith("guidance")]
     settings = "\n".join(f"| {key} | {value} |" for key, value in vars(recipe).items())
     table = "\n".join(rows)
-    return f"""# The embedded teacher
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# The embedded teacher
 
 A small latent diffusion model of the *shapes world*: 64 x 64 images of one to three coloured shapes, with captions such
 as "a small red circle above a large blue square on a white background". It has the layout of a Stable Diffusion
