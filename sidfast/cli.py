@@ -243,8 +243,8 @@ def _plan(args):
         configs = load_study(args.config)
     else:
         configs = [(Path(args.config).stem, load_config(args.config, args.set))]
-    teacher = configs[0][1].model.teacher                # (of all runs of a study)
-    plan(configs, lambda: load_shapes(args.architecture or teacher), args.gpus,
+    model = configs[0][1].model                          # (of all runs of a study)
+    plan(configs, lambda: load_shapes(args.architecture or model.teacher, model), args.gpus,
          None if args.memory is None else parse_memory(args.memory), args.throughput, args.measured, args.bandwidth,
          out=say)
 

@@ -17,12 +17,28 @@ from sidfast.errors import UserError
 from sidfast.method.synthetic import cannot_capture
 from sidfast.parse import check_finite, parse_json
 
+Side = Annotated[int, Field(ge=8, le=16384)]
+
 
 class Model(Section):
     """The teacher, which also gives generator and fake score their architecture and first weights."""
 
     teacher: str = Field(description="folder of a diffusers pipeline, or a hub id")
-    resolution: int | None = Field(None, ge=8, le=16384, description="pixels; the teacher's own unless given")
+    variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
+        None, description="of the teacher's weights, such as fp16 (*.fp16.safetensors), where a part has it; default: "
+                          "the plain ones, or else the only variant there is")
+    revision: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="branch, tag or commit of a teacher on the hub; default: main")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="what the teacher predicts; default: what its scheduler_config.json says, which is wrong in "
+                          "some fine-tuned models")
+    resolution: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="pixels, one number or [height, width]; default: the teacher's own")
+
+    @property
+    def loading(self):
+        """The options of `load_teacher`."""
+        return {"variant": self.variant, "revision": self.revision, "prediction_type": self.prediction_type}
 
 
 class Guidance(Section):

@@ -93,12 +93,13 @@ def run(args):
     from sidfast.training.speed import check_speed
     from sidfast.training.state import read_state
     from sidfast.training.stop import Stop
+    from sidfast.training.teacher_checks import check_teacher_fits
     from sidfast.training.trainer import train
 
     engine_config(config, "generator", processes)
     compute_dtype(config.deepspeed)
     open_run(out, config, args.resume)
-    teacher = load_teacher(config.model.teacher)
+    teacher = load_teacher(config.model.teacher, **config.model.loading)
     check_inputs(out, describe_inputs(config, teacher))
     check_teacher_fits(config, teacher, args.config)
     check_speed(config.speed, teacher, zero_stages(config),
@@ -126,23 +127,6 @@ def run(args):
     comm.destroy_process_group()
     if first:
         _report(out, result)
-
-
-def check_teacher_fits(config, teacher, source):
-    """Raise UserError, naming the source of the configuration, for noise levels or sizes that the teacher lacks."""
-    from sidfast.errors import UserError
-    from sidfast.training.batches import noise_levels
-
-    try:
-        noise_levels(teacher.schedule, config.noise)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
-    if config.noise.t_init >= len(teacher.schedule):
-        raise UserError(f"{source}: noise.t_init ({config.noise.t_init}) must be below the teacher's "
-                        f"{len(teacher.schedule)} timesteps")
-    if (config.model.resolution or 0) % teacher.latent_factor:
-        raise UserError(f"{source}: model.resolution ({config.model.resolution}) must be a multiple of "
-                        f"{teacher.latent_factor}, the pixels along the side of the teacher's latent ones")
 
 
 def join():

@@ -85,8 +85,8 @@ def test_json_that_is_no_object(capsys, write_config, broken_teacher, tmp_path, 
 
 @pytest.mark.parametrize("change, words", [
     (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),
-    (edit("unet/config.json", sample_size=None), "sample_size must be one whole number"),
-    (edit("unet/config.json", sample_size=[8, 8]), "not [8, 8]"),
+    (edit("unet/config.json", sample_size=None), "sample_size must be the side of its latents"),
+    (edit("unet/config.json", sample_size=[8, 8, 8]), "not [8, 8, 8]"),
     (edit("unet/config.json", sample_size=0), "sample_size"),
     (edit("vae/config.json", scaling_factor="x"), "scaling_factor must be a number above 0, not 'x'"),
     (edit("scheduler/scheduler_config.json", beta_start=0.0), "levels of noise must rise"),
@@ -100,7 +100,7 @@ def test_json_that_is_no_object(capsys, write_config, broken_teacher, tmp_path, 
     (lambda f: next((f / "unet").glob("*.safetensors")).unlink(), "unet"),
     (lambda f: next((f / "unet").glob("*.safetensors")).write_bytes(b"x" * 100), "unet"),
     (edit("unet/config.json", _class_name="Transformer2DModel"), "UNet2DConditionModel"),
-], ids=["no-index", "no-size", "two-sizes", "size-0", "factor", "beta", "one-level", "no-tokenizer", "broken-index",
+], ids=["no-index", "no-size", "three-sizes", "size-0", "factor", "beta", "one-level", "no-tokenizer", "broken-index",
         "no-vae", "prediction", "scheduler", "no-weights", "broken-weights", "no-unet"])
 def test_teacher(capsys, write_config, broken_teacher, tmp_path, change, words):
     config = write_config(**{"model.teacher": str(broken_teacher(change))})

@@ -257,7 +257,7 @@ def test_a_download_brings_the_licence(monkeypatch, tmp_path):
     from sidfast.publishing.export import find_pipeline
 
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, ignore_patterns: (
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, **options: (
         asked.append(allow_patterns), tmp_path)[1])
     for find in (find_teacher, find_pipeline):
         assert find("someone/sd") == tmp_path

@@ -13,6 +13,7 @@ from sidfast.networks.fused import attention_shapes, cannot_fuse, fuse
 from sidfast.networks.fused_decoder import cannot_fuse_decoder, fuse_decoder
 from sidfast.networks.graphs import GraphedStep
 from sidfast.networks.packed import repack
+from sidfast.networks.sizes import pair
 
 _PIXELS = 4 * 512**2                                     # decoded at once: more takes memory and is no faster
 
@@ -46,15 +47,16 @@ def fuse_pipeline(pipe, rows, name):
     if reason:
         raise UserError(f"{name}: cannot run on the fused kernels: {reason}")
     device = pipe.unet.device
-    side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    shapes = attention_shapes(pipe.unet, (channels, side, side), pipe.tokenizer.model_max_length, rows, device)
+    height, width = pair(pipe.unet.config.sample_size)
+    latent = (pipe.unet.config.in_channels, height, width)
+    shapes = attention_shapes(pipe.unet, latent, pipe.tokenizer.model_max_length, rows, device)
     fuse(pipe.unet, next(iter(choose_attention(tuple(shapes), pipe.unet.dtype, device))))
     fuse_decoder(pipe.vae)
     repack(pipe.unet)
     repack(pipe.vae)
-    pixels = side * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    pixels = height * width * 4 ** (len(pipe.vae.config.block_out_channels) - 1)
     _replay_unet(pipe.unet, rows)
-    _replay_decoder(pipe.vae.decoder, max(1, _PIXELS // pixels**2))
+    _replay_decoder(pipe.vae.decoder, max(1, _PIXELS // pixels))
 
 
 def _cannot_fuse(pipe):

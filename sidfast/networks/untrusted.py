@@ -1,16 +1,24 @@
 """Folders of models that someone else made: nothing in them is unpickled, and none of their code is run.
 
 Weights are read from safetensors alone, classes are those of diffusers and transformers. What a folder brings besides
-is refused with a line that says what to do about it.
+is refused with a line that says what to do about it, before anything is built from it.
 """
 
 import json
+import math
 from importlib.util import find_spec
+from pathlib import Path
+
+import torch
 
 from sidfast.errors import UserError
+from sidfast.networks.weights import STEMS, count_values, read_shapes
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _LIBRARIES = ("diffusers", "transformers")
+_CODE = {"auto_map": "code of its own", "custom_pipelines": "code of its own",
+         "quantization_config": "another library's code for quantised weights"}
+_MOST_BYTES, _MOST_LAYERS = 2**20, 4096                  # of a configuration; in a network
 
 
 def refuse_pickles(folder, what, loader, load_from=None):
@@ -42,25 +50,107 @@ def refuse_code(folder, what):
 
 
 def read_index(folder, what):
-    """model_index.json of a pipeline folder as a dictionary. Raises UserError if it is none."""
-    return _read_object(folder / "model_index.json", what)
+    """model_index.json of a pipeline folder as a dictionary. Raises UserError if it is none, or names a part that is
+    not a folder right inside."""
+    path = Path(folder) / "model_index.json"
+    index = read_config(path, what)
+    for part, value in index.items():
+        if isinstance(value, list) and not part.isidentifier():
+            raise UserError(f"{what}: {path} names a part {part[:60]!r}, which is not the name of a folder in it")
+    return index
 
 
 def check_parts(folder, what):
-    """Raise UserError for a pipeline folder with a part whose configuration is no JSON object. (Libraries would look
-    for another one on the hub.)"""
+    """Raise UserError for a pipeline folder with a part whose configuration is no JSON object (libraries would look
+    for another one on the hub), or asks for code."""
     for path in sorted((*folder.glob("*/config.json"), *folder.glob("*/scheduler_config.json"))):
-        _read_object(path, what)
+        refuse_harm(read_config(path, what), what, path)
 
 
-def _read_object(path, what):
+def read_config(path, what):
+    """A configuration of someone else's, a JSON object, as a dictionary. Raises UserError, which `what` opens."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{what}: {path} is larger than any configuration ({path.stat().st_size} bytes)")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} is missing; a folder that diffusers or transformers wrote has one") from None
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{what}: {path} is missing or not valid JSON") from None
+        raise UserError(f"{what}: {path} is not valid JSON") from None
     if not isinstance(value, dict):
         raise UserError(f"{what}: {path} must be a JSON object")
     return value
+
+
+def refuse_harm(config, what, path):
+    """Raise UserError for a network's configuration (a dictionary from `path`) that asks for code, or for more layers
+    than can be built."""
+    layers = {}
+    for key, value in _entries(config):
+        if value and key in _CODE:
+            raise UserError(f"{what}: {path} asks for {_CODE[key]} ({key}), which is not run; plain weights for the "
+                            "classes of diffusers and transformers are needed")
+        count = len(value) if isinstance(value, (list, tuple)) and key == "block_out_channels" else value
+        if type(count) is int and ("layers" in key or key == "block_out_channels"):
+            layers[key] = max(layers.get(key, 1), count)
+    for key in layers:
+        factors = [key, "block_out_channels", "transformer_layers_per_block"] if "per_block" in key else [key]
+        if math.prod(layers.get(name, 1) for name in {*factors}) > _MOST_LAYERS:
+            raise UserError(f"{what}: {path} asks for {layers[key]:.4g} layers ({key}), far more than any network has")
+
+
+def build_on_meta(folder, cls, what, variant=None, weights=True):
+    """A network of diffusers or transformers without weights, on the meta device, from a folder's config.json.
+
+    Nothing is allocated; the sizes are compared with the headers of the folder's weights of a variant if `weights`.
+    Raises UserError, which `what` opens, for a configuration that asks for code or is too large for its weights, and
+    whatever the library raises for one that is broken.
+    """
+    path = Path(folder) / "config.json"
+    refuse_harm(read_config(path, what), what, path)
+    library = library_of(cls)
+    shapes = read_shapes(Path(folder), STEMS[library], variant) if weights else None
+    with torch.device("meta"):
+        if library == "diffusers":
+            network = cls.from_config(cls.load_config(folder))
+        else:
+            network = cls(cls.config_class.from_pretrained(folder, **attention_of(cls)))
+    if shapes is not None:
+        _compare(network, shapes, what, path)
+    return network
+
+
+def library_of(cls):
+    """"diffusers" or "transformers", by whose functions a class of network is loaded."""
+    return "diffusers" if hasattr(cls, "load_config") else "transformers"
+
+
+def attention_of(cls):
+    """The option that fixes the attention of a transformers class, for a config.json may name a kernel of the hub."""
+    return {"attn_implementation": "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"}
+
+
+def _compare(network, shapes, what, path):
+    adapters = [name for name in shapes if ".lora_" in name or ".base_layer." in name]
+    if adapters:
+        raise UserError(f"{what}: {path.parent} has an adapter that was not merged into the weights ({adapters[0]}): "
+                        "load the model in diffusers, call fuse_lora() and unload_lora_weights(), and save it again")
+    wanted, found = sum(p.numel() for p in network.parameters()), count_values(shapes)
+    if wanted > 2 * found:                               # (fewer that are missing are named when the weights are read)
+        raise UserError(f"{what}: {path} describes a network of {wanted:,} parameters, the weights next to it hold "
+                        f"{found:,}")
+
+
+def _entries(value, key=""):
+    """(key, value) of all values in nested objects and lists; those in a list have the list's key."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield name, item
+            yield from _entries(item, name)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield key, item
+            yield from _entries(item, key)
 
 
 def _is_known(library):

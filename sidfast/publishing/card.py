@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from sidfast.networks.loading import find_readme
+from sidfast.networks.teacher_files import find_readme
 from sidfast.publishing.export import read_distillation
 
 _SKIPPED = ("images", "step", "intervals", "protocol")

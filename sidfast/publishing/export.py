@@ -5,7 +5,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from torch import nn
 
 from sidfast.errors import UserError
 from sidfast.files import flush
-from sidfast.networks.loading import README, first_reason, load_network, load_teacher
+from sidfast.networks.loading import load_network, load_teacher
+from sidfast.networks.schedulers import check_steps
+from sidfast.networks.teacher_files import check_hub_id, download, first_reason
 from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
@@ -24,7 +25,6 @@ _CODE = "pipeline.py"
 _DISTILLATION = "distillation.json"
 _CONTENTS = {"vae", "text_encoder", "unet", "tokenizer", "scheduler", "model_index.json", _CODE, _DISTILLATION,
              "README.md", "grid.png"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HERE, _RENAME_EXCHANGE = -100, 2                        # AT_FDCWD; linux/fs.h
 
 
@@ -37,13 +37,14 @@ def one_step_pipeline(teacher, unet, t_init):
 def student_unet(teacher, weights, resolution=None):
     """A UNet like a teacher's, as diffusers has it, that takes over other weights ({name: fp32 tensor}).
 
-    `resolution`: of its images in pixels, unless the teacher's. Raises RuntimeError for weights of another network.
+    `resolution`: of its images, as `model.resolution`. Raises RuntimeError for weights of another network.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(teacher.unet.config)
     unet.requires_grad_(False).eval().load_state_dict(weights, assign=True)
     if resolution:
-        unet.register_to_config(sample_size=resolution * unet.config.sample_size // teacher.resolution)
+        height, width = teacher.latent_shape(resolution)[1:]
+        unet.register_to_config(sample_size=height if height == width else [height, width])
     return unet
 
 
@@ -172,14 +173,9 @@ def find_pipeline(model, option="--model"):
 
 def _download(model, what):
     """A pipeline's folder in the hub's cache, named after the commit; safetensors only, and no code."""
-    if not _HUB_ID.fullmatch(model):
-        raise UserError(f"{what}: neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"*/*{end}" for end in (".json", ".txt", ".safetensors", ".model")]
+    check_hub_id(model, what)
     try:
-        return Path(snapshot_download(model, allow_patterns=["model_index.json", README, *wanted],
-                                      ignore_patterns=["*.fp16.*", "*non_ema*"]))
+        return download(model)
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
         raise UserError(f"{what}: no folder here, and the hub did not give it ({first_reason(error)})") from None
 
@@ -243,6 +239,7 @@ def sampler_options(model, pipe, one_step, steps, guidance):
         raise UserError(f"--steps ({steps}) must be at least 1" + (f" and at most {most}" if most else ""))
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance ({guidance}) must be a finite number")
+    check_steps(pipe.scheduler, steps or 50, f"--model {model}")
     return {"num_inference_steps": steps or 50, "guidance_scale": 1.5 if guidance is None else guidance}
 
 

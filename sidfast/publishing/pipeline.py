@@ -44,8 +44,9 @@ class OneStepPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        size = self.unet.config.sample_size * self.vae_scale_factor
-        height, width = height or size, width or size
+        size = self.unet.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        height, width = height or rows * self.vae_scale_factor, width or columns * self.vae_scale_factor
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise ValueError(f"height and width must be multiples of {self.vae_scale_factor}, not {height} x {width}")
         device, dtype = self._execution_device, self.unet.dtype
@@ -65,9 +66,12 @@ class OneStepPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompts):
         """Text embeddings [N, L, D] of N prompts."""
-        ids = self.tokenizer(prompts, padding="max_length", truncation=True,
-                             max_length=self.tokenizer.model_max_length, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self._execution_device)).last_hidden_state.to(self.unet.dtype)
+        device = self._execution_device
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True,
+                                max_length=self.tokenizer.model_max_length, return_tensors="pt").to(device)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask if masked else None
+        return self.text_encoder(tokens.input_ids, attention_mask=mask)[0].to(self.unet.dtype)
 
     def denoise(self, z, text):
         """x_g = x_hat(s z, t_init): noise z [N, C, H, W] of variance 1 to latents, in one pass of the network."""

@@ -82,10 +82,10 @@ def _check_inputs(study, path):
     from sidfast.data.diversity import training_prompts
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
-    from sidfast.train import check_teacher_fits
     from sidfast.training.engines import compute_dtype, engine_config, zero_stages
     from sidfast.training.measure import check_measures
     from sidfast.training.speed import check_speed
+    from sidfast.training.teacher_checks import check_teacher_fits
 
     measures = study.file.evaluation
     features = measures.features.partition(":")[2] if measures.features else None
@@ -94,7 +94,8 @@ def _check_inputs(study, path):
                         ("assets", measures.assets if study.of_shapes else None)):
         if place is not None and not Path(place).exists():
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
-    teacher, checked = load_teacher(study.runs[0].config.model.teacher), set()
+    model, checked = study.runs[0].config.model, set()
+    teacher = load_teacher(model.teacher, **model.loading)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for run in study.runs:
         config, where = run.config, f"{path}: variants.{run.variant}"

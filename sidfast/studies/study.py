@@ -167,7 +167,7 @@ def read_study(path):
                  for seed in file.seeds for variant in file.variants)
     study = Study(path.stem, file, runs)
     shapes = {run.config.data.prompts.startswith("shapes:") for run in runs}
-    if len(shapes) > 1 or len({run.config.model.teacher for run in runs}) > 1:
+    if len(shapes) > 1 or len({run.config.model.model_copy(update={"resolution": None}) for run in runs}) > 1:
         raise UserError(f"{path}: all variants need the same model.teacher and the same kind of data.prompts")
     _check_evaluation(path, file, study.of_shapes)
     return study

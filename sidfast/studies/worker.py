@@ -148,7 +148,7 @@ class Worker:
         claim(folder, first=True)
         checkpoint = choose_checkpoint(folder, "auto", lambda text: print(f"sidfast: {text}", file=sys.stderr))
         if self.teacher is None:
-            self.teacher = load_teacher(run.config.model.teacher)
+            self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
         check_inputs(folder, describe_inputs(run.config, self.teacher))
         stop = Stop()
         try:

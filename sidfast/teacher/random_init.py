@@ -38,6 +38,12 @@ def build_networks(architecture, **tokens):
             vocab_size=_VOCABULARY, max_position_embeddings=_TEXT_LENGTH, **tokens, **text))}
 
 
+def build_scheduler(prediction_type):
+    """Stable Diffusion's DDIMScheduler."""
+    return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+
+
 def write_random_teacher(architecture, folder, device, seed=0):
     """Write a pipeline of ARCHITECTURES[architecture] with random weights, fp16, about 2 GB, to `folder`.
 
@@ -59,8 +65,7 @@ def write_random_teacher(architecture, folder, device, seed=0):
     with torch.device(device):
         parts = build_networks(architecture, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                pad_token_id=tokenizer.pad_token_id)
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+    scheduler = build_scheduler(prediction_type)
     for module in parts.values():
         torch.nn.Module.to(module, "cpu", torch.float16)
     StableDiffusionPipeline(tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,

@@ -30,17 +30,25 @@ class TextEncoder:
     def __init__(self, tokenizer, text_encoder, dtype, capture=None):
         """`dtype`: of the embeddings."""
         self.tokenizer, self.text_encoder, self.dtype = tokenizer, text_encoder, dtype
+        self.masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
+        capture = None if self.masked else capture       # (transformers reads the mask on the host)
         self.null = self._encode(self.tokenize([""]).to(text_encoder.device))
         self._capture, self._replay = capture, None
 
     def tokenize(self, prompts):
-        """N prompts -> ids [N, L], on the CPU, from where a GPU can fetch them by itself."""
-        ids = tokenize(self.tokenizer, prompts)
+        """N prompts -> ids [N, L], or ids and mask [N, 2, L] for an encoder that takes a mask (as diffusers does,
+        `use_attention_mask` in its config.json), on the CPU, from where a GPU can fetch them by itself."""
+        if self.masked:
+            both = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                                  max_length=self.tokenizer.model_max_length)
+            ids = torch.stack((both.input_ids, both.attention_mask), 1)
+        else:
+            ids = tokenize(self.tokenizer, prompts)
         return ids.pin_memory() if self.text_encoder.device.type == "cuda" else ids
 
     def __call__(self, ids):
-        """Ids [N, L] -> embeddings [N, L, D], a tensor of their own. A captured encoder takes the first call's shape
-        alone."""
+        """What `tokenize` gives -> embeddings [N, L, D], a tensor of their own. A captured encoder takes the first
+        call's shape alone."""
         ids = ids.to(self.text_encoder.device, non_blocking=True)
         if self._capture is None:
             return self._encode(ids)
@@ -54,7 +62,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, ids):
-        return self.text_encoder(ids).last_hidden_state.to(self.dtype)
+        ids, mask = ids.unbind(1) if self.masked else (ids, None)
+        return self.text_encoder(ids, attention_mask=mask)[0].to(self.dtype)
 
 
 def noise_levels(schedule, section):

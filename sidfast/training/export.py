@@ -34,7 +34,7 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16"):
     _check_out(out)
     checkpoint = _find(run, checkpoint)
     step = read_state(checkpoint)["step"]
-    teacher = load_teacher(config.model.teacher)
+    teacher = load_teacher(config.model.teacher, **config.model.loading)
     try:
         unet = student_unet(teacher, read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
     except RuntimeError:                                 # names or shapes of weights

@@ -44,13 +44,12 @@ def _needed(config, teacher, sizes, processes, device):
     """{micro-batch: bytes on this device}."""
     shapes = Shapes(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
                     teacher.prediction_type)
-    side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
     dtype = compute_dtype(config.deepspeed)
     teacher.unet.to(device)                              # where training wants it too
     # (attention that was asked for need not manage the largest micro-batch, only the one that will fit)
     rows = largest_pass(config, sizes[-1 if config.speed.attention == "auto" else 0])
-    speed = decide_speed(config.speed, teacher, (teacher.unet.config.in_channels, side, side), rows,
-                         zero_stages(config), dtype, device)
+    latent_shape = teacher.latent_shape(config.model.resolution)
+    speed = decide_speed(config.speed, teacher, latent_shape, rows, zero_stages(config), dtype, device)
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
 
     def prepare(checkpointing):
@@ -62,7 +61,7 @@ def _needed(config, teacher, sizes, processes, device):
     try:
         planner.footprints(config.speed.gradient_checkpointing)
     except torch.OutOfMemoryError:                       # whole networks do not fit: by their shapes, then
-        planner = Planner(config, load_shapes(str(teacher.folder)))
+        planner = Planner(config, load_shapes(str(teacher.folder), config.model))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     P = sum(p.numel() for p in teacher.unet.parameters())

@@ -27,8 +27,8 @@ def check_measures(config, teacher):
     """Raise UserError, naming keys, for an evaluation that could not be made; all that it needs is loaded once."""
     measuring = _open(config, torch.device("cpu"))
     if measuring:
-        side = config.model.resolution or teacher.resolution
-        _in_keys(lambda: measuring[0].sized(lambda *_: torch.zeros(1, 3, side, side))(0, 1))
+        size = teacher.image_size(config.model.resolution)
+        _in_keys(lambda: measuring[0].sized(lambda *_: torch.zeros(1, 3, *size))(0, 1))
 
 
 class Measuring:
@@ -37,10 +37,10 @@ class Measuring:
     The record of the best stands inside its export, so that the two are never of different generators.
     """
 
-    def __init__(self, config, run, side, device, memo):
-        """`run`: the RunDirectory; `side`: of the images, in pixels; `memo`: a dictionary that runs one after the
-        other share, of what is the same for all of them (networks, reference, the teacher's numbers)."""
-        self.config, self.run, self.side, self.device, self.memo = config, run, side, device, memo
+    def __init__(self, config, run, size, device, memo):
+        """`run`: the RunDirectory; `size`: (height, width) of the images in pixels; `memo`: a dictionary that runs one
+        after the other share, of what is the same for all of them (networks, reference, the teacher's numbers)."""
+        self.config, self.run, self.size, self.device, self.memo = config, run, size, device, memo
         self.protocol, self.best_by = self._once("protocol", lambda: _open(config, torch.device("cpu")))
         recover_export(run.out / "best")
 
@@ -94,10 +94,11 @@ class Measuring:
         return self.memo[key]
 
     def _rows(self, name, pipe, options):
-        generate = pipeline_generator(pipe, height=self.side, width=self.side, **options)
+        height, width = self.size
+        generate = pipeline_generator(pipe, height=height, width=width, **options)
         prompts, rows = self.protocol.prompts, MemoryRows()
         make = self.protocol.sized(lambda start, stop: generate(prompts[start:stop], range(start, stop)))
-        at_once = self.config.evaluation.batch_size or max(1, _BATCH_PIXELS // self.side**2)
+        at_once = self.config.evaluation.batch_size or max(1, _BATCH_PIXELS // (height * width))
         collect(make, prompts, self.protocol.judge.rows, rows, at_once, f"evaluate {name}")
         return rows
 

@@ -15,6 +15,7 @@ from sidfast.training.plan_text import describe
 from sidfast.training.planner import GIB, Planner
 from sidfast.training.probe import check_sections
 from sidfast.training.run import read_lines
+from sidfast.training.teacher_checks import check_teacher_fits
 
 
 def parse_memory(text):
@@ -80,6 +81,8 @@ def plan(configs, load, gpus, limit, throughput=None, measured=None, bandwidth=N
         check_sections(config, 1)
         _check_divides(config.train, gpus, f"{name}: " if len(configs) > 1 else "")
     shapes, counted, hours = load(), {}, 0.0
+    for name, config in configs:
+        check_teacher_fits(config, shapes, name)
     known = None if measured is None else measured_throughput(measured, shapes)
     for name, config in configs:
         planner = Planner(config, shapes, lambda text: print(f"sidfast: {text}", file=sys.stderr), counted=counted)

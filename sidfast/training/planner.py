@@ -4,7 +4,6 @@ Sizes come from the real networks on the meta device (footprint.py) and from wha
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,15 @@ from sidfast.kernels.backend import without_launches
 from sidfast.method.distill import Objective
 from sidfast.method.guidance import passes
 from sidfast.method.noise import NoiseSchedule
+from sidfast.networks.compatibility import check_teacher
 from sidfast.networks.fused import cannot_fuse, fuse
-from sidfast.networks.loading import check_teacher, find_teacher
+from sidfast.networks.loading import load_tokenizer
 from sidfast.networks.packed import packed_bytes, pass_layout, repack
+from sidfast.networks.schedulers import load_schedulers
+from sidfast.networks.sizes import Sized
+from sidfast.networks.teacher_files import check_hub_id, find_cached, find_teacher
+from sidfast.networks.untrusted import build_on_meta
+from sidfast.networks.weights import choose_variant, find_variants
 from sidfast.training import memory
 from sidfast.training.engines import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.training.footprint import UPDATES, image_flops, measure_update
@@ -32,14 +37,21 @@ STAGES = (("0", 0, False), ("1", 1, False), ("2", 2, False), ("2, offload", 2, T
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The networks without weights, on the meta device; `text_length`: tokens of a prompt, L."""
+class Shapes(Sized):
+    """A teacher without weights: its networks on the meta device; `text_length`: tokens of a prompt, L; `schedule`,
+    `ddim`: as a Teacher's, which memory does not depend on."""
 
     unet: torch.nn.Module
     vae: torch.nn.Module
     text_encoder: torch.nn.Module
     text_length: int
     prediction_type: str
+    schedule: object = None
+    ddim: object = None
+
+    def sampler(self):
+        """As a Teacher's."""
+        return self.ddim
 
     def parameters(self):
         """{network: number of parameters}."""
@@ -77,43 +89,53 @@ class Option:
         return " ".join(f"--set {word}" for word in words)
 
 
-def load_shapes(teacher):
+def load_shapes(teacher, model=None):
     """Shapes of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture's name.
 
-    Raises UserError for anything else, and for configurations that cannot be read.
+    `model`: the configuration's section of that name, which may say more. Raises UserError for anything else, and for
+    what training refuses.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    from sidfast.teacher.random_init import ARCHITECTURES, build_networks
+    from sidfast.teacher.random_init import ARCHITECTURES, build_networks, build_scheduler
 
-    with torch.device("meta"):
-        if teacher in ARCHITECTURES:
-            return Shapes(**build_networks(teacher), text_length=77, prediction_type=ARCHITECTURES[teacher][3])
-        folder = _folder(teacher, ARCHITECTURES)
-        check_teacher(folder)
-        try:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-            config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-            return Shapes(unet, vae, CLIPTextModel(config), config.max_position_embeddings,
-                          scheduler.get("prediction_type", "epsilon"))
-        except Exception as error:                       # each library has exceptions of its own for a broken file
-            raise UserError(f"model.teacher: the configurations in {folder} cannot be read "
-                            f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+    asked = model.loading if model else {}
+    if teacher in ARCHITECTURES:
+        ddim = build_scheduler(asked.get("prediction_type") or ARCHITECTURES[teacher][3])
+        with torch.device("meta"):
+            networks = build_networks(teacher)
+        return Shapes(**networks, text_length=77, prediction_type=ddim.config.prediction_type,
+                      schedule=NoiseSchedule(ddim.alphas_cumprod), ddim=ddim)
+    folder = _folder(teacher, ARCHITECTURES, asked.get("revision"))
+    configs = check_teacher(folder, "model.teacher")
+    scheduler, ddim = load_schedulers(folder, configs.scheduler, "model.teacher", asked.get("prediction_type"))
+    tokenizer = load_tokenizer(folder, configs.text_encoder, "model.teacher")
+    networks = {part: _without_weights(folder / part, cls, asked.get("variant")) for part, cls in (
+        ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel))}
+    return Shapes(**networks, text_length=tokenizer.model_max_length, prediction_type=ddim.config.prediction_type,
+                  schedule=NoiseSchedule(scheduler.alphas_cumprod), ddim=ddim)
 
 
-def _folder(teacher, architectures):
+def _without_weights(folder, cls, variant):
+    """A network on the meta device. Its weights need not be there; if they are, they must be as large."""
+    there = bool(find_variants(folder))
+    variant = choose_variant(folder, "model.teacher", variant) if there else None
+    return build_on_meta(folder, cls, "model.teacher", variant, weights=there)
+
+
+def _folder(teacher, architectures, revision):
     if Path(teacher).is_dir():
-        return find_teacher(teacher)
-    from huggingface_hub import snapshot_download
-
+        return find_teacher(teacher, revision=revision)
+    hint = f"or give --architecture {'|'.join(architectures)}"
     try:
-        return Path(snapshot_download(teacher, local_files_only=True))
+        check_hub_id(teacher, "model.teacher")
+        return find_cached(teacher, revision)
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from None
     except Exception:                                    # the library's own, for a name that is none as well
-        raise UserError(f"model.teacher: {teacher} is no folder and not in the hub's cache here; its configurations "
-                        f"are needed, or --architecture {'|'.join(architectures)}") from None
+        raise UserError(f"model.teacher: {teacher} is not a folder and not in the hub's cache here; its configurations "
+                        f"are needed, {hint}") from None
 
 
 class Planner:
@@ -124,9 +146,7 @@ class Planner:
         on the meta device, unless given. `counted`: a dictionary that planners without `prepare` share, to measure
         alike updates once."""
         self.config, self.shapes, self.note, self._prepare = config, shapes, note, prepare or self._on_a_gpu
-        factor = 2 ** (len(shapes.vae.config.block_out_channels) - 1)
-        side = config.model.resolution // factor if config.model.resolution else shapes.unet.config.sample_size
-        self.latent_shape = (shapes.unet.config.in_channels, side, side)
+        self.latent_shape = shapes.latent_shape(config.model.resolution)
         self.dtype = compute_dtype(config.deepspeed)
         speed = config.speed                             # whether a GPU would run the networks on the fused kernels
         self.fused = bool(speed.fused) and not speed.compile and cannot_fuse(shapes.unet) is None

@@ -15,8 +15,7 @@ from sidfast.publishing.export import one_step_pipeline, read_distillation, stud
 from sidfast.publishing.grid import image_grid
 from sidfast.training.measure import Measuring
 from sidfast.training.run import describe_distillation
-
-_TEACHER_STEPS = 50
+from sidfast.training.teacher_checks import TEACHER_STEPS
 
 
 class Preview:
@@ -31,9 +30,9 @@ class Preview:
         prompts = open_prompts(held_out, seed=1)
         self.prompts = [prompts[n] for n in range(config.train.samples)]
         self._rows = {}
-        self.side = config.model.resolution or teacher.resolution
+        self.size = teacher.image_size(config.model.resolution)
         self._device = teacher.vae.device
-        self._measuring = Measuring(config, run, self.side, self._device, memo) if config.evaluation.images else None
+        self._measuring = Measuring(config, run, self.size, self._device, memo) if config.evaluation.images else None
         halves = {name: torch.nn.Module.to(copy.deepcopy(getattr(teacher, name)), "cpu", torch.float16)
                   for name in ("vae", "text_encoder")}
         self._exported = dataclasses.replace(teacher, **halves)                  # so that exports leave the GPU alone
@@ -41,9 +40,9 @@ class Preview:
 
     def begin(self, step):
         """Everything that shows the teacher, before training casts it to its own type."""
-        teacher = {"guidance_scale": self.config.guidance.kappa4, "num_inference_steps": _TEACHER_STEPS}
+        teacher = {"guidance_scale": self.config.guidance.kappa4, "num_inference_steps": TEACHER_STEPS}
         if self.prompts:
-            name = f"teacher, {_TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
+            name = f"teacher, {TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
             self._rows = {
                 name: self._once("images", name, lambda: self._images(self._teacher_pipeline(), **teacher)),
                 "student at start, 1 step": self._once("images", self.config.noise.t_init,
@@ -135,11 +134,11 @@ class Preview:
 
     def _images(self, pipe, **options):
         pipe.set_progress_bar_config(disable=True)
-        side = self.side
-        at_once = max(1, 512 * 512 // side**2)           # a large image's VAE needs the memory
+        height, width = self.size
+        at_once = max(1, 512 * 512 // (height * width))  # a large image's VAE needs the memory
         images = []
         for start in range(0, len(self.prompts), at_once):
             prompts = self.prompts[start:start + at_once]
             noise = [torch.Generator().manual_seed(start + n) for n in range(len(prompts))]
-            images += pipe(prompts, height=side, width=side, generator=noise, **options).images
+            images += pipe(prompts, height=height, width=width, generator=noise, **options).images
         return images

@@ -51,7 +51,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     for settings that are impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
-    dtype, latent_shape = compute_dtype(config.deepspeed), _latent_shape(teacher, config)
+    dtype, latent_shape = compute_dtype(config.deepspeed), teacher.latent_shape(config.model.resolution)
     _set_up_device(config, device)
     channel, folder = Channel(), f"{out}/checkpoints"
     watch = Watch(channel, config.train.hang_timeout, lambda: last_good(folder))
@@ -184,11 +184,6 @@ def _all_agree(flag):
     flag = flag.to(torch.int32)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag)
-
-
-def _latent_shape(teacher, config):
-    side = (config.model.resolution or teacher.resolution) // teacher.latent_factor
-    return teacher.unet.config.in_channels, side, side
 
 
 def _set_up_device(config, device):

@@ -1,0 +1,36 @@
+"""Whether a teacher has the noise levels and sizes that a configuration asks for."""
+
+from sidfast.errors import UserError
+from sidfast.networks.schedulers import check_levels, check_steps
+from sidfast.training.batches import UPDATES, noise_levels
+
+TEACHER_STEPS = 50                                       # of the teacher's own images
+
+
+def check_teacher_fits(config, teacher, source):
+    """Raise UserError, naming the source of the configuration, for noise levels or sizes that the teacher lacks.
+
+    `teacher`: a Teacher, or a teacher without weights (`load_shapes`).
+    """
+    try:
+        noise_levels(teacher.schedule, config.noise)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    if config.noise.t_init >= len(teacher.schedule):
+        raise UserError(f"{source}: noise.t_init ({config.noise.t_init}) must be below the teacher's "
+                        f"{len(teacher.schedule)} timesteps")
+    highest = {f"noise.{update}.t_max" if getattr(config.noise, update).t_max is not None else "noise.t_max":
+               config.noise.levels(update)[2] for update in UPDATES}
+    check_levels(teacher.schedule, teacher.prediction_type, {"noise.t_init": config.noise.t_init} | highest, source)
+    for key, steps in _sampled(config).items():
+        check_steps(teacher.sampler(), steps, f"{source}: {key}")
+    teacher.check_resolution(config.model.resolution, source)
+
+
+def _sampled(config):
+    """{key of the configuration that asks for images of the teacher: DDIM steps}."""
+    keys = {"train.samples": config.train.samples and TEACHER_STEPS,
+            "evaluation.teacher": config.evaluation.images and config.evaluation.teacher and TEACHER_STEPS,
+            "synthetic.teacher_share": config.synthetic.teacher_share and (
+                config.synthetic.teacher_steps or TEACHER_STEPS)}
+    return {key: steps for key, steps in keys.items() if steps}
