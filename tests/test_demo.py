@@ -13,7 +13,8 @@ from PIL import Image
 from sidfast import cli
 from sidfast.config import build_config
 from sidfast.networks.loading import load_teacher
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, read_distillation, write_export
+from sidfast.publishing.export import one_step_pipeline, read_distillation, write_export
+from sidfast.publishing.load import load_pipeline
 
 CPU = torch.device("cpu")
 

@@ -30,7 +30,8 @@ from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.files import check_file, drop_lock, take_lock
 from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
-from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
+from sidfast.publishing.export import read_distillation
+from sidfast.publishing.load import find_pipeline, load_pipeline, sampler_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("sidfast", "torch", "torchmetrics", "torch-fidelity", "diffusers", "transformers")

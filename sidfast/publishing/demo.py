@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from sidfast.errors import UserError
-from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation
+from sidfast.publishing.export import read_distillation
+from sidfast.publishing.load import find_pipeline, load_pipeline
 
 _HOST = "127.0.0.1"
 _PROMPT = "a small red circle above a large blue square on a white background"

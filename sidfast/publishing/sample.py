@@ -7,8 +7,8 @@ import torch
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.files import check_file, check_writable
-from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
+from sidfast.publishing.load import load_pipeline, sampler_options
 
 _MOST = 4096                                             # images in a picture
 
