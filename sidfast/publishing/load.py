@@ -1,5 +1,11 @@
-"""Loading any folder that can make images: an export, a run directory, or a pipeline of diffusers."""
+"""Loading any folder that can make images: an export, a run directory, or a text-to-image pipeline of diffusers.
 
+A pipeline is loaded for the images that its networks make. What diffusers would do to them afterwards (a safety
+checker that blackens some, a watermark) and what only other tasks need (an image encoder) is left out and named by
+`loading_notes`.
+"""
+
+import importlib
 import math
 from pathlib import Path
 
@@ -7,11 +13,16 @@ import torch
 from torch import nn
 
 from sidfast.errors import UserError
+from sidfast.networks.compatibility import check_tokenizer
 from sidfast.networks.loading import load_network, load_teacher
 from sidfast.networks.schedulers import check_steps
 from sidfast.networks.teacher_files import check_hub_id, download, first_reason
-from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
+from sidfast.networks.untrusted import check_parts, library_of, read_index, refuse_code, refuse_pickles
 from sidfast.publishing.export import is_one_step, one_step_pipeline
+from sidfast.publishing.pipeline_class import check_unet, text_to_image_class
+
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+_MOST_GUIDANCE = 1000
 
 
 def find_pipeline(model, option="--model"):
@@ -45,46 +56,96 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
 
     Returns (pipe, one_step). Code that the folder brings is not run, and no pickle is read: a one-step pipeline is this
     package's own class, everything else diffusers' and transformers'. Raises UserError, which names `option`, for a
-    folder that asks for more, or holds no pipeline.
+    folder that asks for more, that holds no pipeline, or whose pipeline needs more than a prompt.
     """
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()                       # of the parts that are read; a second's work
     folder, what = find_pipeline(model, option), f"{option} {model}"
-    if is_one_step(folder):                             # its code is ours: nothing of the folder's is run
+    if is_one_step(folder):                              # its code is ours: nothing of the folder's is run
         parts = load_teacher(str(folder), what)
         t_init = read_index(folder, what).get("t_init")
         if type(t_init) is not int or not 0 < t_init < len(parts.schedule):
             raise UserError(f"{what}: t_init in model_index.json must be a timestep, 1 to {len(parts.schedule) - 1}")
         return one_step_pipeline(parts, parts.unet, t_init).to(device, dtype), True
-    if folder.is_dir():
-        refuse_code(folder, what)
-        check_parts(folder, what)
-        for part in sorted(p for p in folder.iterdir() if p.is_dir()):
-            refuse_pickles(part, what, "diffusers.DiffusionPipeline", folder)
-    networks = _networks(folder, what, dtype)
+    index = read_index(folder, what)
+    refuse_code(folder, what)
+    cls = text_to_image_class(index["_class_name"], folder, what)
+    given = _constructor_options(cls)
+    parts = _parts(index, cls, given)
+    _check_folders(folder, parts, what)
+    check_unet(folder, cls, what)
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True,
-                                                 low_cpu_mem_usage=False, trust_remote_code=False, **networks)
+        pipe = cls.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False,
+                                   trust_remote_code=False, load_connected_pipeline=False, **given,
+                                   **_networks(folder, parts, what, dtype))
+    except UserError:
+        raise
     except Exception as error:                           # the libraries raise many kinds for a broken folder
         raise UserError(f"{what}: cannot be loaded ({first_reason(error)})") from None
+    _check_tokenizers(folder, pipe, what)
     return pipe.to(device), False
 
 
-def _networks(folder, what, dtype):
-    """{part: network} of those parts of a pipeline that are diffusers' or transformers' networks, checked."""
-    import diffusers
-    import transformers
+def loading_notes(model, option="--model"):
+    """What was changed about a folder's pipeline as `load_pipeline` loaded it, {} where nothing was.
 
-    found, libraries = {}, {"diffusers": diffusers, "transformers": transformers}
-    for part, value in read_index(folder, what).items():
-        library = libraries.get(value[0]) if isinstance(value, list) and len(value) == 2 else None
-        cls = getattr(library, str(value[1]), None) if library else None
-        if isinstance(cls, type) and issubclass(cls, nn.Module) and (folder / part).is_dir():
-            options = {"torch_dtype": dtype} if library is diffusers else {"dtype": dtype}
-            found[part] = load_network(folder / part, cls, what, **options)
+    "left_out": names of its components that are not used; "saved_as": the class that it names, where another one, for
+    text to image, was used.
+    """
+    folder, what = find_pipeline(model, option), f"{option} {model}"
+    if is_one_step(folder):
+        return {}
+    index = read_index(folder, what)
+    cls = text_to_image_class(index["_class_name"], folder, what)
+    given = _constructor_options(cls)
+    left_out = [name for name in _LEFT_OUT if name in given and (index.get(name) or [None])[0] is not None]
+    notes = {"left_out": left_out} if left_out else {}
+    return notes | ({"saved_as": index["_class_name"]} if cls.__name__ != index["_class_name"] else {})
+
+
+def _constructor_options(cls):
+    """What a pipeline class is called with, so that its images are those of its networks."""
+    expected, options = cls._get_signature_keys(cls)
+    given = {name: None for name in _LEFT_OUT if name in cls._optional_components and name in expected}
+    return given | {name: False for name in ("requires_safety_checker", "add_watermarker") if name in options}
+
+
+def _parts(index, cls, given):
+    """{name: [library, class]} of the components in model_index.json that the pipeline is made of."""
+    expected, _ = cls._get_signature_keys(cls)
+    return {name: value for name, value in index.items() if name in expected and name not in given
+            and isinstance(value, list) and len(value) == 2 and value[0] is not None}
+
+
+def _check_folders(folder, parts, what):
+    for name in parts:
+        if not (folder / name).is_dir():
+            raise UserError(f"{what}: {folder} has no folder {name}, which its model_index.json names")
+        refuse_pickles(folder / name, what, "diffusers.DiffusionPipeline", folder)
+    check_parts(folder, what, parts)
+
+
+def _networks(folder, parts, what, dtype):
+    """{name: network} of those components that are networks of diffusers or transformers, checked."""
+    found = {}
+    for name, (library, kind) in parts.items():
+        source = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+        cls = getattr(importlib.import_module(source), str(kind), None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            options = {"dtype" if library_of(cls) == "transformers" else "torch_dtype": dtype}
+            found[name] = load_network(folder / name, cls, what, **options)
     return found
+
+
+def _check_tokenizers(folder, pipe, what):
+    """Check each tokenizer against its CLIP text encoder: tokenizer with text_encoder, tokenizer_2 with text_encoder_2.
+    (Other kinds of encoder have no largest length.)"""
+    for name, tokenizer in pipe.components.items():
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        if name.startswith("tokenizer") and getattr(getattr(encoder, "config", None), "model_type", "") in (
+                "clip", "clip_text_model"):
+            check_tokenizer(folder / name, tokenizer, encoder.config, what)
 
 
 def sampler_options(model, pipe, one_step, steps, guidance):
@@ -94,10 +155,10 @@ def sampler_options(model, pipe, one_step, steps, guidance):
         raise UserError(f"--model {model}: a one-step generator takes neither --steps nor --guidance")
     if one_step:
         return {}
-    most = pipe.scheduler.config.get("num_train_timesteps")
-    if steps is not None and (steps < 1 or (most and steps > most)):
-        raise UserError(f"--steps ({steps}) must be at least 1" + (f" and at most {most}" if most else ""))
-    if guidance is not None and not math.isfinite(guidance):
-        raise UserError(f"--guidance ({guidance}) must be a finite number")
+    most = pipe.scheduler.config.get("num_train_timesteps") or 1000
+    if steps is not None and not 1 <= steps <= most:
+        raise UserError(f"--steps ({steps}) must be at least 1 and at most {most}")
+    if guidance is not None and not (math.isfinite(guidance) and 0 <= guidance <= _MOST_GUIDANCE):
+        raise UserError(f"--guidance ({guidance}) must be a number from 0 to {_MOST_GUIDANCE}")
     check_steps(pipe.scheduler, steps or 50, f"--model {model}")
     return {"num_inference_steps": steps or 50, "guidance_scale": 1.5 if guidance is None else guidance}
