@@ -90,7 +90,8 @@ def refused(url, capfd):
     ("prompt", "characters", ["x" * 10_001, "a \ud800 b"]),
     ("seed", SEED, [2**63, 10**400, -1, 1.5, "7", None, True, [3], math.nan, math.inf]),
     ("steps", STEPS, [0, 101, 2.5, "2", None, False, math.nan]),
-    ("guidance", GUIDANCE, [-1, 10.5, 10**400, "1.5", None, True, math.nan])], ids=str)
+    ("guidance", GUIDANCE, [-1, 10.5, 10**400, "1.5", None, True, math.nan])],
+    ids=["empty", "no-text", "long", "seed", "steps", "guidance"])
 def test_inputs(name, words, values):
     from sidfast.publishing.demo import check_inputs
 

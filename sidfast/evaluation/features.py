@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from sidfast.data import shapes
 from sidfast.errors import UserError
@@ -23,6 +22,7 @@ from sidfast.networks.untrusted import read_config, refuse_pickles
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")
+_NO_LENGTH = 10**9                                       # transformers says 10^30 where no file gives one
 
 
 class ClipFeatures:
@@ -139,7 +139,7 @@ def load_clip(folder, device, what=None):
 
 def _fit_tokenizer(tokenizer, config, folder, what):
     """Check a CLIP's tokenizer against its text network; one without a length gets the network's."""
-    if tokenizer.model_max_length >= VERY_LARGE_INTEGER:
+    if type(tokenizer.model_max_length) is int and tokenizer.model_max_length > _NO_LENGTH:
         tokenizer.model_max_length = config.max_position_embeddings
     check_tokenizer(folder, tokenizer, config, what)
     if tokenizer.pad_token is None:

@@ -35,7 +35,7 @@ class Preprocessing:
         size = [self.resize] if isinstance(self.resize, int) else self.resize
         if size and not self._has_size(images):
             images = image_ops.resize(images, list(size), _FILTERS[self.filter], antialias=True).clamp(0, 1)
-        if self.crop:
+        if self.crop and min(images.shape[-2:]) >= self.crop:
             images = image_ops.center_crop(images, [self.crop] * 2)
         if tuple(images.shape[-2:]) != (self.side,) * 2:
             raise UserError(f"--clip: by its preprocessor_config.json these images become {images.shape[-1]} x "
@@ -59,18 +59,22 @@ def read_preprocessing(folder, side, what):
     if not any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise UserError(f"{place} is missing; it says how images are resized and normalised for the network")
     try:
-        values = CLIPImageProcessor.from_pretrained(folder).to_dict()
-        return _preprocessing(values, side)
+        written, _ = CLIPImageProcessor.get_image_processor_dict(folder)
+        _check_kind(written)
+        return _preprocessing(CLIPImageProcessor.from_pretrained(folder).to_dict(), side)
     except UserError as fault:
         raise UserError(f"{place}: {fault}") from None
     except Exception as error:                           # the library raises many kinds for a broken file
         raise UserError(f"{place}: cannot be used ({first_reason(error)})") from None
 
 
-def _preprocessing(values, side):
+def _check_kind(values):
     kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIPImageProcessor"
     if not str(kind).startswith(("CLIPImageProcessor", "CLIPFeatureExtractor")):
         raise UserError(f"{kind} is not CLIP's image processor")
+
+
+def _preprocessing(values, side):
     for name in _UNSUPPORTED:
         if values.get(name):
             raise UserError(f"{name} is not supported")
@@ -78,6 +82,8 @@ def _preprocessing(values, side):
     crop = _crop(values["crop_size"]) if values["do_center_crop"] else None
     if (crop or (side if isinstance(resize, int | None) else resize)) not in (side, (side, side)):
         raise UserError(f"makes images of {crop or resize} pixels, the network takes {side} x {side}")
+    if crop and resize and crop > (resize if isinstance(resize, int) else min(resize)):
+        raise UserError(f"crop_size {crop} is larger than size {resize}, so that images would get a margin")
     filter_ = int(values["resample"])
     if resize and filter_ not in _FILTERS:
         raise UserError(f"resample {filter_} is not supported; 2 (bilinear) and 3 (bicubic) are")
