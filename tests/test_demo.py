@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import os
 import shutil
 
@@ -12,8 +13,10 @@ from PIL import Image
 
 from sidfast import cli
 from sidfast.config import build_config
+from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, read_distillation, write_export
+from sidfast.publishing.export import one_step_pipeline, read_distillation, write_export
+from sidfast.publishing.load import load_pipeline
 
 CPU = torch.device("cpu")
 
@@ -26,7 +29,7 @@ def export(tiny_teacher, tmp_path_factory):
     return folder
 
 
-def test_page(export, tiny_teacher):
+def test_page(export, tiny_teacher, capfd):
     """Through gradio's own server, on a port of this machine: student and teacher from the same noise, with times."""
     gradio = pytest.importorskip("gradio")
     from gradio_client import Client
@@ -50,11 +53,52 @@ def test_page(export, tiny_teacher):
             options = {} if one_step else {"num_inference_steps": 2, "guidance_scale": 1.5}
             want = pipe("a red circle", generator=torch.Generator().manual_seed(3), **options).images[0]
             assert list(Image.open(path).convert("RGB").getdata()) == list(want.getdata())
-        with pytest.raises(Exception, match="A prompt is needed"):
-            client.predict("  ", 3, 2, 1.5, api_name="/student")
+        assert client.predict(3, api_name="/next_seed") == 4
+        refused(url, capfd)
     finally:
         page.close()
         gradio.close_all()
+
+
+GOOD = {"prompt": "a red circle", "seed": 3, "steps": 2, "guidance": 1.5}
+SEED, STEPS, GUIDANCE = (f"The {name} must be a {kind}number from {least} to" for name, kind, least in (
+    ("seed", "whole ", 0), ("steps", "whole ", 1), ("guidance", "", 0)))
+
+
+def refused(url, capfd):
+    """What a program can send and nobody can type: an answer in words, and no traceback."""
+    import httpx  # (gradio brings it)
+
+    def answer(name, *values):                           # (JSON as Python has it: with NaN, numbers of any size)
+        api = f"{url}gradio_api/call/{name}"
+        sent = httpx.post(api, content=json.dumps({"data": values}), headers={"Content-Type": "application/json"})
+        return httpx.get(f"{api}/{sent.json()['event_id']}", timeout=60).text
+
+    capfd.readouterr()
+    for name, words, value in (
+            ("prompt", "must be text", ["a", "b"]), ("prompt", "at most 10000 characters", "x" * 5_000_000),
+            ("seed", SEED, 2**63), ("seed", SEED, "seven"), ("steps", STEPS, math.nan), ("steps", STEPS, None),
+            ("guidance", GUIDANCE, math.inf)):
+        assert words in answer("teacher", *(GOOD | {name: value}).values()), name
+    assert SEED in answer("next_seed", 2**63 - 1)
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said and "Error" not in said, said
+
+
+@pytest.mark.parametrize("name, words, values", [
+    ("prompt", "A prompt is needed", ["", "  "]), ("prompt", "must be text", [None, ["a"], {"a": 1}, 7]),
+    ("prompt", "characters", ["x" * 10_001, "a \ud800 b"]),
+    ("seed", SEED, [2**63, 10**400, -1, 1.5, "7", None, True, [3], math.nan, math.inf]),
+    ("steps", STEPS, [0, 101, 2.5, "2", None, False, math.nan]),
+    ("guidance", GUIDANCE, [-1, 10.5, 10**400, "1.5", None, True, math.nan])],
+    ids=["empty", "no-text", "long", "seed", "steps", "guidance"])
+def test_inputs(name, words, values):
+    from sidfast.publishing.demo import check_inputs
+
+    assert check_inputs(*(GOOD | {"seed": 3.0, "steps": 2.0}).values()) == tuple(GOOD.values())
+    for value in values:
+        with pytest.raises(UserError, match=words):
+            check_inputs(*(GOOD | {name: value}).values())
 
 
 @pytest.mark.parametrize("args, words", [

@@ -40,7 +40,7 @@ def whole(export, tmp_path_factory):
 
 def test_command_and_training_agree(export, whole):
     """The command's numbers are those that a training run writes of itself."""
-    from sidfast.publishing.export import load_pipeline
+    from sidfast.publishing.load import load_pipeline
 
     generate = pipeline_generator(load_pipeline(export, "cpu")[0])
 

@@ -17,7 +17,7 @@ from sidfast.networks import fused_pipeline
 from sidfast.networks.fused_decoder import cannot_fuse_decoder, fuse_decoder
 from sidfast.networks.fused_pipeline import Replayed, fuse_pipeline
 from sidfast.networks.packed import repack
-from sidfast.publishing.export import load_pipeline
+from sidfast.publishing.load import load_pipeline
 
 
 def vae_of(**options):

@@ -18,7 +18,8 @@ from sidfast import cli, train
 from sidfast.config import load_config
 from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
-from sidfast.publishing.export import load_pipeline, read_distillation
+from sidfast.publishing.export import read_distillation
+from sidfast.publishing.load import load_pipeline
 from sidfast.training.loop import is_measured
 from sidfast.training.measure import Measuring, check_measures
 from sidfast.training.preview import Preview

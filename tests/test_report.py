@@ -254,7 +254,7 @@ def test_licence_of_a_hub_teacher(run, tmp_path, monkeypatch, teacher, readme, w
 
 def test_a_download_brings_the_licence(monkeypatch, tmp_path):
     from sidfast.networks.loading import find_teacher
-    from sidfast.publishing.export import find_pipeline
+    from sidfast.publishing.load import find_pipeline
 
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, **options: (

@@ -267,7 +267,7 @@ torch.save(images, {str(tmp_path / 'images.pt')!r})
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(0), check=True, capture_output=True)
     got = torch.load(tmp_path / "images.pt", weights_only=True)
-    from sidfast.publishing.export import load_pipeline
+    from sidfast.publishing.load import load_pipeline
 
     pipe, one_step = load_pipeline(whole, "cpu")
     assert one_step and not (ROOT / "pipeline.py").exists()

@@ -15,6 +15,7 @@ from torch import nn
 
 from sidfast.data import shapes
 from sidfast.errors import UserError
+from sidfast.networks.loading import check_finite_weights
 
 ATTRIBUTES = ("count", "layout", "background", "size", "color", "shape")
 _CLASSES = {"count": shapes.MAX_OBJECTS, "layout": len(shapes.LAYOUTS), "background": len(shapes.BACKGROUNDS),
@@ -80,7 +81,7 @@ def save_checker(checker, folder):
 
 
 def load_checker(folder, device="cpu"):
-    """The checker from `folder`, in fp32 and evaluation mode. Raises UserError if it is not there."""
+    """The checker from `folder`, in fp32 and evaluation mode. Raises UserError if it is not there, or broken."""
     path = Path(folder) / _WEIGHTS
     if not path.is_file():
         raise UserError(f"no attribute checker in {folder} ({_WEIGHTS} is missing); `sidfast teacher` trains one")
@@ -89,4 +90,5 @@ def load_checker(folder, device="cpu"):
         checker.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError):
         raise UserError(f"{path}: is no checker of this version; `sidfast teacher` trains one") from None
+    check_finite_weights(checker, path)
     return checker.to(device).eval().requires_grad_(False)

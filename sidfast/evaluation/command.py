@@ -30,7 +30,8 @@ from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.files import check_file, drop_lock, take_lock
 from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
-from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation, sampler_options
+from sidfast.publishing.export import read_distillation
+from sidfast.publishing.load import find_pipeline, load_pipeline, loading_notes, sampler_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("sidfast", "torch", "torchmetrics", "torch-fidelity", "diffusers", "transformers")
@@ -246,7 +247,8 @@ def _open_model(request, device):
         fuse_pipeline(pipe, request.batch_size * (1 + doubled), f"--fused: {request.model}")
     place = find_pipeline(request.model)
     files = sorted(p for p in place.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
-    described = {"path": request.model, "pipeline": type(pipe).__name__, "dtype": request.dtype,
+    described = {"path": request.model, "pipeline": type(pipe).__name__, "left_out": [], **loading_notes(request.model),
+                 "scheduler": type(pipe.scheduler).__name__, "dtype": request.dtype,
                  "fused": request.fused, "steps": options.get("num_inference_steps", 1),
                  "guidance": options.get("guidance_scale"), "sha256": hash_files(files, place)}
     if not Path(request.model).is_dir():                 # of a hub id, kept in a folder named after its commit

@@ -1,26 +1,19 @@
 """Generate images from captions and measure them."""
 
-import torch
-
 from sidfast.data.prompts import ShapesPrompts
 from sidfast.evaluation.metrics import compute
 from sidfast.evaluation.reference import drawn_reference
 from sidfast.evaluation.rows import MemoryRows, collect
+from sidfast.publishing.generate import make_images
 
 
 def pipeline_generator(pipe, **options):
     """`generate(prompts, seeds) -> images [N, 3, H, W] in [0, 1]` out of a diffusers pipeline.
 
-    `options` go to every call of the pipeline (num_inference_steps, guidance_scale). Each image has a seed of its own,
-    drawn on the CPU, so an image does not depend on the batch that it is made in, nor on the device.
+    `options` go to every call of the pipeline (num_inference_steps, guidance_scale). See `make_images`.
     """
     pipe.set_progress_bar_config(disable=True)
-
-    def generate(prompts, seeds):
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipe(list(prompts), generator=noise, output_type="pt", **options).images
-
-    return generate
+    return lambda prompts, seeds: make_images(pipe, prompts, seeds, **options)
 
 
 def evaluate(generate, captions, judge, batch_size=250, description="evaluate"):

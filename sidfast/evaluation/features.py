@@ -11,30 +11,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as image_ops
 
 from sidfast.data import shapes
 from sidfast.errors import UserError
-from sidfast.networks.untrusted import refuse_pickles
+from sidfast.evaluation.preprocessing import Preprocessing, read_preprocessing
+from sidfast.networks.compatibility import check_tokenizer
+from sidfast.networks.loading import check_finite_weights, load_network
+from sidfast.networks.teacher_files import first_reason
+from sidfast.networks.untrusted import read_config, refuse_pickles
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")
+_NO_LENGTH = 10**9                                       # transformers says 10^30 where no file gives one
 
 
 class ClipFeatures:
     """A CLIP's image and text embeddings.
 
     Called as a feature network it gives the unit-length image embeddings times sqrt(1000), [N, D], so that a FID comes
-    out in thousandths of the embedding's own. `mean` and `std` [3] are those that the CLIP was trained with.
+    out in thousandths of the embedding's own. `preprocess`: the Preprocessing that the CLIP was trained with; that of
+    the small CLIP by default.
     """
 
-    def __init__(self, clip, tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3, path=None, sha256=None):
+    def __init__(self, clip, tokenizer, preprocess=None, path=None, sha256=None):
         self.clip, self.tokenizer, self.path, self.sha256 = clip, tokenizer, path, sha256
-        self.side = clip.config.vision_config.image_size
-        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
-        self.to(clip.device)
+        side = clip.config.vision_config.image_size
+        self.preprocess = preprocess or Preprocessing(side, resize=(side, side))
         self.dimension = clip.config.projection_dim
-        self.suffix = "_small_clip" if self.side == shapes.IMAGE_SIZE else "_clip"     # no published CLIP is so small
+        self.suffix = "_small_clip" if side == shapes.IMAGE_SIZE else "_clip"          # no published CLIP is so small
 
     def __call__(self, images):
         """Features [N, D] of images [N, 3, H, W] in [0, 1]."""
@@ -43,7 +47,6 @@ class ClipFeatures:
     def to(self, device):
         """Move the network."""
         self.clip.to(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     @staticmethod
     def scale(embeddings):
@@ -52,10 +55,7 @@ class ClipFeatures:
 
     def embed(self, images):
         """Unit-length embeddings [N, D], fp32, of images [N, 3, H, W] in [0, 1]."""
-        if min(images.shape[-2:]) != self.side:
-            images = image_ops.resize(images, [self.side], image_ops.InterpolationMode.BICUBIC, antialias=True)
-            images = images.clamp(0, 1)
-        pixels = (image_ops.center_crop(images, [self.side] * 2) - self.mean) / self.std
+        pixels = self.preprocess(images)
         return F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     def embed_text(self, texts):
@@ -99,34 +99,62 @@ def tokenize(tokenizer, texts):
 
 
 def load_features(spec, device):
-    """A feature network from `clip:FOLDER` or `inception:FILE`. Raises UserError if it is not there."""
+    """A feature network from `clip:FOLDER` or `inception:FILE`. Raises UserError if it is not there or broken."""
     kind, _, path = spec.partition(":")
     if kind not in ("clip", "inception") or not path:
         raise UserError(f"--features {spec}: must be clip:FOLDER or inception:FILE")
-    return (load_clip if kind == "clip" else load_inception)(path, device)
+    return load_clip(path, device, f"--features {spec}") if kind == "clip" else load_inception(path, device)
 
 
-def load_clip(folder, device):
-    """ClipFeatures of a transformers folder, in fp32. Raises UserError if it is not there or broken."""
+def load_clip(folder, device, what=None):
+    """ClipFeatures of a transformers folder, in fp32, every part of which is there and fits the others.
+
+    `what` opens the message of the UserError for a folder where that is not so (default: --clip and the folder).
+    """
     from transformers import AutoTokenizer, CLIPModel
 
-    folder = Path(folder)
+    folder, what = Path(folder), what or f"--clip {folder}"
     if not (folder / "config.json").is_file():
-        raise UserError(f"no CLIP in {folder} (config.json is missing); a transformers folder is needed, "
+        raise UserError(f"{what}: no CLIP in {folder} (config.json is missing); a transformers folder is needed, "
                         "of which `sidfast teacher` trains a small one")
-    refuse_pickles(folder, "CLIP", "transformers.CLIPModel")
+    refuse_pickles(folder, what, "transformers.CLIPModel")
+    config = read_config(folder / "config.json", what)
+    if config.get("model_type") != "clip":
+        raise UserError(f"{what}: {folder} is not a whole CLIP (config.json: model_type "
+                        f"{str(config.get('model_type'))[:60]!r}); one with model_type 'clip', image and text network, "
+                        "is needed")
+    clip = load_network(folder, CLIPModel, what, dtype=torch.float32)
+    side = clip.config.vision_config.image_size
+    if not isinstance(side, int):
+        raise UserError(f"{what}: {folder}/config.json: image_size must be one whole number, not {side!r}")
     try:
-        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        mean, std = _normalisation(folder)
     except Exception as error:                           # the library raises many kinds for a broken folder
-        raise UserError(f"the CLIP in {folder} cannot be loaded ({_first_line(error)})") from None
+        raise UserError(f"{what}: the tokenizer in {folder} cannot be loaded ({first_reason(error)})") from None
+    _fit_tokenizer(tokenizer, clip.config.text_config, folder, what)
+    preprocess = read_preprocessing(folder, side, what)
     clip = clip.to(device).eval().requires_grad_(False)
-    return ClipFeatures(clip, tokenizer, mean, std, str(folder), hash_files(sorted(folder.glob("*.safetensors"))))
+    return ClipFeatures(clip, tokenizer, preprocess, str(folder), hash_files(sorted(folder.glob("*.safetensors"))))
+
+
+def _fit_tokenizer(tokenizer, config, folder, what):
+    """Check a CLIP's tokenizer against its text network; one without a length gets the network's."""
+    if type(tokenizer.model_max_length) is int and tokenizer.model_max_length > _NO_LENGTH:
+        tokenizer.model_max_length = config.max_position_embeddings
+    check_tokenizer(folder, tokenizer, config, what)
+    if tokenizer.pad_token is None:
+        raise UserError(f"{what}: the tokenizer in {folder} has no pad_token; its files are not all there")
+    ids = tokenize(tokenizer, ["a"])[0]
+    end = config.eos_token_id                            # the text's embedding is read at its first place;
+    last = ids.argmax().item() if end == 2 else None     # at that of the largest id in old configurations
+    if end not in ids and (last is None or ids[last] != tokenizer.eos_token_id):
+        raise UserError(f"{what}: the tokenizer in {folder} does not end a text with token {end}, at which the network "
+                        "reads it (eos_token_id in config.json): it is another model's")
 
 
 def load_inception(path, device):
-    """InceptionFeatures of a file of weights as torch-fidelity publishes it. Raises UserError if it is none."""
+    """InceptionFeatures of a file of weights as torch-fidelity publishes it. Raises UserError if it is none, or if a
+    weight is missing, unknown or not finite."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = Path(path)
@@ -140,8 +168,15 @@ def load_inception(path, device):
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
     except Exception as error:                           # torch raises many kinds for a broken file
         raise UserError(f"--features inception:{path}: no Inception-v3 weights of torch-fidelity "
-                        f"({_first_line(error)})") from None
+                        f"({_mismatch(error)})") from None
+    check_finite_weights(network, f"--features inception:{path}")
     return InceptionFeatures(network.to(device), str(path), hash_files([path]))
+
+
+def _mismatch(error):
+    """What is wrong with weights, after PyTorch's heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1][:300] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else first_reason(error)
 
 
 def hash_files(paths, root=None):
@@ -154,14 +189,3 @@ def hash_files(paths, root=None):
                 digest.update(part)
         total.update((f"{path.relative_to(root)}\0" if root else "").encode() + digest.digest())
     return total.hexdigest()
-
-
-def _normalisation(folder):
-    from transformers import CLIPImageProcessor
-
-    processor = CLIPImageProcessor.from_pretrained(folder)
-    return processor.image_mean, processor.image_std
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,7 @@
 import torch
 
 from sidfast.data import shapes
-from sidfast.errors import NonFiniteImage
+from sidfast.errors import NonFiniteImage, UserError
 from sidfast.evaluation.attributes import correct
 
 
@@ -31,7 +31,7 @@ class Judge:
         """{name: [N, ...]} of N images made from N prompts; `first` is the number of the first one, for messages.
 
         "features" [N, D], "clip_cosine" [N], "clip_embedding" [N, E], "right_<attribute>" [N] bool. Raises UserError
-        for an image that has non-finite pixels.
+        for an image that has non-finite pixels, and for features that are not finite.
         """
         images = self._take(images, first)
         embedding = self.clip.embed(images) if self.clip else None
@@ -43,6 +43,7 @@ class Judge:
             rows["clip_cosine"] = (embedding * self.clip.embed_text(prompts)).sum(1)
         if self.embeddings:
             rows["clip_embedding"] = embedding
+        _check_features(rows)
         if self.checker:
             hits = correct(self.checker(images * 2 - 1), shapes.parse_captions(prompts).to(self.device))
             rows |= {f"right_{name}": hit for name, hit in hits.items()}
@@ -51,7 +52,9 @@ class Judge:
     @torch.no_grad()
     def reference_rows(self, images, _, first=0):
         """{"features": [N, D]} of images of the reference."""
-        return {"features": self.features(self._take(images, first))}
+        rows = {"features": self.features(self._take(images, first))}
+        _check_features(rows)
+        return rows
 
     def _take(self, images, first):
         images = images.to(self.device, torch.float32)
@@ -60,3 +63,9 @@ class Judge:
             raise NonFiniteImage(f"image {first + int((~finite).nonzero()[0])} has non-finite pixels; the model is "
                                  "broken, or its type too narrow (--dtype fp32)")
         return images.clamp(0, 1)
+
+
+def _check_features(rows):
+    for values in rows.values():
+        if not values.isfinite().all():
+            raise UserError("the CLIP or feature network gives features that are not finite; its weights are broken")

@@ -124,15 +124,15 @@ def check_tokenizer(folder, tokenizer, text, what):
     """Raise UserError for a tokenizer of another model than the text encoder with transformers' configuration
     `text`."""
     length, most = tokenizer.model_max_length, text.max_position_embeddings
-    if not 1 <= length <= most:
-        raise UserError(f"{what}: {folder}/tokenizer gives up to {length:.3g} tokens, its text encoder takes "
+    if type(length) is not int or not 1 <= length <= most:
+        raise UserError(f"{what}: {folder} gives up to {str(length)[:9]} tokens, its text encoder takes "
                         f"{most}: its files are not all there, or another model's")
     vocabulary = tokenizer.get_vocab()
     words = set(vocabulary.values()) - set(tokenizer.all_special_ids)
     if not words or max(vocabulary.values()) >= text.vocab_size:
-        raise UserError(f"{what}: {folder}/tokenizer knows {len(tokenizer)} tokens, its text encoder "
+        raise UserError(f"{what}: {folder} knows {len(tokenizer)} tokens, its text encoder "
                         f"{text.vocab_size}: its files are not all there, or another model's")
     several = [token for token in tokenizer.added_tokens_encoder if f"{token}_1" in vocabulary]
     if several:
-        raise UserError(f"{what}: {folder}/tokenizer has a token of several vectors ({several[0]}, textual inversion), "
+        raise UserError(f"{what}: {folder} has a token of several vectors ({several[0]}, textual inversion), "
                         "which only pipelines of diffusers spell out; give a model without it")

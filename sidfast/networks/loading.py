@@ -85,7 +85,7 @@ def load_tokenizer(folder, text, what):
     from transformers import AutoTokenizer
 
     tokenizer = _load(folder / "tokenizer", AutoTokenizer, what, trust_remote_code=False)
-    check_tokenizer(folder, tokenizer, text, what)
+    check_tokenizer(folder / "tokenizer", tokenizer, text, what)
     return tokenizer
 
 
@@ -112,10 +112,15 @@ def load_network(folder, cls, what, variant=None, **options):
             key for key in found["unexpected_keys"] if not _is_left_out(key, network)]}.items():
         if keys:
             raise UserError(f"{what}: {folder} {verb} {len(keys)} of the network's tensors ({min(keys)})")
+    check_finite_weights(network, f"{what}: {folder}")
+    return network
+
+
+def check_finite_weights(network, what):
+    """Raise UserError, which `what` opens, for a network with a weight that is not finite."""
     for name, value in network.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{what}: {folder}: {name} has values that are not finite")
-    return network
+            raise UserError(f"{what}: {name} has values that are not finite")
 
 
 def _is_left_out(key, network):

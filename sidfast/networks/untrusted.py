@@ -60,11 +60,12 @@ def read_index(folder, what):
     return index
 
 
-def check_parts(folder, what):
-    """Raise UserError for a pipeline folder with a part whose configuration is no JSON object (libraries would look
-    for another one on the hub), or asks for code."""
-    for path in sorted((*folder.glob("*/config.json"), *folder.glob("*/scheduler_config.json"))):
-        refuse_harm(read_config(path, what), what, path)
+def check_parts(folder, what, parts):
+    """Raise UserError for a pipeline folder with one of `parts` whose configuration is no JSON object (libraries would
+    look for another one on the hub), or asks for code."""
+    for path in sorted(folder / part / name for part in parts for name in ("config.json", "scheduler_config.json")):
+        if path.exists():
+            refuse_harm(read_config(path, what), what, path)
 
 
 def read_config(path, what):

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 
 from sidfast.errors import UserError
-from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation
+from sidfast.publishing.export import read_distillation
+from sidfast.publishing.generate import make_images, to_pil
+from sidfast.publishing.load import find_pipeline, load_pipeline
 
 _HOST = "127.0.0.1"
 _PROMPT = "a small red circle above a large blue square on a white background"
 _CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; }"
 _STEPS, _GUIDANCE = 50, 1.5                              # of a teacher, until the sliders are moved
+_MOST_STEPS, _MOST_GUIDANCE = 100, 10
+_MOST_SEED, _MOST_TEXT = 2**63 - 1, 10_000               # PyTorch's; characters, far more than a text encoder takes
 
 
 @dataclass
@@ -25,12 +29,12 @@ class Model:
     one_step: bool
 
     def __call__(self, prompt, seed, steps=None, guidance=None):
-        """(PIL image, seconds from the prompt to it). The noise depends on the seed alone, for every model."""
-        options = {} if self.one_step else {"num_inference_steps": int(steps), "guidance_scale": guidance}
-        noise = torch.Generator().manual_seed(int(seed))
+        """(PIL image, seconds from the prompt to it). The noise depends on the seed alone, for every model. Raises
+        UserError for a model that cannot make a finite image."""
+        options = {} if self.one_step else {"num_inference_steps": steps, "guidance_scale": guidance}
         self._wait()
         started = time.perf_counter()
-        image = self.pipe(prompt, generator=noise, **options).images[0]
+        image, = to_pil(make_images(self.pipe, [prompt], [seed], **options), self.name)
         self._wait()
         return image, time.perf_counter() - started
 
@@ -60,14 +64,20 @@ def build_demo(student, teacher):
     """The gradio page of one or two Models. Raises UserError where gradio is not installed."""
     gr = _gradio()
 
-    def run(model, prompt, seed, steps, guidance):
-        if not prompt.strip():
-            raise gr.Error("A prompt is needed.", print_exception=False)
-        if seed is None or int(seed) < 0:
-            raise gr.Error("The seed must be a whole number, 0 or above.", print_exception=False)
-        image, seconds = model(prompt, seed, steps, guidance)
-        took = "1 step" if model.one_step else f"{int(steps)} steps, guidance {guidance:g}"
+    def run(model, *inputs):
+        try:
+            prompt, seed, steps, guidance = check_inputs(*inputs)
+            image, seconds = model(prompt, seed, steps, guidance)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        took = "1 step" if model.one_step else f"{steps} steps, guidance {guidance:g}"
         return image, f"**{seconds:.3f} s** · {took}"
+
+    def next_seed(seed):
+        try:
+            return 1 if seed is None else _whole("The seed", seed, 0, _MOST_SEED - 1) + 1
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title="sidfast", analytics_enabled=False) as page:
         gr.Markdown(f"# sidfast\n`{student.name}`" + (f" beside its teacher, `{teacher.name}`" if teacher else ""))
@@ -76,8 +86,9 @@ def build_demo(student, teacher):
             seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, scale=1)
         several = teacher or not student.one_step
         with gr.Row(visible=bool(several)):
-            steps = gr.Slider(1, 100, _STEPS, step=1, label="Steps of the teacher" if teacher else "Steps")
-            guidance = gr.Slider(0, 10, _GUIDANCE, step=0.1, label="Guidance of the teacher" if teacher else "Guidance")
+            steps = gr.Slider(1, _MOST_STEPS, _STEPS, step=1, label="Steps of the teacher" if teacher else "Steps")
+            guidance = gr.Slider(0, _MOST_GUIDANCE, _GUIDANCE, step=0.1,
+                                 label="Guidance of the teacher" if teacher else "Guidance")
         with gr.Row():
             go = gr.Button("Make", variant="primary")
             again = gr.Button("Next seed")
@@ -90,12 +101,13 @@ def build_demo(student, teacher):
                                          buttons=["download"], elem_classes="picture")
                         shown.append((label.lower(), model, [image, gr.Markdown()]))
         starts = [go.click, prompt.submit,
-                  again.click(lambda seed: int(seed or 0) + 1, seed, seed, show_progress="hidden",
-                              api_name="next_seed").then]
+                  again.click(next_seed, seed, seed, show_progress="hidden", api_name="next_seed",
+                              preprocess=False).then]
         for start in starts:
             public = start is starts[0]                  # one of them is enough for a program that calls the page
             for name, model, outputs in shown:           # the student first: it need not wait for the teacher
                 start = start(_bind(run, model), inputs, outputs, concurrency_limit=1, concurrency_id="models",
+                              preprocess=False,          # (of gradio, which prints tracebacks: `check_inputs` does it)
                               api_name=name if public else None,
                               api_visibility="public" if public else "private").then
     return page
@@ -115,6 +127,31 @@ def run_demo(model, teacher, port, device):
         raise UserError(f"--port {port}: {str(error).splitlines()[0]}") from None
     print(f"sidfast: http://{_HOST}:{port} (Ctrl-C ends it)", flush=True)
     page.block_thread()
+
+
+def check_inputs(prompt, seed, steps, guidance):
+    """What the page, or a program that calls it, sent. Raises UserError for anything but a prompt and numbers in the
+    ranges of the page."""
+    if not isinstance(prompt, str):
+        raise UserError("The prompt must be text.")
+    if not prompt.strip():
+        raise UserError("A prompt is needed.")
+    if len(prompt) > _MOST_TEXT or any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise UserError(f"The prompt must be at most {_MOST_TEXT} characters of Unicode.")
+    seed, steps = _whole("The seed", seed, 0, _MOST_SEED), _whole("The steps", steps, 1, _MOST_STEPS)
+    if not _is_number(guidance) or not 0 <= guidance <= _MOST_GUIDANCE:
+        raise UserError(f"The guidance must be a number from 0 to {_MOST_GUIDANCE}.")
+    return prompt, seed, steps, guidance
+
+
+def _whole(name, value, least, most):
+    if not _is_number(value) or not least <= value <= most or value != int(value):
+        raise UserError(f"{name} must be a whole number from {least} to {most}.")
+    return int(value)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _bind(run, model):

@@ -1,5 +1,6 @@
 """`sidfast sample`: images of one or many prompts, as one picture."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,8 +8,9 @@ import torch
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.files import check_file, check_writable
-from sidfast.publishing.export import load_pipeline, sampler_options
+from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.grid import image_grid
+from sidfast.publishing.load import load_pipeline, loading_notes, sampler_options
 
 _MOST = 4096                                             # images in a picture
 
@@ -16,7 +18,7 @@ _MOST = 4096                                             # images in a picture
 def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, device):
     """Make `n` images of each prompt (seeds `seed`, `seed` + 1, ...) and write them to `out` as a PNG grid.
 
-    Raises UserError for bad arguments, before anything is computed.
+    Raises UserError for bad arguments, before anything is computed, and for images that are not finite.
     """
     prompts = [_checked(prompt)] if prompt is not None else read_prompts(prompts_file)
     if n < 1:
@@ -34,14 +36,21 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
     pipe.set_progress_bar_config(disable=True)
     rows = {}
     for k in range(n):
-        images = []
-        for text in prompts:                             # one by one, so that a prompt's image is always the same
-            noise = torch.Generator().manual_seed(seed + k)
-            images += pipe(text, generator=noise, **options).images
-        rows[f"seed {seed + k}"] = images
+        rows[f"seed {seed + k}"] = [                     # one by one, so that a prompt's image is always the same
+            to_pil(make_images(pipe, [text], [seed + k], **options), f"--model {model}")[0] for text in prompts]
     partial = out.with_name(f".{out.name}.partial")
     image_grid(rows, prompts).save(partial, format="PNG")
     partial.replace(out)
+    for line in _notes(loading_notes(model)):
+        print(f"sidfast: --model {model}: {line}", file=sys.stderr)
+
+
+def _notes(notes):
+    """What a user should know of how the model was loaded, a line for each."""
+    if notes.get("left_out"):
+        yield f"used without its {', '.join(notes['left_out'])}"
+    if notes.get("saved_as"):
+        yield f"saved by a {notes['saved_as']}, used for text to image"
 
 
 def _checked(prompt):

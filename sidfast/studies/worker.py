@@ -243,7 +243,7 @@ def _strip(folder, study, device):
     from torchvision.transforms.functional import resize
 
     from sidfast.evaluation.evaluate import pipeline_generator
-    from sidfast.publishing.export import load_pipeline
+    from sidfast.publishing.load import load_pipeline
     from sidfast.studies.record import STRIP
 
     pipe, _ = load_pipeline(folder, device)
