@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers_checkpoint import EXTRA, KINDS, STATE
 
+from sidfast.errors import Unfailing
 from sidfast.publishing import export
-from sidfast.train import Unfailing
 from sidfast.training import checkpoint
 from sidfast.training import saver as saving
 from sidfast.training.channel import Channel

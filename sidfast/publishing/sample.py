@@ -6,7 +6,7 @@ import torch
 
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
-from sidfast.files import check_file, check_writable
+from sidfast.files import check_file, check_writable, replacing, sweep
 from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
 
@@ -39,9 +39,9 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
             noise = torch.Generator().manual_seed(seed + k)
             images += pipe(text, generator=noise, **options).images
         rows[f"seed {seed + k}"] = images
-    partial = out.with_name(f".{out.name}.partial")
-    image_grid(rows, prompts).save(partial, format="PNG")
-    partial.replace(out)
+    sweep(out.parent)
+    with replacing(out) as file:
+        image_grid(rows, prompts).save(file, format="PNG")
 
 
 def _checked(prompt):
