@@ -30,8 +30,9 @@ def replacing(path, durable=True):
     """
     path = Path(path)
     partial = _temporary_name(path.parent)
+    file = open(partial, "xb", opener=open_no_link)      # noqa: SIM115
     try:
-        with open(partial, "xb", opener=open_no_link) as file:
+        with file:
             yield file
             if durable:
                 file.flush()

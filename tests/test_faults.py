@@ -180,7 +180,7 @@ def test_a_network_without_a_finite_sample_ends_the_run(group, monkeypatch, lost
     for act in (Progress.reduce, Progress.describe):
         with pytest.raises(Diverged, match=f"{of} last 4 steps was non-finite: .* with lower learning rates "):
             act(Progress(step=7, logged=3, sums=sums_of(*lost)), 4, NoSaver())
-        with pytest.raises(Diverged, match=f"{of} first 4 steps was .*[Ll]ower learning rates do not help .* fp16"):
+        with pytest.raises(Diverged, match=f"{of} first 4 steps was .*Lower learning rates do not help .*fp16"):
             act(Progress(step=4, sums=sums_of(*lost)), 4, NoSaver())
         assert act(Progress(step=7, logged=3, sums=sums_of(15, 15)), 4, NoSaver())
     assert Progress(step=7, logged=7).describe(4, NoSaver())["sums"] == [[0.0] * 4]      # (just after a log line)

@@ -60,6 +60,16 @@ def test_checkpoint_that_finds_no_room_costs_nothing_else(group, tmp_path, monke
     assert save(saver, 3, monkeypatch) is None and (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
+def test_link_in_the_place_of_a_checkpoint_that_is_begun(group, tmp_path, monkeypatch):
+    victim, folder = tmp_path / "victim", tmp_path / "checkpoints"
+    victim.mkdir()
+    saver = Saver(folder, 2, Channel(), 60, print)
+    folder.mkdir()
+    (folder / ".partial-step-00000001").symlink_to(victim)
+    assert save(saver, 1, monkeypatch) is None and list(victim.iterdir()) == []
+    assert checkpoint.checkpoint_fault(folder / "step-00000001") is None and not (folder / "step-00000001").is_symlink()
+
+
 def test_pruning_spares_the_best_and_clears_away_what_was_damaged(group, tmp_path, monkeypatch):
     """Damaged checkpoints, newer than the one gone on from, make no good one go; they go once there is a new one."""
     saver = Saver(tmp_path, 2, Channel(), 60, print)

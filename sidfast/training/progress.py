@@ -83,9 +83,9 @@ class Progress:
         what = f"every sample of the {' and the '.join(lost)} in the {'last' if self.logged else 'first'} {steps} steps"
         if self.logged:
             raise diverged(f"{what} was non-finite", self.step, saver)
-        raise Diverged(f"{what} was non-finite and was left out; the run ends. Lower learning rates do not help against "
-                       "that. Look at the teacher's own images (`sidfast sample --model TEACHER`), and check its noise "
-                       "schedule and prediction type, and the precision: fp16 overflows where bf16 and fp32 do not")
+        raise Diverged(f"{what} was non-finite and was left out; the run ends. Lower learning rates do not help here: "
+                       "look at the teacher's own images (`sidfast sample --model TEACHER`), and check its noise "
+                       "schedule, its prediction type and the precision (fp16 overflows where bf16 and fp32 do not)")
 
 
 def diverged(what, step, saver):
