@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sidfast.environment import check_environment, prepare_environment
-from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, speaks
+from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, tell, unfailing_streams
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
@@ -17,21 +17,25 @@ def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
     stderr), 130 Ctrl-C."""
     prepare_environment()
-    try:
-        check_environment()
-        args = _parser().parse_args(argv)
-        check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
-                     for name in _PATHS if getattr(args, name, None) is not None})
-        if getattr(args, "out", None) is not None and not Path(args.out).name:
-            raise UserError(f"--out {args.out}: must name a file or folder")
-        return args.run(args) or 0
-    except UserError as error:
-        if speaks():
-            print(f"sidfast: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sidfast: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    with unfailing_streams():
+        try:
+            return _run(argv)
+        except UserError as error:
+            tell(one_line(error))
+            return 2
+        except KeyboardInterrupt:
+            tell("interrupted")
+            return INTERRUPTED
+
+
+def _run(argv):
+    check_environment()
+    args = _parser().parse_args(argv)
+    check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
+                 for name in _PATHS if getattr(args, name, None) is not None})
+    if getattr(args, "out", None) is not None and not Path(args.out).name:
+        raise UserError(f"--out {args.out}: must name a file or folder")
+    return args.run(args) or 0
 
 
 def _parser():

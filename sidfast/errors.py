@@ -1,6 +1,8 @@
 """The exceptions that a user is meant to see, how they are told, and what every command asks of names."""
 
 import argparse
+import contextlib
+import functools
 import os
 import re
 import sys
@@ -51,12 +53,59 @@ def speaks():
     return not (known and 0 < int(rank) < int(processes))
 
 
+def tell(message):
+    """Print a line on standard error, in the first process."""
+    if speaks():
+        print(f"sidfast: {message}", file=sys.stderr, flush=True)
+
+
+tell_once = functools.cache(tell)                        # once in a process for the same message
+
+
 def say(text):
-    """Print on standard output. If its reader is gone, as `head` is, the rest is lost, and nobody complains."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print on standard output, at once."""
+    print(text, flush=True)
+
+
+class Unfailing:
+    """A text stream that loses what it cannot write, on a full disk or to a reader that is gone, and never raises."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        """As a stream's; what it cannot write counts as written."""
+        with contextlib.suppress(OSError):
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:                   # of a locale without the character
+                self._stream.write(text.encode("ascii", "backslashreplace").decode())
+            self._stream.flush()
+        return len(text)
+
+    def flush(self):
+        """Nothing is held back."""
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def unfailing_streams():
+    """Inside the block, and when the interpreter ends, nothing fails because of standard output or standard error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:                   # closed: the next file would get its number, and what is said
+            setattr(sys, name, open(os.devnull, mode))   # noqa: SIM115
+    streams = sys.stdout, sys.stderr
+    with contextlib.redirect_stdout(Unfailing(sys.stdout)), contextlib.redirect_stderr(Unfailing(sys.stderr)):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                try:
+                    stream.flush()
+                except OSError:                          # what it still holds would fail again as the interpreter ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(error, limit=1000):

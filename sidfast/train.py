@@ -4,7 +4,6 @@ Runs on a machine without a GPU, on one GPU, and on many; the same command again
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from datetime import timedelta
@@ -20,43 +19,23 @@ def main(argv=None):
     from sidfast.environment import check_environment, prepare_environment
 
     prepare_environment()
-    from sidfast.errors import INTERRUPTED, RunError, UserError, one_line
+    from sidfast.errors import INTERRUPTED, RunError, UserError, one_line, tell, unfailing_streams
 
-    with contextlib.redirect_stderr(Unfailing(sys.stderr)):
+    with unfailing_streams():
         try:
             check_environment()
             run(_parser().parse_args(argv))
         except (UserError, RunError) as error:
-            _tell(one_line(error))
+            tell(one_line(error))
             return 2 if isinstance(error, UserError) else 1
         except KeyboardInterrupt:
-            _tell("interrupted; the same command goes on from the last checkpoint")
+            tell("interrupted; the same command goes on from the last checkpoint")
             return INTERRUPTED
     return 0
 
 
-class Unfailing:
-    """A text stream whose log file may lie on a full disk: what finds no room is lost, and training goes on."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text):
-        """As a stream's; what it cannot write counts as written."""
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-            self._stream.flush()
-        return len(text)
-
-    def flush(self):
-        """Nothing is held back."""
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-
 def run(args):
-    """Check everything that can be checked before anything is written, then train."""
+    """Check what can be checked without the run directory, then claim that and train in it."""
     from sidfast.config import load_config
     from sidfast.errors import UserError, check_paths, say
 
@@ -79,25 +58,31 @@ def run(args):
 
     if not torch.cuda.is_available():                    # said once, in the run's config.json, not by each library
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed import comm
-
-    from sidfast.method.synthetic import cannot_capture
-    from sidfast.networks.loading import load_teacher
-    from sidfast.training.checkpoint import check_fits, choose_checkpoint
-    from sidfast.training.engines import ENGINES, compute_dtype, engine_config, engine_section, offloads, zero_stages
-    from sidfast.training.fit import with_micro_batch
-    from sidfast.training.lock import claim
-    from sidfast.training.measure import check_measures
-    from sidfast.training.probe import check_sections, probe_engines
-    from sidfast.training.run import check_inputs, describe_inputs, open_run
-    from sidfast.training.speed import check_speed
-    from sidfast.training.state import read_state
-    from sidfast.training.stop import Stop
-    from sidfast.training.teacher_checks import check_teacher_fits
-    from sidfast.training.trainer import train
+    from sidfast.training.engines import compute_dtype, engine_config
+    from sidfast.training.lock import claimed
 
     engine_config(config, "generator", processes)
     compute_dtype(config.deepspeed)
+    with claimed(out, first):
+        teacher = _check(config, out, args, first)
+        device = join()
+        result = _train(config, out, args, teacher, device)
+        if first:
+            _report(out, result)
+
+
+def _check(config, out, args, first):
+    """The teacher, once everything is checked that needs no other process; nothing is written yet."""
+    import torch
+
+    from sidfast.method.synthetic import cannot_capture
+    from sidfast.networks.loading import load_teacher
+    from sidfast.training.engines import zero_stages
+    from sidfast.training.measure import check_measures
+    from sidfast.training.run import check_inputs, describe_inputs, open_run
+    from sidfast.training.speed import check_speed
+    from sidfast.training.teacher_checks import check_teacher_fits
+
     open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher, **config.model.loading)
     check_inputs(out, describe_inputs(config, teacher))
@@ -106,27 +91,41 @@ def run(args):
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
     if first:
         check_measures(config, teacher)
-    claim(out, first, warn=_tell)
-    device = join()
+    return teacher
+
+
+def _train(config, out, args, teacher, device):
+    """Start the run or go on with it, with all processes. Returns the final measures on the first one, or None."""
+    from deepspeed import comm
+
+    from sidfast.errors import tell
+    from sidfast.training.checkpoint import check_fits, choose_checkpoint
+    from sidfast.training.engines import ENGINES, engine_section, offloads
+    from sidfast.training.fit import with_micro_batch
+    from sidfast.training.probe import check_sections, probe_engines
+    from sidfast.training.state import read_state
+    from sidfast.training.stop import Stop
+    from sidfast.training.trainer import train
+
+    processes = comm.get_world_size()
     check_sections(config, processes)
     if any(offloads(engine_section(config, name)) for name in ENGINES):
-        _tell("loading DeepSpeed's Adam for the CPU; the first time it is compiled. (If this does not end: remove the "
-              "file `lock` that a compilation that was killed has left in ~/.cache/torch_extensions/*/cpu_adam)")
+        tell("loading DeepSpeed's Adam for the CPU; the first time it is compiled. (If this does not end: remove the "
+             "file `lock` that a compilation that was killed has left in ~/.cache/torch_extensions/*/cpu_adam)")
     probe_engines(config, processes, device)
     config = with_micro_batch(config, teacher, processes, device)
-    checkpoint = choose_checkpoint(out, args.resume, _tell)
+    checkpoint = choose_checkpoint(out, args.resume, tell)
     if checkpoint:
         check_fits(checkpoint, teacher.unet, config.optimizer)
-    _tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
+    tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
     step, steps = read_state(checkpoint)["extra"]["step"] if checkpoint else 0, config.train.total_steps
     if step >= steps:
-        _tell(f"the run is already at step {step} of {steps}: nothing is left to train")
+        tell(f"the run is already at step {step} of {steps}: nothing is left to train")
     stop = Stop()
     result = train(config, out, checkpoint, teacher, device, stop, profile=args.profile)
     stop.ignore()
     comm.destroy_process_group()
-    if first:
-        _report(out, result)
+    return result
 
 
 def join():
@@ -183,14 +182,6 @@ def _cpu_threads():
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return omp_threads() or max(1, os.cpu_count() // local)
-
-
-def _tell(message):
-    """A line on standard error, from the first process."""
-    from sidfast.errors import speaks
-
-    if speaks():
-        print(f"sidfast: {message}", file=sys.stderr, flush=True)
 
 
 def _report(out, end):

@@ -147,13 +147,15 @@ def forks():
 class Forked:
     """What tests use of a `subprocess.Popen`, of a command that is forked: "train", "cli", or the path of a script."""
 
-    def __init__(self, program, arguments, port, **more):
+    def __init__(self, program, arguments, port, output=None, **more):
+        """`output`: a file for standard output, such as a device; `more`: environment variables."""
         server, folder = forks()
         self._said = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("output", "errors")]
         for path in self._said:
             path.touch()                                 # (a process killed at once would leave none)
-        output, errors = map(str, self._said)
-        server.stdin.write(json.dumps({"program": program, "arguments": [str(a) for a in arguments], "output": output,
+        errors = str(self._said[1])
+        server.stdin.write(json.dumps({"program": program, "arguments": [str(a) for a in arguments],
+                                       "output": output or str(self._said[0]),
                                        "errors": errors, "environment": environment(port) | more}) + "\n")
         server.stdin.flush()
         self.pid, self.returncode = int(server.stdout.readline()), None

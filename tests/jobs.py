@@ -11,10 +11,13 @@ from sidfast.environment import prepare_environment
 
 prepare_environment()
 
+import torch  # noqa: E402
+
 from sidfast.config import build_config  # noqa: E402
 from sidfast.networks.loading import load_teacher  # noqa: E402
 from sidfast.train import join  # noqa: E402
 from sidfast.training.checkpoint import choose_checkpoint  # noqa: E402
+from sidfast.training.lock import claimed  # noqa: E402
 from sidfast.training.run import open_run  # noqa: E402
 from sidfast.training.stop import Stop  # noqa: E402
 from sidfast.training.trainer import train  # noqa: E402
@@ -22,8 +25,10 @@ from sidfast.training.trainer import train  # noqa: E402
 device = join()
 for job in json.loads(Path(sys.argv[-1]).read_text()):
     config = build_config(job["config"], "job")
-    open_run(job["out"], config, job.get("resume", "auto"))
-    checkpoint = choose_checkpoint(job["out"], job.get("resume", "auto"), print)
-    stop = Stop()
-    train(config, Path(job["out"]), checkpoint, load_teacher(config.model.teacher), device, stop)
-    stop.close()
+    with claimed(job["out"], torch.distributed.get_rank() == 0):
+        open_run(job["out"], config, job.get("resume", "auto"))
+        torch.distributed.barrier()                      # (the first process writes nothing before all have looked)
+        checkpoint = choose_checkpoint(job["out"], job.get("resume", "auto"), print)
+        stop = Stop()
+        train(config, Path(job["out"]), checkpoint, load_teacher(config.model.teacher), device, stop)
+        stop.close()

@@ -37,7 +37,7 @@ def begun(write_config, tiny_teacher, tmp_path):
     prompts.write_text("a red circle\n")
     path = write_config(**{"model.teacher": str(teacher), "data.prompts": str(prompts), "evaluation.images": 0})
     config = load_config(path)
-    for name in ("checkpoints", "export", "samples"):
+    for name in ("checkpoints/step-00000008", "export", "samples"):
         (run / name).mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({
         "config": config.model_dump(), "inputs": describe_inputs(config, load_teacher(str(teacher)))}))
@@ -47,10 +47,13 @@ def begun(write_config, tiny_teacher, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (edit("../teacher/scheduler/scheduler_config.json", prediction_type="v_prediction"), "model.teacher is not what"),
     (lambda run: (run.parent / "prompts.txt").write_text("a blue circle\n"), "data.prompts is not what it was"),
-    (lambda run: (run / "checkpoints").rmdir(), "its checkpoints are gone"),
-    (lambda run: ((run / "checkpoints").rmdir(), (run / "checkpoints").symlink_to("/scratch/none")), "is not there"),
+    (lambda run: shutil.rmtree(run / "checkpoints"), "its checkpoints are gone"),
+    (lambda run: (run / "checkpoints" / "step-00000008").rmdir(), "its checkpoints are gone"),
+    (lambda run: ((run / "checkpoints" / "step-00000008").rename(run / "checkpoints" / "step-8.bak")), "are gone"),
+    (lambda run: ((run / "checkpoints").rename(run.parent / "c"), (run / "checkpoints").symlink_to("/scratch/none")),
+     "is not there"),
     (lambda run: ((run / "samples").rmdir(), (run / "samples").write_text("x")), "is a file, where a run has a folder"),
-], ids=["teacher", "prompts", "no-checkpoints", "link", "file"])
+], ids=["teacher", "prompts", "no-checkpoints", "unmounted", "only-copies", "link", "file"])
 def test_run_whose_parts_were_exchanged(capsys, begun, change, words):
     config, run = begun
     change(run)
@@ -110,7 +113,7 @@ def test_full_disk(capsys, write_config, tmp_path, begun):
     RunDirectory(run, config, 0).close()
 
 
-@pytest.mark.parametrize("where", ["describe", "claim", "write", "after"])
+@pytest.mark.parametrize("where", ["describe", "sweep", "write", "after"])
 def test_run_killed_as_it_begins_can_begin_again(write_config, tmp_path, monkeypatch, where):
     """config.json is the first file there, or none but those that say nothing."""
     class Killed(BaseException):
@@ -120,12 +123,12 @@ def test_run_killed_as_it_begins_can_begin_again(write_config, tmp_path, monkeyp
         raise Killed
 
     def kill_writing(path, text):
-        path.with_name(f".{path.name}.partial").write_text(text[:9])
+        (path.parent / ".sidfast-0123456789abcdef.partial").write_text(text[:9])
         raise Killed
 
     config, run = load_config(write_config()), tmp_path / "run"
     with monkeypatch.context() as patch:
-        name, what = {"describe": ("_git_commit", kill), "claim": ("claim", kill), "after": ("LineFile", kill),
+        name, what = {"describe": ("_git_commit", kill), "sweep": ("sweep", kill), "after": ("LineFile", kill),
                       "write": ("write_atomically", kill_writing)}[where]
         patch.setattr(run_module, name, what)
         with pytest.raises(Killed):
@@ -133,7 +136,7 @@ def test_run_killed_as_it_begins_can_begin_again(write_config, tmp_path, monkeyp
     assert run.exists() == (where != "describe") and (run / "config.json").exists() == (where == "after")
     open_run(run, config, "auto")
     RunDirectory(run, config, 0).close()
-    assert {"config.json", "samples", "tensorboard"} <= {p.name for p in run.iterdir()}
+    assert {"config.json", "samples", "tensorboard"} == {p.name for p in run.iterdir()}
 
 
 @pytest.mark.parametrize("name, content, words", [

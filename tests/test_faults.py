@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from conftest import ROOT, Forked, environment, fork_training, losses, process_a
 from tiny import NO_MIDDLE, write_tiny_teacher
 
 from sidfast.config import Train
-from sidfast.errors import RunError, UserError
+from sidfast.errors import Diverged, RunError, UserError
 from sidfast.train import join
 from sidfast.training import lock
 from sidfast.training import progress as progress_module
@@ -159,10 +160,48 @@ def test_too_many_skipped_updates_end_the_run():
 
 def test_run_without_a_finite_sample_ends(group, monkeypatch):
     monkeypatch.setattr(progress_module, "comm", torch.distributed)              # (DeepSpeed's has no group here)
-    progress = Progress(step=7, logged=3, sums=[torch.tensor(0.0), torch.tensor(0.0), torch.tensor(2 * 4 * 4)])
-    with pytest.raises(RunError, match=r"every sample of the last 4 steps was non-finite: .* at step 7\. The last good "
-                                       "checkpoint is none; begin again with lower learning rates"):
+    progress = Progress(step=7, logged=3, sums=sums_of(4 * 4, 4 * 4))
+    with pytest.raises(RunError, match=r"every sample of the fake_score and the generator in the last 4 steps was "
+                                       r"non-finite: .* at step 7\. The last good checkpoint is none; begin again with "
+                                       "lower learning rates"):
         progress.reduce(4, NoSaver())
+
+
+def sums_of(fake_score, generator):
+    """Progress.sums with so many samples left out."""
+    return [torch.tensor(v) for v in (0.5, -0.5, float(fake_score), float(generator))]
+
+
+@pytest.mark.parametrize("lost, name", [((16, 15), "fake_score"), ((0, 16), "generator")])
+def test_a_network_without_a_finite_sample_ends_the_run(group, monkeypatch, lost, name):
+    """At a log line and at a checkpoint; from the first step on, it is not the learning rate."""
+    monkeypatch.setattr(progress_module, "comm", torch.distributed)
+    of = f"every sample of the {name} in the"
+    for act in (Progress.reduce, Progress.describe):
+        with pytest.raises(Diverged, match=f"{of} last 4 steps was non-finite: .* with lower learning rates "):
+            act(Progress(step=7, logged=3, sums=sums_of(*lost)), 4, NoSaver())
+        with pytest.raises(Diverged, match=f"{of} first 4 steps was .*Lower learning rates do not help .*fp16"):
+            act(Progress(step=4, sums=sums_of(*lost)), 4, NoSaver())
+        assert act(Progress(step=7, logged=3, sums=sums_of(15, 15)), 4, NoSaver())
+    assert Progress(step=7, logged=7).describe(4, NoSaver())["sums"] == [[0.0] * 4]      # (just after a log line)
+
+
+def test_samples_left_out_are_counted_for_each_network(group, monkeypatch):
+    monkeypatch.setattr(progress_module, "comm", torch.distributed)
+    progress = Progress(step=5, logged=3, sums=sums_of(3, 1))
+    assert progress.reduce(4, NoSaver()) == {
+        "fake_score_loss": 0.25, "generator_loss": -0.25, "non_finite": 4.0, "non_finite/fake_score": 3.0,
+        "non_finite/generator": 1.0, "skipped_updates": 0}
+    assert (progress.sums, progress.logged) == ([0.0] * 4, 5)
+
+
+def test_sums_of_older_checkpoints_and_of_other_numbers_of_processes():
+    extra = Progress(step=8, images=32, logged=6).__dict__ | {"sums": [[1.0, 2.0, 6.0], [3.0, 6.0, 0.0]]}
+    assert [Progress.resume(extra, rank, 2).sums for rank in range(2)] == [[1.0, 2.0, 3.0, 3.0], [3.0, 6.0, 0.0, 0.0]]
+    assert Progress.resume(extra, 3, 4).sums == [2.0, 4.0, 0.75, 0.75]
+    extra["sums"] = [[1.0, 2.0, 6.0, 4.0], [3.0, 6.0, 0.0, 2.0]]
+    assert Progress.resume(extra, 1, 2).sums == [3.0, 6.0, 0.0, 2.0]
+    assert Progress.resume(extra, 0, 1).sums == [2.0, 4.0, 6.0, 6.0]
 
 
 def test_diverged_run_names_its_last_good_checkpoint(write_config, tmp_path):
@@ -199,22 +238,25 @@ def test_spikes_name_their_samples(group):
 
 # ---- one job at a time
 
-def test_second_job_waits_then_says_who_is_there(tmp_path):
-    script = ("import sys, time; from sidfast.training.lock import claim; claim(sys.argv[1], True); "
-              "print('held', flush=True); time.sleep(60)")
+def test_second_job_waits_then_says_who_is_there(tmp_path, capsys):
+    script = ("import sys, time\nfrom sidfast.training.lock import claimed\nwith claimed(sys.argv[1], True):\n"
+              "    print('held', flush=True)\n    time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    told = []
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"another job is training there .process {holder.pid} "):
-            lock.claim(tmp_path, True, patience=0.3, warn=told.append)
+        for first in (True, False):                      # (our parent is not the holder's)
+            with pytest.raises(UserError, match=f"another job is training there .process {holder.pid} "), \
+                    lock.claimed(tmp_path, first, patience=0.3):
+                raise AssertionError
     finally:
         holder.kill()
         holder.wait()
-    assert len(told) == 1 and "waiting" in told[0]
-    lock.claim(tmp_path, True, patience=5)               # free once its holder is gone
-    assert lock._held.pop((tmp_path / lock.NAME).resolve()).close() is None
+    assert capsys.readouterr().err == f"sidfast: waiting for the job that still writes to {tmp_path} (process " \
+                                      f"{holder.pid} on {socket.gethostname()})\n"
+    with lock.claimed(tmp_path, True, patience=5):       # free once its holder is gone
+        assert json.loads((tmp_path / lock.NAME).read_text())["process"] == os.getpid()
+    lock._held.pop(tmp_path / lock.NAME).close()
 
 
 def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers_checkpoint import EXTRA, KINDS, STATE
 
+from sidfast.errors import Unfailing
 from sidfast.publishing import export
-from sidfast.train import Unfailing
 from sidfast.training import checkpoint
 from sidfast.training import saver as saving
 from sidfast.training.channel import Channel
@@ -58,6 +58,16 @@ def test_checkpoint_that_finds_no_room_costs_nothing_else(group, tmp_path, monke
     assert line.endswith(f"Training goes on; the last good checkpoint is {tmp_path / 'step-00000001'}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert save(saver, 3, monkeypatch) is None and (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+def test_link_in_the_place_of_a_checkpoint_that_is_begun(group, tmp_path, monkeypatch):
+    victim, folder = tmp_path / "victim", tmp_path / "checkpoints"
+    victim.mkdir()
+    saver = Saver(folder, 2, Channel(), 60, print)
+    folder.mkdir()
+    (folder / ".partial-step-00000001").symlink_to(victim)
+    assert save(saver, 1, monkeypatch) is None and list(victim.iterdir()) == []
+    assert checkpoint.checkpoint_fault(folder / "step-00000001") is None and not (folder / "step-00000001").is_symlink()
 
 
 def test_pruning_spares_the_best_and_clears_away_what_was_damaged(group, tmp_path, monkeypatch):

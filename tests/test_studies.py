@@ -12,7 +12,7 @@ from scipy import stats
 from sidfast import cli
 from sidfast.studies import ablate
 from sidfast.studies.plots import plots
-from sidfast.studies.record import claimed, is_final, read_record
+from sidfast.studies.record import is_final, read_record, reserved
 from sidfast.studies.results import interval, metric_names
 from sidfast.studies.study import Run, load_study, read_study
 from sidfast.studies.table import label, markdown
@@ -197,9 +197,9 @@ def test_runs_of_a_study(study_file):
 
 def test_a_run_belongs_to_one_process(tmp_path, study_file):
     run = read_study(study_file()).runs[0]
-    with claimed(tmp_path, run) as first, claimed(tmp_path, run) as second:
+    with reserved(tmp_path, run) as first, reserved(tmp_path, run) as second:
         assert first and not second
-    with claimed(tmp_path, run) as again:
+    with reserved(tmp_path, run) as again:
         assert again
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
+from sidfast.files import remove, replacing, write_atomically
 
 SIDE = 256
 IMAGES = 30_000
@@ -37,13 +38,15 @@ def prepare_coco(folder):
                             f"{_IMAGES}/{missing[0]}")
         partial = crops.with_name(f".{crops.name}.partial")
         try:
+            if partial.is_symlink():
+                remove(partial)
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--coco {folder}: {partial.parent} cannot be written ({error.strerror})") from None
         for name in tqdm(names.values(), desc="crops", mininterval=2):
             _write_crop(folder / _IMAGES / name, partial / f"{Path(name).stem}.png")
         ordered = sorted(texts, key=lambda key: hashlib.sha256(str(key).encode()).digest())
-        captions.write_text("".join(f"{texts[key]}\n" for key in ordered), encoding="utf-8")
+        write_atomically(captions, "".join(f"{texts[key]}\n" for key in ordered))
         partial.rename(crops)                            # last: its presence says that all is there
     return captions, crops
 
@@ -85,6 +88,5 @@ def _write_crop(source, target):
     width, height = (max(SIDE, round(length * scale)) for length in image.size)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
-    partial = target.with_name(f"{target.name}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(target)
+    with replacing(target, durable=False) as file:
+        image.save(file, format="PNG")

@@ -7,7 +7,6 @@ evaluation runs, so the same command goes on after an interruption and comes to 
 import glob
 import json
 import re
-import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sidfast.errors import UserError
+from sidfast.errors import UserError, say
 from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
@@ -27,7 +26,7 @@ from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
-from sidfast.files import check_file, drop_lock, take_lock
+from sidfast.files import check_file, drop_lock, remove, sweep, take_lock, write_atomically
 from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.networks.precision import tf32
 from sidfast.publishing.export import read_distillation
@@ -83,11 +82,11 @@ def evaluate_model(request, device):
         if group.rank == 0:
             result = job.result([rows for rows, _ in measured], reference, group.processes)
             result |= {"seconds": round(time.time() - started, 1), "resumed_after": sum(found for _, found in measured)}
-            partial = request.out.with_name(f".{request.out.name}.json.partial")
-            partial.write_text(json.dumps(result, indent=2) + "\n")
-            partial.replace(request.out)
+            text = json.dumps(result, indent=2)
+            write_atomically(request.out, text + "\n")
             _remove_rows(request.out)
-            print(json.dumps(result, indent=2))
+            sweep(request.out.parent)
+            say(text)
 
 
 @contextmanager
@@ -146,7 +145,7 @@ def _remove_rows(out):
     """Delete the folders of all sets of seeds, also those of an earlier evaluation with more of them."""
     for path in out.parent.glob(f"{glob.escape(_rows_folder(out, 0).name)}*"):
         if re.fullmatch(r"\.partial(-\d+)?", path.name.removeprefix(f".{out.name}")):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 class _Job:

@@ -3,12 +3,12 @@
 import csv
 import io
 import math
-import shutil
 from pathlib import Path
 
 from sidfast.errors import UserError
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.results import read_groups
+from sidfast.files import sweep, write_atomically
 
 _FIRST = ("fid", "clip_score", "accuracy")
 # Zero-shot COCO-2014, 30,000 captions, ViT-g/14 (arXiv 2406.01561; method.md, section 8): kappa, FID, CLIP score.
@@ -31,18 +31,14 @@ def compare(arguments, out, paper):
         raise UserError(f"--out {out}: is a file; a folder is needed")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     keys = _keys(groups)
-    (partial / "table.md").write_text(_markdown(groups, keys))
-    (partial / "table.csv").write_text(_csv(groups, keys))
+    files = {"table.md": _markdown(groups, keys), "table.csv": _csv(groups, keys)}
     for key in _fid_names(groups, paper):
-        _plot(groups, key, paper and key == "fid", partial)
+        files |= _plot(groups, key, paper and key == "fid")
     out.mkdir(exist_ok=True)
-    for file in partial.iterdir():
-        file.replace(out / file.name)
-    partial.rmdir()
+    sweep(out)
+    for name, content in files.items():
+        write_atomically(out / name, content)
 
 
 def _keys(groups):
@@ -118,7 +114,8 @@ def _fid_names(groups, paper):
     return sorted(found | ({"fid"} if paper else set()))
 
 
-def _plot(groups, key, paper, folder):
+def _plot(groups, key, paper):
+    """{file name: contents} of one plot, as PNG and as SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,8 +136,10 @@ def _plot(groups, key, paper, folder):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     stem = key.replace("_", "-") + "-clip-score"
-    figure.savefig(folder / f"{stem}.png", dpi=150, metadata={"Software": None})
-    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return {f"{stem}.png": png.getvalue(), f"{stem}.svg": svg.getvalue()}
 
 
 def _curve(axes, groups, key, label):

@@ -12,6 +12,7 @@ from PIL import Image
 from sidfast.errors import UserError
 from sidfast.evaluation.charts import line_chart
 from sidfast.evaluation.metrics import lower_is_better, title
+from sidfast.files import write_atomically
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import read_grid
 
@@ -43,9 +44,8 @@ def write_report(run):
         small_clip=any("_small_clip" in key for values in evaluations.values() for key in values),
         versions={"python": described.get("python"), **described.get("versions", {})},
         command=command)
-    path, partial = run / "report.html", run / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    path = run / "report.html"
+    write_atomically(path, page)
     return path
 
 

@@ -6,16 +6,16 @@ processes write. All sums are taken over the blocks in their order, so the numbe
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from sidfast.errors import UserError
 from sidfast.evaluation.processes import Group
+from sidfast.files import remove, temporary_folder, write_atomically
 
 _KEY = "key.json"
 
@@ -65,24 +65,23 @@ class FolderRows(MemoryRows):
             raise UserError(f"{self.folder}: cannot be written ({error.strerror or error})") from None
 
     def _open(self):
-        same = not self.folder.exists() or self._is_ours()
+        same = not os.path.lexists(self.folder) or self._is_ours()
         if not same:
-            shutil.rmtree(self.folder)
+            remove(self.folder)
         if not self.folder.exists():
-            new = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
-            new.mkdir(parents=True, exist_ok=True)
-            (new / _KEY).write_text(json.dumps(self.key, indent=1))
-            try:
-                new.rename(self.folder)                  # with its key, or not at all
-            except OSError:
-                shutil.rmtree(new)
-                if not self._is_ours():                  # (ours: another process was faster, and made the same)
-                    raise
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with temporary_folder(self.folder.parent) as new:
+                (new / _KEY).write_text(json.dumps(self.key, indent=1))
+                try:
+                    new.rename(self.folder)              # with its key, or not at all
+                except OSError:
+                    if not self._is_ours():              # (ours: another process was faster, and made the same)
+                        raise
         return same
 
     def _is_ours(self):
         try:
-            return json.loads((self.folder / _KEY).read_text()) == self.key
+            return not self.folder.is_symlink() and json.loads((self.folder / _KEY).read_text()) == self.key
         except (OSError, ValueError):
             return False
 
@@ -90,10 +89,8 @@ class FolderRows(MemoryRows):
         return self._path(start).is_file()
 
     def put(self, start, rows):
-        """As MemoryRows's: a file, whole or absent. Raises what a full disk does (OSError, SafetensorError)."""
-        partial = self.folder / f".block-{start:08d}.{os.getpid()}"
-        save_file({name: value.cpu().contiguous() for name, value in rows.items()}, partial)
-        partial.replace(self._path(start))
+        """As MemoryRows's: a file, whole or absent. Raises OSError."""
+        write_atomically(self._path(start), save({name: value.cpu().contiguous() for name, value in rows.items()}))
 
     def blocks(self, name):
         """As MemoryRows's, one file read at a time."""

@@ -2,9 +2,9 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
+from sidfast.files import write_atomically
 from sidfast.networks.teacher_files import find_readme
 from sidfast.publishing.export import read_distillation
 
@@ -21,16 +21,13 @@ def write_card(run, export, title):
         return
     grids = sorted((run / "samples").glob("step-*.png"))
     if grids:
-        shutil.copy(grids[-1], export / ".grid.png.partial")
-        (export / ".grid.png.partial").replace(export / "grid.png")
+        write_atomically(export / "grid.png", grids[-1].read_bytes())
     path = run / "evaluation.json"
     numbers = json.loads(path.read_text()) if path.is_file() else {}
     described = json.loads((run / "config.json").read_text())
     text = _card(described["config"], described.get("versions", {}), numbers, read_distillation(export), bool(grids),
                  title)
-    partial = export / ".README.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(export / "README.md")
+    write_atomically(export / "README.md", text)
 
 
 def _card(config, versions, numbers, distillation, grid, title):

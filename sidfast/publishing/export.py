@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from sidfast.files import flush
+from sidfast.files import flush, remove
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
 
@@ -54,7 +54,7 @@ def write_export(pipe, folder, dtype=torch.float16, distillation=None):
     try:
         _write(pipe, partial, dtype, distillation)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
     replace_folder(partial, folder)
 
@@ -69,10 +69,10 @@ def recover_export(folder):
     was one."""
     folder = Path(folder)
     old = _old(folder)
-    if old.is_dir() and not folder.exists():
+    if old.is_dir() and not old.is_symlink() and not folder.exists():
         old.rename(folder)
     for left in (_partial(folder), old):
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)
 
 
 def _partial(folder):
@@ -107,6 +107,7 @@ def _write(pipe, partial, dtype, distillation):
 def replace_folder(new, folder):
     """Put a finished folder in another's place, at one moment where the file system can exchange two names."""
     old = _old(folder)
+    remove(old)
     if not folder.exists():
         new.rename(folder)
     elif _exchange(new, folder):
@@ -115,7 +116,7 @@ def replace_folder(new, folder):
         folder.rename(old)                               # between these two, `recover_export` knows the way back
         new.rename(folder)
     flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def _exchange(a, b):

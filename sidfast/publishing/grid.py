@@ -34,11 +34,11 @@ def image_grid(rows, captions=()):
     return picture
 
 
-def save_grid(picture, path):
-    """Write an `image_grid` as PNG, with what is in it as a text chunk."""
+def save_grid(picture, file):
+    """Write an `image_grid` to a path or binary file as PNG, with what is in it as a text chunk."""
     text = PngImagePlugin.PngInfo()
     text.add_text(_LAYOUT, picture.info[_LAYOUT])
-    picture.save(path, format="PNG", pnginfo=text)
+    picture.save(file, format="PNG", pnginfo=text)
 
 
 def read_grid(path):

@@ -7,7 +7,7 @@ import torch
 
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
-from sidfast.files import check_file, check_writable
+from sidfast.files import check_file, check_writable, replacing, sweep
 from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import load_pipeline, loading_notes, sampler_options
@@ -38,9 +38,9 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
     for k in range(n):
         rows[f"seed {seed + k}"] = [                     # one by one, so that a prompt's image is always the same
             to_pil(make_images(pipe, [text], [seed + k], **options), f"--model {model}")[0] for text in prompts]
-    partial = out.with_name(f".{out.name}.partial")
-    image_grid(rows, prompts).save(partial, format="PNG")
-    partial.replace(out)
+    sweep(out.parent)
+    with replacing(out) as file:
+        image_grid(rows, prompts).save(file, format="PNG")
     for line in _notes(loading_notes(model)):
         print(f"sidfast: --model {model}: {line}", file=sys.stderr)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sidfast.environment import omp_threads
 from sidfast.errors import UserError
-from sidfast.files import check_folder, write_atomically
+from sidfast.files import check_folder, sweep, write_atomically
 from sidfast.studies.plots import encode, plots
 from sidfast.studies.record import check_record, is_final, read_record
 from sidfast.studies.report import page
@@ -51,15 +51,14 @@ def write_results(study, out):
     """Everything that a study shows, from what its runs left behind. results.json is the same however they came about;
     what they cost stands in costs.json."""
     results, cost = collect(study, out), costs(study, out)
+    sweep(out)
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(out / "costs.json", json.dumps(cost, indent=1) + "\n")
     write_atomically(out / "table.md", markdown(results, cost))
     figures = plots(results)
     for name, figure in figures.items():
         for kind in ("png", "svg"):
-            partial = out / f".{name}.{kind}.partial"
-            partial.write_bytes(encode(figure, kind))
-            partial.replace(out / f"{name}.{kind}")
+            write_atomically(out / f"{name}.{kind}", encode(figure, kind))
     write_atomically(out / "report.html", page(study, out, results, cost, figures))
 
 

@@ -1,34 +1,32 @@
 """What a study's runs leave behind, and who works on which."""
 
 import contextlib
-import fcntl
 import json
 import math
 from pathlib import Path
 
 from sidfast.config import build_config
 from sidfast.errors import UserError
-from sidfast.files import write_atomically
+from sidfast.files import drop_lock, take_lock, write_atomically
 
 RESULT, COST, STRIP = "result.json", "cost.json", "images.png"
 FINAL = ("done", "diverged")                             # a run that failed for any other reason is tried again
 
 
 @contextlib.contextmanager
-def claimed(out, run):
+def reserved(out, run):
     """Whether this process may work on a run: True while the block lasts, or False if another one does.
 
     The lock is the operating system's, on a file beside the run: it ends with the process, however that ends.
     """
     path = Path(out) / run.folder.with_name(f".{run.folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    lock = take_lock(path)
+    try:
+        yield lock is not None
+    finally:
+        if lock:
+            drop_lock(lock)
 
 
 def read_record(out, run, name=RESULT):

@@ -16,6 +16,10 @@ import traceback
 from pathlib import Path
 
 from sidfast.environment import prepare_environment
+from sidfast.errors import UserError, one_line, tell, unfailing_streams
+from sidfast.files import remove, replacing, write_atomically
+from sidfast.training.lock import NAME as LOCK
+from sidfast.training.lock import claimed
 
 _SIDE = 192                                              # pixels, of an image in the report
 _PATIENCE = 10                                           # seconds to wait for a lock whose holder may be ending
@@ -24,11 +28,21 @@ _PATIENCE = 10                                           # seconds to wait for a
 def main(argv=None):
     """Work on a study until nothing is left that is not another process's; argv: STUDY, OUT, JOBS, THREADS.
 
-    JOBS: processes that share the device; THREADS: of PyTorch on the CPU. Raises UserError for a file that is no study.
+    JOBS: processes that share the device; THREADS: of PyTorch on the CPU. Returns the exit code: 0, or 2 for a file
+    that is not a study or a folder of another study.
     """
     prepare_environment()
-    path, out, jobs, threads = argv or sys.argv[1:]
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with unfailing_streams():
+        try:
+            _work(*(argv or sys.argv[1:]))
+        except UserError as error:
+            tell(one_line(error))
+            return 2
+    return 0
+
+
+def _work(path, out, jobs, threads):
     import torch
 
     if not torch.cuda.is_available():
@@ -57,18 +71,22 @@ class Worker:
 
     def work(self):
         """Everything that is neither finished nor another process's: the teacher's points, the runs."""
-        from sidfast.studies.record import claimed, is_final, read_record
+        from sidfast.studies.record import check_record, is_final, read_record, reserved
 
         waiting, tried, deadline = self.study.items, set(), time.monotonic() + _PATIENCE
         while waiting:
             busy = []
             for run in waiting:
-                with claimed(self.out, run) as mine:
+                with reserved(self.out, run) as mine:
                     if not mine:
                         busy.append(run)
                     elif run.folder not in tried and not is_final(read_record(self.out, run)):
                         tried.add(run.folder)
-                        (self._measure_teacher if run in self.study.teacher else self._run)(run)
+                        if run in self.study.teacher:
+                            self._measure_teacher(run)
+                        else:
+                            check_record(self.out, self.study, run)      # (another study may have begun since)
+                            self._run(run)
                         deadline = time.monotonic() + _PATIENCE
             if time.monotonic() > deadline:
                 return                                   # others are at work on what is left
@@ -78,7 +96,6 @@ class Worker:
 
     def _measure_teacher(self, point):
         """The record of the teacher at one scale."""
-        from sidfast.errors import UserError
         from sidfast.evaluation.command import Request, evaluate_model
         from sidfast.studies.record import write_outcome
 
@@ -98,10 +115,10 @@ class Worker:
 
     def _run(self, run):
         """One run, and its record, whatever comes of it."""
-        from sidfast.errors import Diverged, NonFiniteImage, UserError
+        from sidfast.errors import Diverged, NonFiniteImage
         from sidfast.studies.record import write_record
 
-        print(f"sidfast: {run.title}", file=sys.stderr, flush=True)
+        tell(run.title)
         started, metrics, status, message = time.perf_counter(), None, "done", None
         try:
             metrics = self._train(run)
@@ -135,27 +152,26 @@ class Worker:
         from sidfast.networks.loading import load_teacher
         from sidfast.studies.record import COST, RESULT, has_other_config
         from sidfast.training.checkpoint import choose_checkpoint
-        from sidfast.training.lock import claim
-        from sidfast.training.run import BEGUN, check_inputs, describe_inputs, open_run
+        from sidfast.training.run import check_inputs, describe_inputs, is_unused, open_run
         from sidfast.training.stop import Stop
         from sidfast.training.trainer import train
 
         folder = self.out / run.folder
-        begun = folder.is_dir() and {p.name for p in folder.iterdir()} <= BEGUN | {RESULT, COST}
-        if begun or has_other_config(self.out, run):     # failed at once, or with a setting that was mended since
-            shutil.rmtree(folder)
-        open_run(folder, run.config, "auto")
-        claim(folder, first=True)
-        checkpoint = choose_checkpoint(folder, "auto", lambda text: print(f"sidfast: {text}", file=sys.stderr))
-        if self.teacher is None:
-            self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
-        check_inputs(folder, describe_inputs(run.config, self.teacher))
-        stop = Stop()
-        try:
-            result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop, self.memo)
-        finally:
-            stop.close()
-            self.stopped = stop.asked
+        with claimed(folder, first=True):
+            if is_unused(folder, (RESULT, COST)) or has_other_config(self.out, run):
+                _clear(folder)                           # failed at once, or with a setting that was mended since
+            open_run(folder, run.config, "auto")
+            checkpoint = choose_checkpoint(folder, "auto", tell)
+            if self.teacher is None:
+                self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
+            check_inputs(folder, describe_inputs(run.config, self.teacher))
+            stop = Stop()
+            try:
+                result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop,
+                               self.memo)
+            finally:
+                stop.close()
+                self.stopped = stop.asked
         if _lines(folder / "metrics.jsonl")[-1]["step"] < run.config.train.total_steps:
             sys.exit(1)                                  # stopped by a signal: the next call goes on from here
         return result if self.study.of_shapes else self._evaluate(folder)
@@ -175,7 +191,6 @@ class Worker:
         """What the run took, of which time that does not repeat itself is no part of the results."""
         import torch
 
-        from sidfast.files import write_atomically
         from sidfast.studies.record import COST
 
         gpu = self.device.type == "cuda"
@@ -184,6 +199,13 @@ class Worker:
                 "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
                 "peak_gib": max((line["peak_gib"] for line in lines if "peak_gib" in line), default=None)}
         write_atomically(self.out / run.folder / COST, json.dumps(cost, indent=1) + "\n")
+
+
+def _clear(folder):
+    """Empty a run's folder, whose lock we hold."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            remove(path)
 
 
 def _lines(path):
@@ -252,9 +274,8 @@ def _strip(folder, study, device):
         image = pipeline_generator(pipe)([prompt], [seed]).float().cpu()
         images.append(resize(image, _SIDE, antialias=True).clamp(0, 1) if min(image.shape[-2:]) > _SIDE else image)
     pixels = (torch.cat(images).movedim(0, 2).flatten(2) * 255).round().byte()       # [3, H, images * W]
-    partial = folder / f".{STRIP}"
-    Image.fromarray(pixels.movedim(0, 2).numpy()).save(partial, format="PNG")
-    partial.replace(folder / STRIP)
+    with replacing(folder / STRIP) as file:
+        Image.fromarray(pixels.movedim(0, 2).numpy()).save(file, format="PNG")
 
 
 def sample_prompts(study):
@@ -270,4 +291,4 @@ def sample_prompts(study):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from sidfast.evaluation.attributes import correct, load_checker, save_checker
 from sidfast.evaluation.evaluate import evaluate, pipeline_generator
 from sidfast.evaluation.features import ClipFeatures
 from sidfast.evaluation.judge import Judge
-from sidfast.files import check_folder
+from sidfast.files import check_folder, remove
 from sidfast.publishing.export import save_module
 from sidfast.teacher import networks, train
 from sidfast.teacher.card import model_card
@@ -137,7 +136,7 @@ def _round_to_fp16(*modules):
 
 def _write(out, pipe, clip, checker, tokenizer, numbers, card):
     partial = out / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     pipe.save_pretrained(partial / "teacher")
     for name in ("vae", "unet"):                         # again, in fp16; transformers would load it as fp16,
         save_module(getattr(pipe, name), partial / "teacher" / name)            # so the text encoder stays in fp32
@@ -152,4 +151,4 @@ def _write(out, pipe, clip, checker, tokenizer, numbers, card):
         if os.path.lexists(out / name):
             (out / name).rename(partial / f"old-{name}")
         (partial / name).rename(out / name)
-    shutil.rmtree(partial)
+    remove(partial)

@@ -1,6 +1,5 @@
 """Randomly initialised teachers of real architectures: the real path at real size, without any weights to download."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidfast.errors import UserError
+from sidfast.files import remove
 from sidfast.teacher.tokenizer import build_tokenizer
 
 _VOCABULARY, _TEXT_LENGTH = 49408, 77                    # CLIP's; the tokenizer here knows the shapes world only
@@ -54,7 +54,7 @@ def write_random_teacher(architecture, folder, device, seed=0):
         raise UserError(f"--out {folder}: is there already; choose another folder")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None

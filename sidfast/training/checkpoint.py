@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sidfast.errors import UserError
-from sidfast.files import flush, write_atomically, write_text
+from sidfast.files import flush, remove, write_atomically
 from sidfast.networks.joined import places
 from sidfast.training.engines import (
     ENGINES,
@@ -78,7 +78,7 @@ def complete(folder, step, state, keep, lost=()):
     updates were being left out as all the newest were made, the last one from before. Raises OSError.
     """
     partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
-    write_text(partial / STATE, seal(state))
+    write_atomically(partial / STATE, seal(state))
     for file in partial.iterdir():                       # (safetensors writes files that their owner alone can read)
         shutil.copymode(partial / STATE, file)
     flush(partial)
@@ -101,9 +101,9 @@ def discard(folder):
     Raises OSError if it cannot be renamed.
     """
     old = folder.with_name(_OLD + folder.name)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def sweep(folder):
@@ -111,7 +111,7 @@ def sweep(folder):
     for prefix in (_PARTIAL, _OLD):
         for left in Path(folder).glob(f"{prefix}*"):
             if _step(left.name.removeprefix(prefix)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
+                remove(left)
 
 
 def by_age(folder):

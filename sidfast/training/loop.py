@@ -136,8 +136,9 @@ class Loop:
         """Begin to save a checkpoint."""
         self.watch.at(f"step {self.progress.step}, checkpoint")
         with self._apart(), self.phase("checkpoint"):
-            self.beside.saver.save(self.progress.step, self.engines, self.ema, self.progress.describe(),
-                                   self._further())
+            self.beside.saver.save(
+                self.progress.step, self.engines, self.ema,
+                self.progress.describe(self.config.train.batch_size, self.beside.saver), self._further())
 
     def _further(self):
         """What checkpoints hold besides engines and average."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from sidfast.files import sweep, temporary_folder
 from sidfast.training.adam import Checked, total_norm
 from sidfast.training.engines import loss_scale
 
@@ -184,18 +185,18 @@ class Profiler:
             self._profile.stop()
 
     def _write(self, profile):
-        partial, steps = self._folder / ".trace.partial.json", profile.step_num - self._warm_up
+        steps = profile.step_num - self._warm_up
         if not steps:                                    # (the run ended as it was warm)
             return
         with self._run.attempt("the trace"):
             self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                profile.export_chrome_trace(str(partial))
+            sweep(self._folder, age=0)
+            with temporary_folder(self._folder) as folder:           # (Kineto opens what it writes by name)
+                partial = folder / "trace.json"
+                try:
+                    profile.export_chrome_trace(str(partial))
+                except RuntimeError as error:
+                    raise OSError(str(error).partition("\n")[0]) from None
                 if not partial.is_file():                # how Kineto, which raises nothing, leaves a full disk
                     raise OSError("PyTorch's profiler found no room, or another fault,")
                 partial.replace(self._folder / f"trace-{steps}-steps.json")
-            except RuntimeError as error:
-                raise OSError(str(error).partition("\n")[0]) from None
-            finally:
-                for path in self._folder.glob(f"{partial.name}*"):
-                    path.unlink()

@@ -16,11 +16,10 @@ import torch
 
 from sidfast.config import build_config
 from sidfast.errors import RunError, UserError
-from sidfast.files import check_folder, write_atomically
+from sidfast.files import is_temporary, replacing, sweep, write_atomically
 from sidfast.publishing.grid import save_grid
-from sidfast.training.checkpoint import checkpoint_fault, checksum
+from sidfast.training.checkpoint import by_age, checkpoint_fault, checksum
 from sidfast.training.lock import NAME as LOCK
-from sidfast.training.lock import claim
 from sidfast.training.saver import WRITE_ERRORS, describe
 
 LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
@@ -28,8 +27,6 @@ LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
          "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
          "train.spike", "evaluation", "speed", "deepspeed")
-_UNWRITTEN = ".config.json.partial"                      # what a run killed as it began may leave, beside its lock
-BEGUN = {LOCK, _UNWRITTEN}
 _SHARED = "speed.share_generator_forward"                # a variant of the method
 _LATER = ((_SHARED, False), *((f"model.{key}", None) for key in ("variant", "revision", "prediction_type")))
 # (keys that older runs do not have, at their defaults)
@@ -37,16 +34,14 @@ _BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\
 
 
 def open_run(out, config, resume):
-    """Check that a run may start or go on in `out`; nothing is written yet.
+    """Check that a run may start or go on in `out`, which this job has claimed; nothing is written yet.
 
     `resume`: "auto" (go on where this run stopped), "never", or the path of a checkpoint, also of another run. Raises
-    UserError if nothing can be written there, or if `out` holds a run with another configuration or with damaged
-    files, or anything but a run.
+    UserError if `out` holds a run with another configuration or with damaged files, or anything but a run.
     """
     out = Path(out)
-    check_folder(out)
     previous = out / "config.json"
-    occupied = out.is_dir() and any(path.name not in BEGUN for path in out.iterdir())
+    occupied = out.is_dir() and not is_unused(out)
     if occupied and not previous.is_file():
         raise UserError(f"--out {out}: the folder is not empty and holds no run; choose another")
     if occupied:
@@ -60,6 +55,12 @@ def open_run(out, config, resume):
     fault = resume not in ("auto", "never") and checkpoint_fault(Path(resume))
     if fault:
         raise UserError(f"--resume {resume}: no complete checkpoint ({fault})")
+
+
+def is_unused(folder, besides=()):
+    """Whether a folder holds only the names `besides`, and what a run leaves that was killed before its config.json."""
+    names = (LOCK, ".config.json.partial", *besides)
+    return all(path.name in names or is_temporary(path) for path in Path(folder).iterdir())
 
 
 def _check_same(path, config):
@@ -91,9 +92,14 @@ def _check_folders(out):
             raise UserError(f"{path}: is a link to {path.readlink()}, which is not there")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file, where a run has a folder; move it away")
-    if (out / "export").is_dir() and not (out / "checkpoints").is_dir():
+    if lacks_checkpoints(out):
         raise UserError(f"--out {out}: holds an export, but its checkpoints are gone; put them back, or choose another "
                         "--out")
+
+
+def lacks_checkpoints(out):
+    """Whether a run has an export, which is written with every checkpoint, but no checkpoint."""
+    return (Path(out) / "export").is_dir() and not by_age(Path(out) / "checkpoints")
 
 
 def _is_free(key):
@@ -142,7 +148,7 @@ def describe_distillation(config, step):
 
 
 class RunDirectory:
-    """Everything that a run writes besides checkpoints."""
+    """Everything that a run writes besides checkpoints, into a folder that this job has claimed (lock.py)."""
 
     def __init__(self, out, config, step, **facts):
         """Open (or go on with) a run at `step`: metrics of later steps are dropped, they will come again.
@@ -158,7 +164,8 @@ class RunDirectory:
 
     def _open(self, about, step):
         self.out.mkdir(parents=True, exist_ok=True)
-        claim(self.out, first=True)
+        for folder in (self.out, self.out / "samples"):
+            sweep(folder, age=0)
         write_atomically(self.out / "config.json", about)          # the first file: by it `open_run` knows a run
         (self.out / "samples").mkdir(exist_ok=True)
         self._metrics, self._spikes = (LineFile(self.out / name, step) for name in LINES)
@@ -196,13 +203,8 @@ class RunDirectory:
 
     def sample(self, step, picture):
         """Save a sample grid (of `image_grid`)."""
-        partial = self.out / "samples" / f".step-{step:08d}.png"
-        with self.attempt("a sample grid"):
-            try:
-                save_grid(picture, partial)
-                partial.replace(self._sample_of(step))
-            finally:
-                partial.unlink(missing_ok=True)
+        with self.attempt("a sample grid"), replacing(self._sample_of(step)) as file:
+            save_grid(picture, file)
 
     def has_sample(self, step):
         """Whether the sample grid of a step is there."""

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sidfast.files import flush
+from sidfast.files import flush, remove
 from sidfast.training import checkpoint
 from sidfast.training.state import FORMAT, is_steady
 
@@ -81,7 +81,7 @@ class Saver:
         if self._fault is None:
             self.saved = step
         elif self.rank == 0:
-            shutil.rmtree(checkpoint.step_folder(self.folder, step, partial=True), ignore_errors=True)
+            remove(checkpoint.step_folder(self.folder, step, partial=True))
             self.warn(f"the checkpoint of step {step} could not be saved: {self._fault}. Training goes on; the last "
                       f"good checkpoint is {last_good(self.folder)}")
 
@@ -98,6 +98,8 @@ class Saver:
     def _write_files(self, partial, tensors):
         """({name: size and checksum}, None), or ({}, fault) with this process's files removed again."""
         try:
+            if partial.is_symlink():                     # (in a folder that others can write to)
+                remove(partial)
             partial.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
                 written = pool.map(_write_file, (partial / name for name in tensors), tensors.values())

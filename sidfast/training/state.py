@@ -37,7 +37,7 @@ class _Progress(_Part):                                  # of progress.py
     step: _Count
     images: _Count
     logged: _Count
-    sums: list[Annotated[list[float], Field(min_length=3, max_length=3)]] = Field(min_length=1)
+    sums: list[Annotated[list[float], Field(min_length=3, max_length=4)]] = Field(min_length=1)
     skipped: _Count
     in_a_row: dict[Literal[ENGINES], _Count]
 

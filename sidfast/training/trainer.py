@@ -34,7 +34,7 @@ from sidfast.training.loop import Beside, Loop
 from sidfast.training.observe import Observer, Profiler
 from sidfast.training.preview import Preview
 from sidfast.training.progress import Progress
-from sidfast.training.run import RunDirectory, describe_inputs
+from sidfast.training.run import RunDirectory, describe_inputs, lacks_checkpoints
 from sidfast.training.saver import Saver, last_good
 from sidfast.training.speed import decide_speed, largest_pass
 from sidfast.training.spikes import Spikes
@@ -152,7 +152,9 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
 def _conclude(out, progress, stopped, fault, run, result):
     """Say how the run ended. Raises RunError if not all of it is on disk."""
     good = last_good(f"{out}/checkpoints")
-    again = "the same command begins anew" if good == "none" else "the same command goes on from there"
+    again = "the same command goes on from there"
+    if good == "none":
+        again = "begin anew with another --out" if lacks_checkpoints(out) else "the same command begins anew"
     if fault:
         raise RunError(f"step {progress.step} is not saved: {fault}. The last good checkpoint is {good}; {again}")
     if stopped:
