@@ -19,6 +19,7 @@ from sidfast.networks.loading import README, first_reason, load_network, load_te
 from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
+from sidfast.records import Distillation, load
 
 _CODE = "pipeline.py"
 _DISTILLATION = "distillation.json"
@@ -134,12 +135,12 @@ def _exchange(a, b):
 
 def read_distillation(folder):
     """What an export says of the run that it comes from: {"teacher", "guidance": {"kappa1", ...}, "seed", "step",
-    "settings"}, the last a hash of all other settings; {} where it says nothing."""
-    try:
-        known = json.loads((Path(folder) / _DISTILLATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    "settings"}, the last a hash of all other settings; {} where it says nothing. Raises UserError for a file that is
+    damaged."""
+    path = Path(folder) / _DISTILLATION
+    if not path.exists():
         return {}
-    return known if isinstance(known, dict) else {}
+    return load(path, Distillation, f"{path}: is damaged", "write the export again, or remove this file")
 
 
 def save_module(module, folder, dtype=torch.float16):
@@ -248,7 +249,7 @@ def sampler_options(model, pipe, one_step, steps, guidance):
 
 def _is_one_step(folder):
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError):
+        index = read_index(folder, "")
+    except UserError:                                    # what comes next says so
         return False
-    return isinstance(index, dict) and index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]
+    return index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]
