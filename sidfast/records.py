@@ -16,11 +16,12 @@ from sidfast.config_faults import explain
 from sidfast.errors import UserError
 
 LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
+MOST = 1e30                                              # of a metric: sums of squares of such are finite, too
 _LEVELS = 50                                             # of nested sections; a configuration has about five
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Measure = Annotated[float, Field(gt=-1e30, lt=1e30)]     # finite, and so are sums of squares of them
-Rate = Annotated[float, Field(gt=1e-30, lt=1e30)]
+Measure = Annotated[float, Field(gt=-MOST, lt=MOST)]
+Rate = Annotated[float, Field(gt=1 / MOST, lt=MOST)]
 
 
 def _ordered(ends):
