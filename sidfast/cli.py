@@ -256,7 +256,10 @@ def _plan(args):
 def _report(args):
     from sidfast.evaluation.report import write_report
 
-    say(write_report(args.folder))
+    try:
+        say(write_report(args.folder))
+    except OSError as error:
+        raise UserError(f"--run {args.folder}: report.html cannot be written ({error.strerror})") from None
 
 
 def _export(args):

@@ -186,19 +186,29 @@ def _cpu_threads():
 
 def _report(out, end):
     """Where things are, after the measures before and after (if there are any), on standard output."""
-    import json
-
     from sidfast.errors import say
     from sidfast.evaluation.metrics import title
 
     if end:
-        start = json.loads((out / "evaluation.json").read_text())["start"]
+        start = _measured_at_start(out)
         say(f"\n{end['images']} images, one step{'':<14}start      end")
         for key, value in end.items():
             if isinstance(value, float) and not key.startswith("accuracy_"):
-                say(f"{title(key):<34}{start[key]:>9.4f}{value:>9.4f}")
+                before = start.get(key)
+                say(f"{title(key):<34}{'' if before is None else f'{before:.4f}':>9}{value:>9.4f}")
     folders = [f"{name}: {out / name}" for name in ("export", "samples") if (out / name).is_dir()]
     say("\n" + "   ".join([*folders, f"report: {out / 'report.html'}"]))
+
+
+def _measured_at_start(out):
+    from sidfast.errors import UserError, one_line, tell
+    from sidfast.records import read_evaluations
+
+    try:
+        return read_evaluations(out).get("start", {})    # (a full disk may have left it out)
+    except UserError as error:
+        tell(one_line(error))
+        return {}
 
 
 def _parser():

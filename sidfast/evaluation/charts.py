@@ -5,21 +5,23 @@ from html import escape
 
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 12, 30
+_MOST, _LEAST = 1e300, 1e-300                            # so that differences and powers stay floats
 
 
 def line_chart(series, x_label, level=None, log=False):
-    """SVG of {name: [(x, y), ...]}: one line each, classes `line-0`, `line-1`, ...; points that are not finite are
-    left out. None if nothing is left to draw.
+    """SVG of {name: [(x, y), ...]}: one line each, classes `line-0`, `line-1`, ..., from left to right; points that are
+    not finite, or beyond 1e300, are left out. None if nothing is left to draw.
 
     `level`: (name, y) of a dashed line across; `log`: a logarithmic axis, if all values are above 0.
     """
-    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    series = {name: sorted((point for point in points if abs(point[1]) < _MOST), key=lambda point: point[0])
+              for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None
-    levels = [level[1]] if level else []
-    values = [y for points in series.values() for _, y in points] + levels
-    log = log and min(values) > 0
+    level = level if level and abs(level[1]) < _MOST else None
+    values = [y for points in series.values() for _, y in points] + ([level[1]] if level else [])
+    log = log and min(values) > _LEAST
     xs = _ticks(*_span([x for points in series.values() for x, _ in points]))
     ys = _log_ticks(min(values), max(values)) if log else _ticks(*_span(values))
     scale = math.log if log else float
@@ -54,17 +56,22 @@ def line_chart(series, x_label, level=None, log=False):
 
 
 def _span(values):
+    """(low, high) around values, apart even where they are all the same, or nearly so."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - abs(low or 1) / 2, high + abs(high or 1) / 2)
+    size = max(abs(low), abs(high))
+    if size > _LEAST and high - low > 1e-9 * size:
+        return low, high
+    half = size / 2 if size > _LEAST else 0.5
+    return low - half, high + half
 
 
 def _ticks(low, high):
     """About five round numbers from at most `low` to at least `high`."""
     raw = (high - low) / 4
-    power = 10 ** math.floor(math.log10(raw))
+    power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def _log_ticks(low, high):

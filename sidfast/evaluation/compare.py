@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 
 from sidfast.errors import UserError
+from sidfast.escape import markdown, plot_label, spreadsheet
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.results import read_groups
-from sidfast.files import sweep, write_atomically
+from sidfast.files import check_folder, sweep, write_atomically
 
 _FIRST = ("fid", "clip_score", "accuracy")
 # Zero-shot COCO-2014, 30,000 captions, ViT-g/14 (arXiv 2406.01561; method.md, section 8): kappa, FID, CLIP score.
@@ -27,14 +28,16 @@ def compare(arguments, out, paper):
     result, and an `out` that is in the way.
     """
     out, groups = Path(out), read_groups(arguments)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; a folder is needed")
-    if not out.parent.is_dir():
+    if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    check_folder(out)
     keys = _keys(groups)
     files = {"table.md": _markdown(groups, keys), "table.csv": _csv(groups, keys)}
     for key in _fid_names(groups, paper):
         files |= _plot(groups, key, paper and key == "fid")
+    for name in files:
+        if (out / name).is_dir():
+            raise UserError(f"--out {out}: {name} is a folder there; choose another")
     out.mkdir(exist_ok=True)
     sweep(out)
     for name, content in files.items():
@@ -91,7 +94,7 @@ def _number(value):
 def _cell(value):
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else markdown(value)
 
 
 def _csv(groups, keys):
@@ -103,7 +106,7 @@ def _csv(groups, keys):
         for key in keys:
             value, interval = numbers.get(key, (None, None))
             row += [value, *(interval or (None, None))]
-        writer.writerow(["" if value is None else value for value in row])
+        writer.writerow(map(spreadsheet, row))
     return text.getvalue()
 
 
@@ -126,7 +129,7 @@ def _plot(groups, key, paper):
     for curve in dict.fromkeys(group.curve for group in shown):
         members = [group for group in shown if group.curve == curve]
         for line in [members] if curve else [[group] for group in members]:
-            _curve(axes, line, key, curve or line[0].name)
+            _curve(axes, line, key, plot_label(curve or line[0].name))
     for name, points in (_PAPER if paper else {}).items():
         kappas, fids, scores = zip(*points, strict=True)
         axes.plot(scores, fids, "o--", markerfacecolor="none", linewidth=0.8, label=name)
@@ -147,8 +150,9 @@ def _curve(axes, groups, key, label):
     groups = sorted(groups, key=lambda group: (isinstance(group.guidance(), str), group.guidance() or 0))
     points = [(group.numbers()["clip_score"], group.numbers()[key]) for group in groups]
     x, y = ([value for value, _ in of] for of in zip(*points, strict=True))
-    spread = [[[value - (interval or (value, value))[0] for value, interval in of],
-               [(interval or (value, value))[1] - value for value, interval in of]] for of in zip(*points, strict=True)]
+    spread = [[[max(0, value - interval[0]) if interval else 0 for value, interval in of],
+               [max(0, interval[1] - value) if interval else 0 for value, interval in of]]
+              for of in zip(*points, strict=True)]
     axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o-", markersize=5, linewidth=1, capsize=2, label=label)
     for group, place in zip(groups, zip(x, y, strict=True), strict=True):
         if len(groups) > 1 and group.guidance() is not None:

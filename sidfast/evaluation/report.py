@@ -9,12 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from sidfast.errors import UserError
+from sidfast.errors import UserError, one_line
 from sidfast.evaluation.charts import line_chart
 from sidfast.evaluation.metrics import lower_is_better, title
 from sidfast.files import write_atomically
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import read_grid
+from sidfast.records import Count, Measure, Schema, check, read_evaluations, read_metrics, read_run
 
 _CHARTS = (("Losses", {"fake_score_loss": "fake score", "generator_loss": "generator"}),
            ("Training speed, images/s", {"images_per_s": "images/s"}),
@@ -28,36 +29,56 @@ def write_report(run):
     from jinja2 import Environment, PackageLoader
 
     run = Path(run)
-    try:
-        described = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        config = described["config"]
-        evaluations, lines = _evaluations(run), _metrics(run / "metrics.jsonl")
-        facts, settings = _facts(config, described, lines), _flatten(config)
-        command = _command(described.get("command") or [], Path.cwd())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"--run {run}: no run directory (it needs the config.json that training writes)") from None
+    described = _read_run(run)
+    evaluations, lines = _evaluations(run), read_metrics(run)
     environment = Environment(loader=PackageLoader("sidfast.evaluation"), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)
     page = environment.get_template("report.html").render(
-        name=run.resolve().name, facts=facts, charts=_charts(lines, evaluations.get("teacher", {})),
-        samples=_samples(run), headline=_headline(evaluations), table=_table(evaluations), settings=settings,
+        name=one_line(run.resolve().name), facts=_facts(described["config"], described, lines),
+        charts=_charts(lines, evaluations.get("teacher", {})),
+        samples=_samples(run), headline=_headline(evaluations), table=_table(evaluations),
+        settings=_flatten(described["config"]),
         small_clip=any("_small_clip" in key for values in evaluations.values() for key in values),
         versions={"python": described.get("python"), **described.get("versions", {})},
-        command=command)
-    path = run / "report.html"
-    write_atomically(path, page)
-    return path
+        command=_command(described.get("command") or [], Path.cwd()))
+    write_atomically(run / "report.html", page)
+    return run / "report.html"
 
 
-def _metrics(path):
-    """The complete lines of metrics.jsonl."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:                               # the line that was being written when the run was killed
-            break
-    return lines
+class _Kappas(Schema):
+    kappa1: Measure
+    kappa2: Measure
+    kappa3: Measure
+    kappa4: Measure
+
+
+class _Model(Schema):
+    teacher: str
+
+
+class _Noise(Schema):
+    density: str
+
+
+class _Train(Schema):
+    batch_size: Count
+
+
+class _Shown(Schema):                                    # of a configuration, which may be an older version's
+    guidance: _Kappas
+    model: _Model
+    noise: _Noise
+    train: _Train
+
+
+def _read_run(run):
+    what, way_out = f"--run {run}: no run directory", "name another"
+    described = read_run(run, what, way_out)
+    try:
+        check(described["config"], _Shown, "config.")
+    except ValueError as error:
+        raise UserError(f"{what} ({run / 'config.json'}: {error}); {way_out}") from None
+    return described
 
 
 def _command(words, here):
@@ -76,7 +97,7 @@ def _relative(word, here):
 
 def _facts(config, described, lines):
     g, hardware = config["guidance"], described.get("hardware", {})
-    images = max((line.get("images", 0) for line in lines), default=0)
+    images = max((line.get("images") or 0 for line in lines), default=0)
     where = ", ".join(sorted(set(hardware.get("gpus", [])))) or f"{hardware.get('cpus')} CPU cores, no GPU"
     return {"Teacher": config["model"]["teacher"],
             "Guidance κ1 to κ4": " · ".join(f"{g[f'kappa{k}']:g}" for k in range(1, 5)),
@@ -103,7 +124,7 @@ def _charts(lines, teacher):
 
 
 def _chart(lines, name, keys, level=None, log=False):
-    series = {label: [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+    series = {label: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
               for key, label in keys.items()}
     return name, list(series) if len(series) > 1 or level else [], level and level[0], line_chart(
         series, "updates", level, log)
@@ -111,27 +132,30 @@ def _chart(lines, name, keys, level=None, log=False):
 
 def _samples(run):
     """What the slider shows: {"prompts", "rows": labels and images that stay, "frames": of the student}, or None."""
-    files = sorted(path for path in (run / "samples").glob("step-*.png") if re.fullmatch(r"step-\d+", path.stem))
+    files = sorted(path for path in (run / "samples").glob("step-*.png")
+                   if re.fullmatch(r"step-[0-9]+", path.stem) and path.is_file())
     last = len(files) - 1
     kept = range(last + 1) if last < _FRAMES else [round(i * last / (_FRAMES - 1)) for i in range(_FRAMES)]
-    grids = [(int(files[i].stem[5:]), read_grid(files[i])) for i in kept]
-    grids = [(step, grid) for step, grid in grids if grid and grid[0]]
-    if not grids:
-        return None
-    prompts, rows = grids[-1][1]
-    grids = [(step, grid) for step, grid in grids if grid[0] == prompts]     # (train.samples may have been changed)
-    *still, _ = rows.items()
-    frames = [{"step": step, "images": [_data(image) for image in list(images.values())[-1]]}
-              for step, (_, images) in grids]
-    return {"prompts": prompts, "frames": frames, "small": next(iter(rows.values()))[0].width <= _SMALL,
-            "rows": [(label, [_data(image) for image in images]) for label, images in still]}
+    found = None
+    for path in [files[i] for i in reversed(kept)]:      # (one by one: they may be large)
+        grid = read_grid(path)
+        if not grid or not grid[0]:
+            continue
+        prompts, rows = grid
+        *still, (_, students) = rows.items()
+        if found is None:
+            found = {"prompts": prompts, "frames": [], "small": students[0].width <= _SMALL,
+                     "rows": [(label, [_data(image) for image in images]) for label, images in still]}
+        if prompts == found["prompts"]:                  # (train.samples may have been changed)
+            found["frames"].insert(0, {"step": int(path.stem[5:]), "images": [_data(image) for image in students]})
+    return found
 
 
 def _data(image):
     """An image as a data URI: small ones as they are, others at most 256 pixels wide as WebP."""
     file, small = io.BytesIO(), image.width <= _SMALL
-    if image.width > _SIDE:
-        image = image.resize((_SIDE, round(image.height * _SIDE / image.width)), Image.Resampling.LANCZOS)
+    if image.width > _SIDE or image.height > 4 * _SIDE:
+        image.thumbnail((_SIDE, 4 * _SIDE), Image.Resampling.LANCZOS, reducing_gap=None)
     image.save(file, **({"format": "PNG", "optimize": True} if small else {"format": "WEBP", "quality": 88}))
     kind = "png" if small else "webp"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -139,12 +163,11 @@ def _data(image):
 
 def _evaluations(run):
     """{name: numbers} of the teacher, the start, and the best and the last generator."""
-    path = run / "evaluation.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_evaluations(run)
     steps = sorted((values.get("step") or 0, name) for name, values in known.items() if name.startswith("step "))
     last = ["end"] if "end" in known else [name for _, name in steps[-1:]]               # (while the run goes on)
-    best = read_distillation(run / "best").get("evaluation", {})
-    if last and best.get("protocol") == known[last[0]].get("protocol"):
+    best = read_distillation(run / "best").get("evaluation")
+    if last and best and best.get("protocol") == known[last[0]].get("protocol"):
         known["best"] = best
     return {name: known[name] for name in ("teacher", "start", "best", *last) if name in known}
 

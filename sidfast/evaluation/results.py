@@ -1,13 +1,55 @@
 """Results of `sidfast evaluate`, read back, and those of one model with different seeds taken together."""
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from sidfast.errors import UserError
 from sidfast.evaluation.metrics import over_repeats
+from sidfast.records import Count, Distillation, Intervals, Measure, Schema, load, parse
+
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}$")]             # (files are named after metrics)
+
+
+class _Prompts(Schema):
+    sha256: str | None
+
+
+class _Network(Schema):                                  # or images, the reference
+    sha256: str | None = None
+
+
+class _Model(_Network):
+    path: str | None = None
+    steps: Count | None = None
+    guidance: Measure | None = None
+    dtype: str | None = None
+    distillation: Distillation = Distillation()
+
+
+class _Seeds(Schema):
+    first: Count
+    last: Count
+    per_prompt: Count | None = None
+
+
+class Result(Schema):
+    """What `sidfast evaluate` writes; later versions may add to it."""
+
+    model: _Model
+    prompts: _Prompts
+    images: Count
+    metrics: Annotated[dict[MetricName, Measure], Field(min_length=1)]
+    intervals: Intervals = Intervals()
+    reference: _Network = _Network()
+    features: _Network = _Network()
+    clip: _Network = _Network()
+    seeds: _Seeds | None = None
+    repeats: Annotated[list[Schema], Field(min_length=1)] = Field(None)          # absent, but never null
 
 
 @dataclass
@@ -67,9 +109,10 @@ def read_groups(arguments):
 def is_result(path):
     """Whether a file was written by `sidfast evaluate`, of this version or another."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).keys() >= {"model", "prompts", "images", "metrics"}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        result = parse(path.read_bytes())
+    except (OSError, ValueError):
         return False
+    return isinstance(result, dict) and result.keys() >= {"model", "prompts", "images", "metrics"}
 
 
 def _split(argument):
@@ -88,34 +131,14 @@ def _files(path):
 
 
 def _natural(path):
-    return [float(t) if t[0].isdigit() else t for t in re.findall(r"\d+(?:\.\d+)?|\D+", path.stem)]
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", path.stem)                         # text and numbers by turns
+    return [float(part) if k % 2 else part for k, part in enumerate(parts)]
 
 
 def _read(path):
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        metrics, model = result["metrics"], result["model"]
-        if not metrics or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in metrics.values()):
-            raise ValueError
-        hash(tuple(result.get(key, {}).get("sha256") for key in ("prompts", "reference", "features", "clip")))
-        if not isinstance(model, dict) or not isinstance(result["images"], int) or "sha256" not in result["prompts"]:
-            raise ValueError
-        _try(result)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: is no result of `sidfast evaluate`") from None
-    return result
-
-
-def _try(result):
-    """Read once all that will be needed, so that whatever a broken file has in its place is found now."""
-    group, seeds = Group("", None, [result]), result.get("seeds")
-    hash((_identity(result), group.guidance(), result["model"].get("steps"), group.runs()))
-    hash(tuple((result.get(key) or {}).get("sha256") for key in ("prompts", "reference", "features", "clip")))
-    hash((result["model"].get("sha256"), seeds and seeds["last"] - seeds["first"]))
-    for value, interval in group.numbers().values():
-        hash(interval and value - interval[0] + interval[1])
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    return load(path, Result, f"{path}: is no result of `sidfast evaluate`", "leave it out")
 
 
 def _identity(result):

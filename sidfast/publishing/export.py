@@ -11,9 +11,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from sidfast.errors import UserError
 from sidfast.files import flush, remove
+from sidfast.networks.untrusted import read_index
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
+from sidfast.records import Distillation, load
 
 _CODE = "pipeline.py"
 _DISTILLATION = "distillation.json"
@@ -130,12 +133,12 @@ def _exchange(a, b):
 
 def read_distillation(folder):
     """What an export says of the run that it comes from: {"teacher", "guidance": {"kappa1", ...}, "seed", "step",
-    "settings"}, the last a hash of all other settings; {} where it says nothing."""
-    try:
-        known = json.loads((Path(folder) / _DISTILLATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    "settings"}, the last a hash of all other settings; {} where it says nothing. Raises UserError for a file that is
+    damaged."""
+    path = Path(folder) / _DISTILLATION
+    if not path.exists():
         return {}
-    return known if isinstance(known, dict) else {}
+    return load(path, Distillation, f"{path}: is damaged", "write the export again, or remove this file")
 
 
 def save_module(module, folder, dtype=torch.float16):
@@ -152,7 +155,7 @@ def save_module(module, folder, dtype=torch.float16):
 def is_one_step(folder):
     """Whether model_index.json of a folder names the one-step pipeline."""
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError):
+        index = read_index(folder, "")
+    except UserError:                                    # what comes next says so
         return False
-    return isinstance(index, dict) and index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]
+    return index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]

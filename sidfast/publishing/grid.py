@@ -2,12 +2,33 @@
 
 import json
 import textwrap
+import warnings
+from typing import Annotated
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from pydantic import Field, model_validator
+
+from sidfast.errors import UserError
+from sidfast.records import Schema, check, parse
 
 _TILE = 128                                              # pixels, at least
 _GAP, _LABEL = 6, 120
 _LAYOUT = "sidfast-grid"                                 # the text chunk of a PNG
+_Size = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)]
+
+
+class _Layout(Schema):
+    prompts: list[str]
+    rows: Annotated[list[str], Field(min_length=1)]
+    tile: _Size
+    image: _Size                                         # at most as large as its tile
+    top: Annotated[int, Field(ge=0, le=2**16)]
+
+    @model_validator(mode="after")
+    def _enlarged(self):
+        if any(image > tile for image, tile in zip(self.image, self.tile, strict=True)):
+            raise ValueError("image: larger than its tile")
+        return self
 
 
 def image_grid(rows, captions=()):
@@ -42,14 +63,12 @@ def save_grid(picture, file):
 
 
 def read_grid(path):
-    """(prompts, {label: list of PIL images as they were made}) out of a file of `save_grid`; None if it is none."""
-    try:
-        with Image.open(path) as picture:
-            layout = json.loads(picture.text[_LAYOUT])
-            picture = picture.convert("RGB")
-        (width, height), columns = layout["tile"], range(len(layout["prompts"]))
-    except (OSError, SyntaxError, AttributeError, KeyError, ValueError, TypeError):
+    """(prompts, {label: list of PIL images as they were made}) out of a file of `save_grid`; None for another picture.
+    Raises UserError for a file that is damaged."""
+    layout, picture = _open(path)
+    if layout is None:
         return None
+    (width, height), columns = layout["tile"], range(len(layout["prompts"]))
     corners = [[(_LABEL + k * (width + _GAP), layout["top"] + i * (height + _GAP)) for k in columns]
                for i in range(len(layout["rows"]))]
     whole = width % layout["image"][0] == 0              # enlarged by a whole factor: every pixel comes back
@@ -57,3 +76,21 @@ def read_grid(path):
     tiles = [[picture.crop((x, y, x + width, y + height)).resize(layout["image"], filter_)
               for x, y in row] for row in corners]
     return layout["prompts"], dict(zip(layout["rows"], tiles, strict=True))
+
+
+def _open(path):
+    """(what the text chunk says, the picture), (None, None) for a picture without it. Pixels are decoded only once
+    their number is known to be what the text says."""
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=["PNG"]) as picture:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # (twice as many pixels raise)
+            if _LAYOUT not in picture.info:
+                return None, None
+            layout = check(parse(str(picture.info[_LAYOUT]).encode()), _Layout)
+            (width, height), rows, columns = layout["tile"], len(layout["rows"]), len(layout["prompts"])
+            size = _LABEL + columns * (width + _GAP), layout["top"] + rows * (height + _GAP)
+            if columns and picture.size != size:
+                raise ValueError(f"{picture.size} pixels, where its text says {size}")
+            return layout, picture.convert("RGB")
+    except Exception as error:                           # (Pillow raises many kinds)
+        raise UserError(f"{path}: is damaged ({str(error) or type(error).__name__}); remove it") from None

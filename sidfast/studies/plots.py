@@ -66,8 +66,9 @@ def _against(results, x, y):
         variant = results["variants"][name]
         if x not in variant["summary"] or y not in variant["summary"]:
             continue
-        points = [(run["metrics"][x], run["metrics"][y]) for run in variant["runs"].values() if run["status"] == "done"]
-        axes.plot(*zip(*points, strict=True), ".", color=color, markersize=4, alpha=0.6)
+        for run in variant["runs"].values():
+            if run["status"] == "done" and None not in (point := [run["metrics"].get(m) for m in (x, y)]):
+                axes.plot(*point, ".", color=color, markersize=4, alpha=0.6)
         means, spread = _means([variant["summary"]], x, y)
         heights += means[1]
         axes.errorbar(*means, **spread, color=color, marker=marker, markersize=7, linewidth=0.8, capsize=2, label=name)

@@ -2,15 +2,57 @@
 
 import contextlib
 import json
-import math
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from sidfast.config import build_config
 from sidfast.errors import UserError
+from sidfast.evaluation.results import MetricName
 from sidfast.files import drop_lock, take_lock, write_atomically
+from sidfast.records import MOST, Count, Measure, RunFile, Schema, load
+from sidfast.studies.study import TeacherPoint
 
-RESULT, COST, STRIP = "result.json", "cost.json", "images.png"
+RESULT, COST, STRIP, STARTED = "result.json", "cost.json", "images.png", "config.json"
 FINAL = ("done", "diverged")                             # a run that failed for any other reason is tried again
+
+
+_Numbers = dict[MetricName, Measure | None]
+
+
+class _Outcome(Schema):
+    status: Literal["done", "diverged", "failed"]
+    message: str | None = None
+
+
+class _OfTeacher(_Outcome):
+    metrics: _Numbers = Field({})
+    repeats: list[_Numbers] = Field([])
+
+    @model_validator(mode="after")
+    def _measured(self):
+        if self.status == "done" and not (self.metrics and self.repeats):
+            raise ValueError("metrics or repeats: there are none")
+        return self
+
+
+class _CurvePoint(Schema):
+    images: Count
+    __pydantic_extra__: dict[str, Measure | None]
+
+
+class _OfRun(_Outcome):
+    metrics: _Numbers
+    curve: list[_CurvePoint]
+    config: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+class _Cost(Schema):
+    training_s: Measure
+    runs_at_once: Annotated[int, Field(ge=1, le=10**6)]
+    device: str
 
 
 @contextlib.contextmanager
@@ -30,14 +72,12 @@ def reserved(out, run):
 
 
 def read_record(out, run, name=RESULT):
-    """The JSON of a run's file, or None."""
-    try:
-        return json.loads((Path(out) / run.folder / name).read_text())
-    except FileNotFoundError:
+    """The JSON of a file of a Run or TeacherPoint, or None. Raises UserError for one that is damaged."""
+    path = Path(out) / run.folder / name
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{Path(out) / run.folder / name}: cannot be read ({error}); remove it to run this "
-                        "again") from None
+    kind = {COST: _Cost, STARTED: RunFile}.get(name, _OfTeacher if isinstance(run, TeacherPoint) else _OfRun)
+    return load(path, kind, f"{path}: is damaged", "remove it" if name == COST else "remove it to run this again")
 
 
 def is_final(record):
@@ -60,24 +100,21 @@ def write_outcome(out, item, status, message=None, **values):
 
 
 def clean(values):
-    """The numbers of a dictionary, null in place of those that are not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()
+    """The numbers of a dictionary, null in place of those that are not finite, or as good as that."""
+    return {name: value if abs(value) < MOST else None for name, value in values.items()
             if isinstance(value, (int, float)) and name not in ("images", "step")}
 
 
 def check_record(out, study, run):
     """Raise UserError if a run that is finished, or under way, is of another study. One that failed may be mended."""
-    record, started = read_record(out, run), read_record(out, run, "config.json")
+    record, started = read_record(out, run), read_record(out, run, STARTED)
     if record is not None and not is_final(record):
         return
     kept = record or started
     if kept is None:
         return
-    try:
-        old = {"config": build_config(kept["config"], Path(out) / run.folder).model_dump()}
-        old |= {"evaluation": record["evaluation"]} if record else {}
-    except (KeyError, TypeError):
-        raise UserError(f"--out {out}: {run.folder} is no run of a study; choose another --out") from None
+    old = {"config": build_config(kept["config"], Path(out) / run.folder).model_dump()}
+    old |= {"evaluation": record["evaluation"]} if record else {}
     new = {"config": run.config.model_dump()} | (
         {"evaluation": study.file.evaluation.model_dump()} if record else {})
     for key, (before, now) in _differences(old, json.loads(json.dumps(new))):

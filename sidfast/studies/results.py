@@ -55,7 +55,8 @@ def _of_teacher(study, out):
         if is_final(record):
             sets = record["repeats"]
             found.append({"guidance": point.guidance, "summary": {
-                metric: interval([s[metric] for s in sets]) for metric in sets[0] if sets[0][metric] is not None}})
+                metric: interval([s[metric] for s in sets]) for metric in sets[0]
+                if all(s.get(metric) is not None for s in sets)}})
     return found
 
 

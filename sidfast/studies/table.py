@@ -2,6 +2,7 @@
 
 import math
 
+from sidfast import escape
 from sidfast.studies.results import metric_names
 
 LABELS = {"fid": "FID", "clip_score": "CLIP score", "accuracy": "accuracy", "kid": "KID", "precision": "precision",
@@ -76,11 +77,11 @@ def notes(results, costs):
 def markdown(results, costs):
     """table.md as text."""
     header, body, marks = rows(results, costs)
-    lines = [f"# {results['study']}", "", results["question"], "", "| " + " | ".join(header) + " |",
-             "|---|---|" + "---:|" * (len(header) - 2)]
+    lines = [f"# {escape.markdown(results['study'])}", "", *map(escape.markdown, results["question"].splitlines()), "",
+             "| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     for cells, clear in zip(body, marks, strict=True):
         lines.append("| " + " | ".join(f"**{c}**" if bold else c for c, bold in zip(cells, clear, strict=True)) + " |")
-    return "\n".join([*lines, *(f"\n{note}" for note in notes(results, costs))]) + "\n"
+    return "\n".join([*lines, *(f"\n{escape.markdown(note)}" for note in notes(results, costs))]) + "\n"
 
 
 def _seeds(runs, seeds):

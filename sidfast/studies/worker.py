@@ -115,7 +115,8 @@ class Worker:
 
     def _run(self, run):
         """One run, and its record, whatever comes of it."""
-        from sidfast.errors import Diverged, NonFiniteImage
+        from sidfast.errors import Diverged, NonFiniteImage, UserError
+        from sidfast.records import read_metrics
         from sidfast.studies.record import write_record
 
         tell(run.title)
@@ -131,7 +132,10 @@ class Worker:
             status, message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
         folder = self.out / run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        lines = _lines(folder / "metrics.jsonl")
+        try:
+            lines = read_metrics(folder)
+        except UserError as error:
+            lines, status, message = [], "failed", str(error)
         if status == "done":
             _strip(folder, self.study, self.device)
         write_record(self.out, self.study, run, status, message, metrics, _curve(lines, run.config, metrics))
@@ -150,6 +154,7 @@ class Worker:
     def _train(self, run):
         """Train, or go on training; the final metrics."""
         from sidfast.networks.loading import load_teacher
+        from sidfast.records import read_metrics
         from sidfast.studies.record import COST, RESULT, has_other_config
         from sidfast.training.checkpoint import choose_checkpoint
         from sidfast.training.run import check_inputs, describe_inputs, is_unused, open_run
@@ -172,7 +177,7 @@ class Worker:
             finally:
                 stop.close()
                 self.stopped = stop.asked
-        if _lines(folder / "metrics.jsonl")[-1]["step"] < run.config.train.total_steps:
+        if max(line["step"] for line in read_metrics(folder)) < run.config.train.total_steps:
             sys.exit(1)                                  # stopped by a signal: the next call goes on from here
         return result if self.study.of_shapes else self._evaluate(folder)
 
@@ -197,7 +202,7 @@ class Worker:
         cost = {"training_s": round(_training_seconds(lines), 3), "wall_s": round(wall, 3),
                 "between_steps_s": _seconds_between_steps(lines), "runs_at_once": self.jobs,
                 "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
-                "peak_gib": max((line["peak_gib"] for line in lines if "peak_gib" in line), default=None)}
+                "peak_gib": max((peak for line in lines if (peak := line.get("peak_gib")) is not None), default=None)}
         write_atomically(self.out / run.folder / COST, json.dumps(cost, indent=1) + "\n")
 
 
@@ -208,26 +213,13 @@ def _clear(folder):
             remove(path)
 
 
-def _lines(path):
-    """The complete lines of metrics.jsonl."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:                               # the line that was being written when the run was killed
-            break
-        if not isinstance(line, dict):                   # (damage, of which `open_run` has told)
-            break
-        lines.append(line)
-    return lines
-
-
 def _training_seconds(lines):
     """Of the updates alone, those before an interruption included: from the speed that was logged for each interval."""
     seconds, images = 0.0, 0
     for line in lines:
-        if "images_per_s" in line:
-            seconds, images = seconds + (line["images"] - images) / line["images_per_s"], line["images"]
+        if line.get("images_per_s"):
+            now = line.get("images") or images
+            seconds, images = seconds + (now - images) / line["images_per_s"], now
     return seconds
 
 
@@ -240,7 +232,7 @@ def _seconds_between_steps(lines):
     for line in lines:
         if "images_per_s" in line:
             for phase in seconds:
-                seconds[phase] += (line["step"] - step) * line.get(f"seconds/{phase}", 0.0)
+                seconds[phase] += (line["step"] - step) * (line.get(f"seconds/{phase}") or 0.0)
             step = line["step"]
     return {phase: round(spent, 3) for phase, spent in seconds.items()}
 

@@ -1,6 +1,5 @@
 """`sidfast export`: the averaged generator of any checkpoint as a diffusers pipeline."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from sidfast.evaluation.metrics import title
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import holds_export, one_step_pipeline, student_unet, write_export
+from sidfast.records import read_run
 from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_tensors
 from sidfast.training.run import describe_distillation
 from sidfast.training.state import read_state
@@ -26,11 +26,8 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16"):
     checkpoint, for a teacher that is not there, and for an `out` that holds anything but an export.
     """
     run, out = Path(run), Path(out)
-    try:
-        values = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
-        config = build_config(values, run / "config.json")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--run {run}: no run directory (it needs the config.json that training writes)") from None
+    about = read_run(run, f"--run {run}: no run directory", "name another")
+    config = build_config(about["config"], run / "config.json")
     _check_out(out)
     checkpoint = _find(run, checkpoint)
     step = read_state(checkpoint)["step"]

@@ -3,7 +3,6 @@
 Speeds are never guessed: they follow from a throughput that was measured, or that the user states.
 """
 
-import json
 import math
 import re
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from sidfast.config import build_config
 from sidfast.errors import UserError
+from sidfast.records import read_metrics, read_run
 from sidfast.training.plan_text import describe
 from sidfast.training.planner import GIB, Planner
 from sidfast.training.probe import check_sections
-from sidfast.training.run import read_lines
 from sidfast.training.teacher_checks import check_teacher_fits
 
 
@@ -40,18 +39,16 @@ def measured_throughput(run, shapes):
     """(images/s per GPU, how it is known) of a run directory: the median of the lines of its metrics.jsonl, each on as
     many GPUs as it was written on. Raises UserError, also for a teacher of another architecture than `shapes`."""
     run = Path(run)
-    try:
-        about = json.loads((run / "config.json").read_text())
-        config, last = build_config(about["config"], run / "config.json"), about["processes"]
-        lines = [line for line in read_lines(run / "metrics.jsonl") if "images_per_s" in line]
-        known = [line for line in lines if "tflops_per_gpu" in line]
-        processes = [_processes(run, line, Planner(config, shapes).flops) for line in known] or [last] * len(lines)
-        rates = sorted(line["images_per_s"] / n for line, n in zip(known or lines, processes, strict=True))
-        rate = rates[len(rates) // 2]
-        if not (math.isfinite(rate) and rate > 0):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RecursionError):
-        raise UserError(f"--measured {run}: no run directory with images_per_s in its metrics.jsonl") from None
+    about = read_run(run, f"--measured {run}: no run directory", "name another")
+    lines = [line for line in read_metrics(run) if line.get("images_per_s")]
+    known = [line for line in lines if line.get("tflops_per_gpu")]
+    last = about.get("processes")
+    if not lines or not (known or last):
+        raise UserError(f"--measured {run}: no run directory with images_per_s in its metrics.jsonl")
+    config = build_config(about["config"], run / "config.json")
+    processes = [_processes(run, line, Planner(config, shapes).flops) for line in known] or [last] * len(lines)
+    rates = sorted(line["images_per_s"] / n for line, n in zip(known or lines, processes, strict=True))
+    rate = rates[len(rates) // 2]
     text = f"measured in {run}, median of {len(rates)} lines, {' and '.join(map(str, sorted({*processes})))} processes"
     return rate, text if known else f"{text} as in its last start, for the lines do not say"
 

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import json
+import sys
 import threading
 
 import torch
 
 from sidfast.data.prompts import open_prompts
+from sidfast.errors import one_line
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.report import write_report
 from sidfast.publishing.card import write_card
@@ -95,10 +97,20 @@ class Preview:
             self._error = error
 
     def finish(self):
-        """The model cards of the exports, and the report, once everything else is there."""
+        """The model cards of the exports, and the report, once everything else is there. The run is complete without
+        them: one that cannot be made is a line on standard error."""
         for name in ("export", "best"):
-            write_card(self.run.out, self.run.out / name, title)
-        write_report(self.run.out)
+            self._attempt(f"the model card of {name}", lambda name=name: write_card(
+                self.run.out, self.run.out / name, title))
+        self._attempt("the report", lambda: write_report(self.run.out))
+
+    def _attempt(self, what, make):
+        try:
+            with self.run.attempt(what):
+                make()
+        except Exception as error:                       # (any kind: the run itself is finished)
+            print(f"sidfast: {what} is not written: {one_line(error) or type(error).__name__}", file=sys.stderr,
+                  flush=True)
 
     def evaluate(self, name, unet, step, again=False):
         """Measure a one-step generator and keep the numbers under `name`, and an export of the best. Returns what

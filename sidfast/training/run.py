@@ -17,12 +17,13 @@ import torch
 from sidfast.config import build_config
 from sidfast.errors import RunError, UserError
 from sidfast.files import is_temporary, replacing, sweep, write_atomically
+from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import save_grid
+from sidfast.records import EVALUATIONS, LINES, read_evaluations, read_lines, read_metrics, read_run
 from sidfast.training.checkpoint import by_age, checkpoint_fault, checksum
 from sidfast.training.lock import NAME as LOCK
 from sidfast.training.saver import WRITE_ERRORS, describe
 
-LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
          "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
@@ -48,7 +49,7 @@ def open_run(out, config, resume):
         _check_same(previous, config)
         _check_kept(out)
         _check_folders(out)
-    if occupied and resume != "auto" and resume not in _read_command(previous):
+    if occupied and resume != "auto" and resume not in _read_command(out):
         raise UserError(f"--out {out}: holds a run already; choose another folder, or --resume auto to go on with it")
     if resume not in ("auto", "never") and (Path(resume) / "checkpoints").is_dir():
         raise UserError(f"--resume {resume}: is a run; name one of its checkpoints ({resume}/checkpoints/step-...)")
@@ -64,10 +65,7 @@ def is_unused(folder, besides=()):
 
 
 def _check_same(path, config):
-    try:
-        before = build_config(json.loads(path.read_text())["config"], path).model_dump()
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a run's configuration; choose another --out") from None
+    before = build_config(_read(path.parent)["config"], path).model_dump()
     old, new = _flatten(before), _flatten(config.model_dump())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not _is_free(key):
@@ -77,10 +75,11 @@ def _check_same(path, config):
 
 def _check_kept(out):
     """UserError, naming the file, for what a run left and cannot go on with; a run does not leave that by itself."""
-    for name in LINES:
-        for _ in read_lines(out / name):
-            pass
+    read_metrics(out)
+    list(read_lines(out / LINES[1]))
     read_evaluations(out)
+    for name in ("export", "best"):
+        read_distillation(out / name)
 
 
 def _check_folders(out):
@@ -106,10 +105,14 @@ def _is_free(key):
     return not _BOUND.fullmatch(key) and any(key == f or key.startswith(f + ".") for f in _FREE)
 
 
-def _read_command(path):
+def _read(out):
+    """config.json of a run that is to go on."""
+    return read_run(out, f"{out / 'config.json'}: is not a run's configuration", "choose another --out")
+
+
+def _read_command(out):
     """The words of the command that a run was last started with: the same command again goes on."""
-    command = json.loads(path.read_text()).get("command") or []
-    return [str(word).removeprefix("--resume=") for word in command if word != "never"]
+    return [word.removeprefix("--resume=") for word in _read(out).get("command") or [] if word != "never"]
 
 
 def describe_inputs(config, teacher):
@@ -121,8 +124,7 @@ def describe_inputs(config, teacher):
 
 def check_inputs(out, inputs):
     """Raise UserError if a run in `out` began with other inputs (of `describe_inputs`) under the same names."""
-    path = Path(out) / "config.json"
-    before = json.loads(path.read_text()).get("inputs", {}) if path.is_file() else {}
+    before = _read(Path(out)).get("inputs") or {} if (Path(out) / "config.json").is_file() else {}
     for key, fingerprint in inputs.items():
         if before.get(key, fingerprint) != fingerprint:
             raise UserError(f"--out {out}: {key} is not what it was when that run began, though its name is the same; "
@@ -255,37 +257,6 @@ class LineFile:
                 file.truncate(end)
                 raise
         self._waiting = b""
-
-
-def read_lines(path):
-    """The lines of a LineFile, each a dictionary with its step, without one that was being written when the run ended;
-    none without a file. Raises UserError for any other that is damaged."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text.decode())
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                return
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            shown = text[:40].decode(errors="replace")
-            raise UserError(f"{path}, line {number}: is damaged ({shown!a}); mend or remove it")
-        yield line
-
-
-def read_evaluations(out):
-    """{name: values} of a run's evaluation.json, {} without one. Raises UserError for one that is damaged."""
-    path = Path(out) / EVALUATIONS
-    try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError):
-        known = None
-    if not isinstance(known, dict) or not all(isinstance(values, dict) for values in known.values()):
-        raise UserError(f"{path}: is damaged; mend it, or remove it and the run measures again")
-    return known
 
 
 def _describe(config):

@@ -140,8 +140,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
         if rank == 0:
             preview.wait()
             run.close()
-            with run.attempt("the report"):
-                preview.finish()
+            preview.finish()
         comm.barrier()
     watch.close()
     stop.settle()
