@@ -17,14 +17,16 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 def main(argv=None):
     """Parse, build, loop. Returns the exit code: 0 done or stopped in order, 1 the run failed, 2 the user's input is at
     fault (one line on stderr)."""
-    from sidfast.environment import check_environment, prepare_environment
+    from sidfast.environment import check_environment, prepare_environment, use_utf8
 
+    if argv is None:
+        use_utf8()
     prepare_environment()
     from sidfast.errors import INTERRUPTED, RunError, UserError, one_line
 
     with contextlib.redirect_stderr(Unfailing(sys.stderr)):
         try:
-            check_environment()
+            check_environment(training=True)
             run(_parser().parse_args(argv))
         except (UserError, RunError) as error:
             _tell(one_line(error))
@@ -73,7 +75,8 @@ def run(args):
 
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
-    training_prompts(config.data.prompts, config.train.seed, config.synthetic)
+    prompts = training_prompts(config.data.prompts, config.train.seed, config.synthetic, config.data.prompts_column,
+                               _tell)
 
     import torch
 
@@ -105,6 +108,7 @@ def run(args):
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
     if first:
         check_measures(config, teacher)
+        _tell_cut(prompts, teacher)
     claim(out, first, warn=_tell)
     device = join()
     check_sections(config, processes)
@@ -126,6 +130,17 @@ def run(args):
     comm.destroy_process_group()
     if first:
         _report(out, result)
+
+
+def _tell_cut(prompts, teacher):
+    """A line if the text encoder does not take all of the prompts, of which it looks at some."""
+    from sidfast.data.diversity import some_prompts
+    from sidfast.data.lengths import LOOKED_AT, cut_note, most_tokens
+
+    some, total = some_prompts(prompts, LOOKED_AT)
+    note = cut_note(teacher.tokenizer, some, most_tokens(teacher.tokenizer, teacher.text_encoder.config), total)
+    if note:
+        _tell(f"data.prompts: {note}")
 
 
 def check_teacher_fits(config, teacher, source):

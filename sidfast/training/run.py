@@ -31,6 +31,7 @@ _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "
 _UNWRITTEN = ".config.json.partial"                      # what a run killed as it began may leave, beside its lock
 BEGUN = {LOCK, _UNWRITTEN}
 _SHARED = "speed.share_generator_forward"                # a variant of the method
+_LATER = ((_SHARED, False), ("data.prompts_column", None))         # defaults of keys that older exports do not know
 _BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
 
 
@@ -133,7 +134,7 @@ def describe_distillation(config, step):
     values = config.model_dump()
     seed = values["train"].pop("seed")
     rest = {key: value for key, value in _flatten(values).items()
-            if not _is_free(key) and not key.startswith("guidance.") and (key, value) != (_SHARED, False)}
+            if not _is_free(key) and not key.startswith("guidance.") and (key, value) not in _LATER}
     settings = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return {"teacher": config.model.teacher, "guidance": values["guidance"], "seed": seed, "step": step,
             "settings": settings}
