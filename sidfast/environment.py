@@ -8,7 +8,7 @@ import warnings
 
 from sidfast.errors import UserError
 
-# Where launchers that set no WORLD_SIZE write how many processes they start: SLURM's of the step, then of the job; MPI's.
+# Where launchers that set no WORLD_SIZE write how many processes they start: SLURM of the step, of the job; MPI.
 _STARTED = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -17,8 +17,8 @@ def use_utf8():
     have other characters. For programs' own command lines; Python 3.15 is in that mode by default."""
     if sys.getfilesystemencoding() not in ("ascii", "us-ascii"):
         return
-    os.environ["PYTHONUTF8"] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ["PYTHONUTF8"] = "1"                       # for the processes that it starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def prepare_environment():
