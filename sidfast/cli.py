@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from sidfast.environment import check_environment, prepare_environment
+from sidfast.environment import check_environment, prepare_environment, use_utf8
 from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, tell, unfailing_streams
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
@@ -16,6 +16,8 @@ _CALLED = {"study": "STUDY.json", "folder": "--run"}
 def main(argv=None):
     """Run one command. Returns the exit code: 0 done, 1 it failed, 2 the user's input is at fault (one line on
     stderr), 130 Ctrl-C."""
+    if argv is None:
+        use_utf8()
     prepare_environment()
     with unfailing_streams():
         try:
@@ -57,7 +59,8 @@ def _parser():
     sample.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
     prompts = sample.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT")
-    prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a table")
+    sample.add_argument("--prompts-column", metavar="NAME", help="of a table of prompts (caption, prompt or text)")
     sample.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
     sample.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt")
     sample.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
@@ -68,7 +71,8 @@ def _parser():
     judge = commands.add_parser("evaluate", help="measure a generator (docs/evaluation.md)")
     judge.add_argument("--model", metavar="M",
                        help="run directory, export, diffusers folder or hub id, or a folder of images")
-    judge.add_argument("--prompts", default=None, metavar="FILE", help="one prompt a line, or shapes:held_out")
+    judge.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a table, or shapes:held_out")
+    judge.add_argument("--prompts-column", metavar="NAME", help="of a table of prompts (caption, prompt or text)")
     judge.add_argument("--reference", metavar="DIR|STATS",
                        help="real images, or an .npz with mu and sigma; the shapes world is drawn")
     judge.add_argument("--coco", metavar="DIR", help="COCO-2014 val: prompts and reference of the COCO-30k protocol")
@@ -180,8 +184,8 @@ def _check_architecture(name):
 def _sample(args):
     from sidfast.publishing.sample import sample_grid
 
-    sample_grid(args.model, args.prompt, args.prompts, args.out, args.n, args.seed, args.steps, args.guidance,
-                _device())
+    sample_grid(args.model, args.prompt, args.prompts, args.prompts_column, args.out, args.n, args.seed, args.steps,
+                args.guidance, _device())
 
 
 def _teacher(args):

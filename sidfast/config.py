@@ -62,7 +62,10 @@ class Loss(Section):
 class Data(Section):
     """Prompts. There are no images."""
 
-    prompts: str = Field(description="UTF-8 text file, one prompt a line; or shapes:train, the shapes world")
+    prompts: str = Field(description="UTF-8 text file, one prompt a line, or a table (.jsonl, .json, .csv, .tsv, "
+                                     ".parquet), also as .gz; or shapes:train, the shapes world")
+    prompts_column: str | None = Field(None, description="of a table: its column of prompts; the one called caption, "
+                                                         "prompt, text or description unless given")
 
 
 class Train(Section):
@@ -175,6 +178,7 @@ class Evaluation(Section):
     metrics: str | None = Field(None, description="with commas; fid,clip, for the shapes world fid,clip,accuracy")
     prompts: str | None = Field(None, description="file, one prompt a line; the held-out captions of the shapes world, "
                                                   "if that is trained on, unless given")
+    prompts_column: str | None = Field(None, description="as data.prompts_column, of evaluation.prompts")
     seeds_per_prompt: int = Field(1, ge=1, le=10**9, description="images of each prompt; diversity needs 2 or more")
     reference: str | None = Field(None, description="folder of real images, or an .npz with mu and sigma; the shapes "
                                                     "world is drawn")
@@ -236,7 +240,7 @@ def load_config(path, overrides=()):
 def read_values(path):
     """The nested dictionaries of a configuration file. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:               # (ValueError: not UTF-8, or no possible name of a file)

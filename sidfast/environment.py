@@ -3,9 +3,22 @@
 import logging
 import os
 import re
+import sys
 import warnings
 
 from sidfast.errors import UserError
+
+# Where launchers that set no WORLD_SIZE write how many processes they start: SLURM of the step, of the job; MPI.
+_STARTED = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def use_utf8():
+    """Restart a program in Python's UTF-8 mode if its locale knows ASCII alone (LC_ALL=C): names of files and prompts
+    have other characters. For programs' own command lines; Python 3.15 is in that mode by default."""
+    if sys.getfilesystemencoding() not in ("ascii", "us-ascii"):
+        return
+    os.environ["PYTHONUTF8"] = "1"                       # for the processes that it starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def prepare_environment():
@@ -14,6 +27,8 @@ def prepare_environment():
 
     Call before the first import of torch, diffusers, transformers or deepspeed.
     """
+    if hasattr(sys.stdout, "reconfigure"):               # a character that a terminal lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -28,11 +43,21 @@ def prepare_environment():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def check_environment():
+def check_environment(training=False):
     """Raise UserError for what the environment says of processes, threads and ports, if it cannot be so.
 
-    Call before the first import of torch, which reads some of it.
+    Call before the first import of torch, which reads some of it. `training`: also for several processes that do not
+    know of each other; each would train alone, all into one folder.
     """
+    if training and "WORLD_SIZE" not in os.environ:
+        for name in _STARTED:
+            if re.fullmatch("[0-9]{1,9}", text := os.environ.get(name, "")):
+                if int(text) > 1:
+                    raise UserError(f"{name}={text}, but WORLD_SIZE is not set: the {text} processes would each train "
+                                    "alone. Start them with deepspeed or torchrun, or with WORLD_SIZE=$SLURM_NTASKS "
+                                    "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID (docs/reliability.md); for one "
+                                    "process alone, set WORLD_SIZE=1")
+                break
     processes = _whole("WORLD_SIZE", 1, 10**6)
     for name, least, most in (("RANK", 0, processes - 1), ("LOCAL_RANK", 0, processes - 1), ("LOCAL_SIZE", 1, 10**6),
                               ("LOCAL_WORLD_SIZE", 1, 10**6), ("MASTER_PORT", 0 if processes == 1 else 1, 65535)):

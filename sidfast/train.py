@@ -16,14 +16,16 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 def main(argv=None):
     """Parse, build, loop. Returns the exit code: 0 done or stopped in order, 1 the run failed, 2 the user's input is at
     fault (one line on stderr)."""
-    from sidfast.environment import check_environment, prepare_environment
+    from sidfast.environment import check_environment, prepare_environment, use_utf8
 
+    if argv is None:
+        use_utf8()
     prepare_environment()
     from sidfast.errors import INTERRUPTED, RunError, UserError, one_line, tell, unfailing_streams
 
     with unfailing_streams():
         try:
-            check_environment()
+            check_environment(training=True)
             run(_parser().parse_args(argv))
         except (UserError, RunError) as error:
             tell(one_line(error))
@@ -37,7 +39,7 @@ def main(argv=None):
 def run(args):
     """Check what can be checked without the run directory, then claim that and train in it."""
     from sidfast.config import load_config
-    from sidfast.errors import UserError, check_paths, say
+    from sidfast.errors import UserError, check_paths, say, tell
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     config = load_config(args.config, args.set)
@@ -52,7 +54,8 @@ def run(args):
 
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
-    training_prompts(config.data.prompts, config.train.seed, config.synthetic)
+    prompts = training_prompts(config.data.prompts, config.train.seed, config.synthetic, config.data.prompts_column,
+                               tell)
 
     import torch
 
@@ -64,14 +67,14 @@ def run(args):
     engine_config(config, "generator", processes)
     compute_dtype(config.deepspeed)
     with claimed(out, first):
-        teacher = _check(config, out, args, first)
+        teacher = _check(config, out, args, first, prompts)
         device = join()
         result = _train(config, out, args, teacher, device)
         if first:
             _report(out, result)
 
 
-def _check(config, out, args, first):
+def _check(config, out, args, first, prompts):
     """The teacher, once everything is checked that needs no other process; nothing is written yet."""
     import torch
 
@@ -91,6 +94,7 @@ def _check(config, out, args, first):
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
     if first:
         check_measures(config, teacher)
+        _tell_cut(prompts, teacher)
     return teacher
 
 
@@ -126,6 +130,18 @@ def _train(config, out, args, teacher, device):
     stop.ignore()
     comm.destroy_process_group()
     return result
+
+
+def _tell_cut(prompts, teacher):
+    """A line if the text encoder does not take all of the prompts, of which it looks at some."""
+    from sidfast.data.diversity import some_prompts
+    from sidfast.data.lengths import LOOKED_AT, cut_note, most_tokens
+    from sidfast.errors import tell
+
+    some, total = some_prompts(prompts, LOOKED_AT)
+    note = cut_note(teacher.tokenizer, some, most_tokens(teacher.tokenizer, teacher.text_encoder.config), total)
+    if note:
+        tell(f"data.prompts: {note}")
 
 
 def join():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sidfast.data import shapes
-from sidfast.data.prompts import PromptFile, ShapesPrompts, _check_utf8, open_prompts
+from sidfast.data.lines import find_lines
+from sidfast.data.prompts import PromptFile, ShapesPrompts, open_prompts, read_prompts
 from sidfast.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -41,18 +42,26 @@ FILES = {
     "blank first line after a byte order mark": (BOM + b"\r\none\n", ["one"]),
     "spaces around": (b"  one \n\ttwo  words\t\n", ["one", "two  words"]),
     "blank lines in other scripts": ("\u3000\none\n\u00a0 \n\u2003\n\x1f\ntwo\n".encode(), ["one", "two"]),
-    "repeated": (b"one\none\ntwo\none\n", ["one", "one", "one", "two"]),
+    "repeated": (b"one\none\ntwo\none\n", ["one", "one", "two", "one"]),
     "other scripts": ("caf\u00e9\n\u732b\u306e\u7d75\n\U0001d11e clef\n".encode(),
                       ["caf\u00e9", "\u732b\u306e\u7d75", "\U0001d11e clef"]),
     "quotes and commas": (b'"a, b"; c\n#no comment\n', ['"a, b"; c', "#no comment"]),
+    "old Mac line ends": (b"one\rtwo\r\rthree\r", ["one", "two", "three"]),
+    "a carriage return in a line": (b"one \r on two\nthree", ["one", "on two", "three"]),
+    "byte order marks of files put together": (BOM + b"one\n" + BOM + b" two\n" + BOM + b"\n", ["one", "two"]),
+    "invisible lines": ("\u200b\none\n\u2060\u200d \n\u3164\n\ufe0f\n\x07\n\u2800\ntwo".encode(), ["one", "two"]),
+    "line ends of others are white space": ("a\u2028b\x0bc\x0cd\x85e\u2029\n\x0c\n".encode(),
+                                            ["a\u2028b\x0bc\x0cd\x85e"]),
+    "joined emoji": ("\U0001f469\u200d\U0001f680 in space\n".encode(), ["\U0001f469\u200d\U0001f680 in space"]),
 }
 
 
 @pytest.mark.parametrize("data, prompts", FILES.values(), ids=FILES)
 def test_file(tmp_path, data, prompts):
     source = PromptFile(written(tmp_path, data))
-    assert len(source) == len(prompts)
-    assert sorted(epoch(source)) == sorted(prompts)
+    order = np.random.default_rng([0, 0]).permutation(len(prompts))
+    assert len(source) == len(prompts) and epoch(source) == [prompts[i] for i in order]
+    assert read_prompts(tmp_path / "captions.txt") == prompts                            # evaluation has the same
 
 
 def test_every_epoch_is_a_permutation(tmp_path):
@@ -124,23 +133,54 @@ def test_not_utf8(tmp_path, data, line):
     assert message(PromptFile, path) == f"data.prompts: {path}, line {line}: not UTF-8"
 
 
-def check_in_chunks(data, chunk):
-    data = np.frombuffer(data, np.uint8)
-    starts = np.concatenate([[0], np.flatnonzero(data == ord("\n")) + 1])
-    _check_utf8("captions.txt", data, starts, chunk=chunk)
+def in_chunks(data, size):
+    return [data[i:i + size] for i in range(0, len(data), size)]
 
 
-@pytest.mark.parametrize("chunk", (1, 2, 3, 4, 5, 7, 64), ids="chunk={}".format)
+@pytest.mark.parametrize("size", (1, 2, 3, 4, 5, 7, 64), ids="chunk={}".format)
 @pytest.mark.parametrize("name", NOT_UTF8)
-def test_not_utf8_across_chunks(name, chunk):
+def test_not_utf8_across_chunks(name, size):
     data, line = NOT_UTF8[name]
-    assert message(check_in_chunks, data, chunk) == f"data.prompts: captions.txt, line {line}: not UTF-8"
+    assert message(find_lines, in_chunks(data, size), "captions.txt") == f"captions.txt, line {line}: not UTF-8"
 
 
-@pytest.mark.parametrize("chunk", (1, 2, 3, 4, 5, 7, 64), ids="chunk={}".format)
-def test_utf8_across_chunks(chunk):
-    """Characters of 1 to 4 bytes, split by every border, are no errors."""
-    check_in_chunks(BOM + "a\u00e9\u732b\U0001d11e\n".encode() * 9, chunk)
+@pytest.mark.parametrize("size", (1, 2, 3, 4, 5, 7, 64), ids="chunk={}".format)
+@pytest.mark.parametrize("name", FILES)
+def test_lines_across_chunks(name, size):
+    """Characters of 1 to 4 bytes and line ends of two, split by every border."""
+    data, prompts = FILES[name]
+    found = [data[start:stop].decode().strip("\ufeff\u200b \t\x85\u2029") for start, stop in find_lines(
+        in_chunks(data, size), "captions.txt")]
+    assert found == prompts
+
+
+@pytest.mark.parametrize("data, line", [
+    (b"x" * 100_001, 1), (b"a\r\n\r\nb\rc\n" + b"x" * 200_000 + b"\nd\n", 5), (b" " * 3 * 10**6, 1),
+    (b"a\n" + b"\xff" * 150_000, 2)], ids=["only", "fifth", "blanks", "not UTF-8"])
+@pytest.mark.parametrize("size", (7000, 2**24))
+def test_a_line_that_is_too_long(data, line, size):
+    text = message(find_lines, in_chunks(data, size), "captions.txt")
+    assert text in (f"captions.txt, line {line}: is longer than 100,000 bytes; give one prompt a line",
+                    f"captions.txt, line {line}: not UTF-8")
+    assert len(find_lines([b"x" * 100_000], "captions.txt")) == 1
+
+
+def test_a_long_line_is_given_up_early():
+    """What comes after the limit is not read, let alone kept."""
+    def endless():
+        while True:
+            read.append(len(read))
+            yield b"x" * 50_000
+
+    read = []
+    assert "line 1: is longer" in message(find_lines, endless(), "captions.txt") and len(read) == 3
+
+
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_null_characters(tmp_path, coding):
+    """UTF-16 without a mark is UTF-8, full of null characters."""
+    path = written(tmp_path, "one\ntwo\n".encode(coding))
+    assert message(PromptFile, path).startswith(f"data.prompts: {path}, line 1: has a null character")
 
 
 # The shapes world's captions

@@ -11,13 +11,13 @@ from sidfast.data.prompts import PromptFile, open_prompts
 from sidfast.errors import UserError
 
 
-def training_prompts(source, seed, section):
+def training_prompts(source, seed, section, column=None, tell=None):
     """The prompts of a run, to be indexed with any n >= 0.
 
-    `source`: as for `open_prompts`; `section`: the configuration's `synthetic`. Raises UserError for a source that has
-    fewer prompts than are asked for.
+    `source`, `column`, `tell`: as for `open_prompts`; `section`: the configuration's `synthetic`. Raises UserError for
+    a source that has fewer prompts than are asked for.
     """
-    prompts, unique = open_prompts(source, seed), section.unique_prompts
+    prompts, unique = open_prompts(source, seed, column, tell), section.unique_prompts
     if section.prompt_share is not None:
         unique = max(1, round(section.prompt_share * len(prompts)))
     if unique is not None:
@@ -25,11 +25,23 @@ def training_prompts(source, seed, section):
     return Repeated(prompts, section.prompt_repeats) if section.prompt_repeats > 1 else prompts
 
 
+def some_prompts(prompts, most):
+    """(At most `most` different prompts of `training_prompts`, drawn at random; how many it has). None of those that
+    the shapes world makes without end."""
+    if isinstance(prompts, Repeated):
+        prompts = prompts.prompts
+    total = len(prompts) if hasattr(prompts, "__len__") else 0
+    return [prompts[n] for n in range(min(most, total))], total
+
+
 class FewPrompts:
     """A list of prompts over and over; each epoch is a fresh permutation."""
 
     def __init__(self, prompts, seed=0):
         self.prompts, self.seed = prompts, seed
+
+    def __len__(self):
+        return len(self.prompts)
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.prompts))

@@ -4,78 +4,113 @@ Prompt number n of a source depends on the source, the seed and n alone. A run t
 number of processes, from the count of prompts that it has used.
 """
 
-import codecs
 import functools
+import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sidfast.data import shapes
+from sidfast.data.lines import Lines, WatchedFile, find_lines
+from sidfast.data.tables import READERS, Table
 from sidfast.errors import UserError
 
 _BLOCK = 1024
+_KINDS = f"a text file, one prompt a line, or {', '.join(sorted(READERS))} (all of them also as .gz)"
+_REFUSED = {
+    ".7z", ".arrow", ".avro", ".bin", ".bmp", ".bz2", ".db", ".doc", ".docx", ".feather", ".gif", ".h5",
+    ".hdf5", ".heic", ".htm", ".html", ".ipynb", ".jpeg", ".jpg", ".lmdb", ".mdb", ".npy", ".npz", ".ods",
+    ".odt", ".orc", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".rar", ".rtf", ".safetensors",
+    ".sqlite", ".sqlite3", ".tar", ".tgz", ".tfrecord", ".tif", ".tiff", ".toml", ".webp", ".xls", ".xlsx",
+    ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst"}
 
 
 class PromptFile:
-    """A text file, one prompt a line, empty lines left out; each epoch is a fresh permutation.
+    """The prompts of a file; each epoch is a fresh permutation.
 
-    Only the offsets of the lines are kept in memory. Raises UserError for a file that is missing, empty, or not UTF-8.
+    Arguments and errors: as for `open_lines`. Indexing raises PromptsChanged (a RunError) for a text file that is no
+    longer the same.
     """
 
-    def __init__(self, path, seed=0):
-        if not path:
-            raise UserError("data.prompts is empty; give a text file, one prompt a line")
-        path = Path(path)
-        try:
-            if not path.is_file():
-                raise UserError(f"data.prompts: {path} is no file")
-            if path.stat().st_size == 0:
-                raise UserError(f"data.prompts: {path} is empty; it needs one prompt a line")
-            self.seed, self._bytes = seed, np.memmap(path, np.uint8, "r")
-        except OSError as error:
-            raise UserError(f"data.prompts: {str(path)[:200]} cannot be read ({error.strerror})") from None
-        newlines = np.flatnonzero(self._bytes == ord("\n"))
-        mark = 3 if bytes(self._bytes[:3]) == codecs.BOM_UTF8 else 0
-        starts = np.concatenate([[mark], newlines + 1])
-        ends = np.concatenate([newlines, [len(self._bytes)]])
-        _check_utf8(path, self._bytes, starts)
-        self._spans = np.stack([starts, ends], 1)[~_blank(self._bytes, starts, ends)]
-        if not len(self._spans):
-            raise UserError(f"data.prompts: {path} holds empty lines only; it needs one prompt a line")
+    def __init__(self, path, seed=0, column=None, tell=None):
+        self.seed, self._lines = seed, open_lines(path, column, "data.prompts", tell)
 
     def __len__(self):
         """Prompts in the file."""
-        return len(self._spans)
+        return len(self._lines)
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self))
-        start, end = self._spans[self._order(epoch)[position]]
-        return bytes(self._bytes[start:end]).decode("utf-8").strip()
+        return self._lines[self._order(epoch)[position]]
 
     @functools.lru_cache(maxsize=2)                      # noqa: B019 (one source lives as long as the run)
     def _order(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self))
 
 
-def _blank(data, starts, ends):
-    """[lines] bool: lines without a visible character. Only those that may begin with white space are decoded."""
-    blank = starts == ends
-    first = data[np.minimum(starts, len(data) - 1)]
-    for i in np.flatnonzero(~blank & ((first <= ord(" ")) | (first >= 0x80))):
-        blank[i] = not bytes(data[starts[i]:ends[i]]).decode("utf-8").strip()
-    return blank
+def open_lines(path, column=None, option="--prompts", tell=None):
+    """The Lines of a file of prompts: of a text file only their positions are in memory, of a table or a .gz the
+    prompts.
+
+    `column`: of a table, its column of prompts; by default the one called caption, prompt, text or description.
+    `option`: how messages call the file; `tell(message)`: is given what the user should know of a table. Raises
+    UserError for a file that is missing, of another kind, damaged, not UTF-8, or without a prompt.
+    """
+    if not path:
+        raise UserError(f"{option} is empty; give {_KINDS}")
+    path, colon = Path(path), "" if option.startswith("--") else ":"
+    label = f"{option}{colon} {str(path)[:200]}"
+    named = f"{option}{'_' if colon else '-'}column"
+    zipped = path.suffix.lower() == ".gz"
+    ending = (path.with_suffix("") if zipped else path).suffix.lower()
+    try:
+        if not path.is_file():
+            raise UserError(f"{label} is no file")
+        if ending in _REFUSED:
+            raise UserError(f"{label}: {ending} is not a kind of file that prompts are read from; give {_KINDS}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{label} is empty; it needs one prompt a line")
+        if ending in READERS:
+            lines = _open_table(path, zipped, ending, Table(label, column, named), tell)
+        elif column is not None:
+            raise UserError(f"{named} {column}: {path.name} is a text file, which has no columns")
+        else:
+            lines = _open_zipped(path, label) if zipped else _open_text(path, label)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{label}: is not a gzip file, or a damaged one ({error})") from None
+    except OSError as error:
+        raise UserError(f"{label} cannot be read ({error.strerror})") from None
+    if not len(lines):
+        raise UserError(f"{label} holds {'no caption' if ending in READERS else 'empty lines only'}; it needs one "
+                        f"prompt a {'row' if ending in READERS else 'line'}")
+    return lines
 
 
-def _check_utf8(path, data, starts, chunk=2**24):
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, len(data), chunk):
-        pending = len(decoder.getstate()[0])             # bytes of a character that the last chunk began
-        try:
-            decoder.decode(data[start:start + chunk].tobytes(), final=start + chunk >= len(data))
-        except UnicodeDecodeError as error:
-            line = np.searchsorted(starts, start - pending + error.start, side="right")
-            raise UserError(f"data.prompts: {path}, line {line}: not UTF-8") from None
+def _open_text(path, label):
+    file = WatchedFile(path, label)
+    return Lines(find_lines(file.chunks(), label), file.read)
+
+
+def _open_zipped(path, label):
+    data = bytearray()
+
+    def chunks():
+        with gzip.open(path) as file:
+            while chunk := file.read(2**24):
+                data.extend(chunk)
+                yield chunk
+
+    return Lines(find_lines(chunks(), label), lambda start, stop: bytes(data[start:stop]))
+
+
+def _open_table(path, zipped, ending, table, tell):
+    with (gzip.open if zipped else open)(path, "rb") as file:
+        lines = table.lines(ending, file)
+    if tell and len(lines) and table.note():
+        tell(table.note())
+    return lines
 
 
 class ShapesPrompts:
@@ -98,30 +133,19 @@ class ShapesPrompts:
         return shapes.captions(shapes.sample_scenes(_BLOCK, self.split, generator))
 
 
-def open_prompts(source, seed=0):
-    """A source of prompts by name: `shapes:SPLIT`, or the path of a text file. Index it with any n >= 0.
+def open_prompts(source, seed=0, column=None, tell=None):
+    """A source of prompts by name: `shapes:SPLIT`, or the path of a file. Index it with any n >= 0.
 
-    Raises UserError for an unknown split, and for a file that is missing, empty, or not UTF-8.
+    The other arguments and the errors: as for `open_lines`; UserError for an unknown split, too.
     """
     kind, _, split = source.partition(":")
-    return ShapesPrompts(split, seed) if kind == "shapes" else PromptFile(source, seed)
+    if kind != "shapes":
+        return PromptFile(source, seed, column, tell)
+    if column is not None:
+        raise UserError(f"data.prompts_column ({column}) has no meaning for {source}, which is not a file")
+    return ShapesPrompts(split, seed)
 
 
-def read_prompts(path):
-    """All prompts of a text file in its order, one a line, empty lines left out.
-
-    Raises UserError for a file that is missing, not UTF-8, or without a prompt.
-    """
-    path = Path(path)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--prompts {path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {path}: not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it")
-    return prompts
+def read_prompts(path, column=None, tell=None):
+    """All prompts of a file of --prompts in its order: a list. Arguments and errors: as for `open_lines`."""
+    return list(open_lines(path, column, "--prompts", tell))

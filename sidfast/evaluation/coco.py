@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from sidfast.data.lines import clean
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.files import remove, replacing, write_atomically
@@ -59,11 +60,11 @@ def caption_count(captions):
 def _read_annotations(path):
     """({image id: file name}, {image id: caption}), of each image the caption with the smallest id."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {int(image["id"]): Path(image["file_name"]).name for image in content["images"]}
         texts = {}
         for entry in sorted(content["annotations"], key=lambda a: a["id"]):
-            text = " ".join(entry["caption"].split())
+            text = clean(" ".join(entry["caption"].split()))
             if text:
                 texts.setdefault(int(entry["image_id"]), text)
     except FileNotFoundError:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from sidfast.errors import UserError, say
+from sidfast.data.lengths import count_cut, most_tokens, prompt_limit
+from sidfast.errors import UserError, say, speaks
 from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
-from sidfast.evaluation.images import ImageFolder, image_files
+from sidfast.evaluation.images import ImageFolder, has_images
 from sidfast.evaluation.metrics import over_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
@@ -59,9 +60,9 @@ def coco_options(folder, options):
     """
     if "out" in options:
         check_out(options["out"])
-    for name in ("prompts", "reference", "resize"):
+    for name in ("prompts", "prompts_column", "reference", "resize"):
         if name in options:
-            raise UserError(f"--{name}: --coco brings its own; give one of the two")
+            raise UserError(f"--{name.replace('_', '-')}: --coco brings its own; give one of the two")
     with joined() as group:
         group.together(lambda: prepare_coco(folder), first_only=True)
     captions, crops = prepare_coco(folder)               # there by now, for every process
@@ -156,12 +157,17 @@ class _Job:
 
     def __init__(self, request, device):
         self.request, self.folder = request, _image_folder(request)
-        self.protocol = Protocol(request, device, len(self.folder) if self.folder else None)
+        self.protocol = Protocol(request, device, len(self.folder) if self.folder else None, _tell)
+        clip = self.protocol.judge.clip
+        limits = {"clip": clip and (clip.tokenizer, most_tokens(clip.tokenizer, clip.clip.config.text_config))}
         if self.folder:
+            if request.prompts is not None:
+                self.folder.check_numbers(len(self.protocol.prompts))
             self.model = {"path": request.model, "files": len(self.folder),
                           "sha256": self.folder.sha256(len(self.protocol.prompts))}
         else:
-            self.generate, self.model = _open_model(request, device)
+            self.generate, self.model, limits["model"] = _open_model(request, device)
+        self.cut = self._count_cut(limits)
         self.key = {"model": self.model, "prompts": self.protocol.prompts_sha256(),
                     "images": len(self.protocol.prompts), "batch_size": request.batch_size,
                     "resize": [request.resize, request.filter], "metrics": sorted(self.protocol.metrics),
@@ -181,10 +187,23 @@ class _Job:
     def result(self, sets, reference, processes):
         """Everything that the result file says, but for the time. `sets`: the rows of each repeat."""
         each = [self.protocol.compute(rows, reference) for rows in sets]
-        return {"model": self.model, **self.protocol.describe(reference),
+        about = self.protocol.describe(reference)
+        return {"model": self.model, **about, "prompts": about["prompts"] | {"cut": self.cut},
                 "seeds": None if self.folder else self._seeds(0, len(sets) - 1), **self._numbers(each),
                 "batch_size": self.request.batch_size, "tf32": self.request.tf32, "processes": processes,
                 "versions": {name: version(name) for name in _PACKAGES}}
+
+    def _count_cut(self, limits):
+        """{network: how many prompts its text encoder does not take whole}, of {network: (tokenizer, most) or None}."""
+        if self.request.prompts is None:
+            return {}
+        prompts = self.protocol.prompts[::self.request.seeds_per_prompt]
+        cut = {name: count_cut(limit[0], prompts, limit[1]) for name, limit in limits.items() if limit}
+        for name, count in cut.items():
+            if count:
+                _tell(f"{count:,} of {len(prompts):,} prompts have more than the {limits[name][1]} tokens that the "
+                      f"text encoder of --{name} takes; the rest of the text is cut off")
+        return cut
 
     def _numbers(self, each):
         """Metrics with their 95 % intervals: over images, or over repeats where there are several."""
@@ -222,10 +241,12 @@ def check_out(out):
 def _image_folder(request):
     """The model as a folder of images already generated, or None."""
     folder = Path(request.model)
-    if not folder.is_dir() or (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
         return None
-    if not image_files(folder):
-        raise UserError(f"--model {folder}: neither a run directory, nor a diffusers pipeline, nor a folder of images")
+    if any((folder / name).is_dir() for name in ("export", "checkpoints")):                  # (a run directory)
+        return None
+    if (folder / "config.json").is_file() and not has_images(folder):
+        return None
     for name in ("steps", "guidance"):
         if getattr(request, name) is not None:
             raise UserError(f"--model {folder}: a folder of images takes neither --steps nor --guidance")
@@ -234,11 +255,17 @@ def _image_folder(request):
     if request.seeds > 1:
         raise UserError(f"--seeds {request.seeds}: {folder} is a folder of images, one set; give each set as a model "
                         "of its own, and all results to `sidfast compare`")
-    return ImageFolder(folder, "--model")
+    return ImageFolder(folder, "--model", _tell)
+
+
+def _tell(message):
+    """A line on standard error, from the first process."""
+    if speaks():
+        print(f"sidfast: {message}", file=sys.stderr)
 
 
 def _open_model(request, device):
-    """(generate(prompts, seeds) -> images, what a result says of the model)."""
+    """(generate(prompts, seeds) -> images, what a result says of the model, `prompt_limit`)."""
     pipe, one_step = load_pipeline(request.model, device, DTYPES[request.dtype])
     options = sampler_options(request.model, pipe, one_step, request.steps, request.guidance)
     if request.fused:
@@ -253,5 +280,5 @@ def _open_model(request, device):
     if not Path(request.model).is_dir():                 # of a hub id, kept in a folder named after its commit
         described["revision"] = place.name
     distillation = read_distillation(place)
-    return pipeline_generator(pipe, **options), described | (
-        {"distillation": distillation} if distillation else {})
+    described |= {"distillation": distillation} if distillation else {}
+    return pipeline_generator(pipe, **options), described, prompt_limit(pipe)

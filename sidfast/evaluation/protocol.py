@@ -28,6 +28,7 @@ class Measures:
     """The options of `sidfast evaluate` that say what is measured (docs/evaluation.md)."""
 
     prompts: str | None = None
+    prompts_column: str | None = None
     reference: str | None = None
     images: int | None = None
     seeds_per_prompt: int = 1
@@ -54,20 +55,21 @@ class Measures:
 class Protocol:
     """Measures whose every part was found and checked. Raises UserError for whatever is at fault in them.
 
-    `stored`: how many images there are, where they are not made but read from a folder.
+    `stored`: how many images there are, where they are not made but read from a folder; `tell(message)`: is given what
+    the user should know of how the files were read.
     """
 
-    def __init__(self, measures, device, stored=None):
+    def __init__(self, measures, device, stored=None, tell=None):
         self.measures, self.metrics = measures, measures.metric_set()
         if "diversity" in self.metrics and measures.seeds_per_prompt < 2:
             raise UserError("--metrics diversity: needs several images of each prompt; give --seeds-per-prompt 2")
-        self.prompts = _prompts(measures, self.metrics, stored)
+        self.prompts = _prompts(measures, self.metrics, stored, tell)
         if "accuracy" in self.metrics:
             shapes.parse_captions(self.prompts)
         self.judge = _judge(measures, self.metrics, device)
         if self.judge.features:
             numbers.check_count(self.metrics, len(self.prompts), self.judge.features.dimension, "--images")
-        self._reference, self._folder = self._open_reference()
+        self._reference, self._folder = self._open_reference(tell)
 
     def prompts_sha256(self):
         """Hash of the prompts of all images, or None if there are none."""
@@ -120,31 +122,38 @@ class Protocol:
                 "images": len(self.prompts), "resampling": resampling if measures.resize else None,
                 "settings": numbers.settings(self.metrics, len(self.prompts), reference.images if reference else None)}
 
-    def _open_reference(self):
+    def _open_reference(self, tell):
         measures = self.measures
         if not self.judge.features or (measures.of_shapes and measures.reference is None):
             return None, None
         if measures.reference is None:
             raise UserError(f"--reference: {', '.join(sorted(self.metrics & numbers.OF_FEATURES))} need the folder of "
                             "real images (or an .npz of their statistics) to compare with")
-        reference, folder = open_reference(measures.reference)
+        reference, folder = open_reference(measures.reference, tell)
         numbers.check_reference(self.metrics, reference, folder)
         if reference.images:
             numbers.check_count(self.metrics, reference.images, self.judge.features.dimension, "--reference")
         return reference, folder
 
 
-def _prompts(measures, metrics, stored):
-    """The prompt of each image, in order; `stored`: images of a folder, of which no more can be asked."""
+def _prompts(measures, metrics, stored, tell):
+    """The prompt of each image, in order; `stored`: images of a folder, of which there is one for each, and of which no
+    more can be asked."""
     k = measures.seeds_per_prompt
+    if measures.prompts_column is not None and (measures.prompts is None or measures.of_shapes):
+        raise UserError(f"--prompts-column {measures.prompts_column}: is of a table that --prompts names")
     if measures.of_shapes:
         images = measures.images or stored or _SHAPES_IMAGES
         prompts = held_out_captions(-(-images // k))
     elif measures.prompts:
         if measures.prompts.startswith("shapes:"):
             raise UserError(f"--prompts {measures.prompts}: the split for evaluations is {HELD_OUT}")
-        prompts = read_prompts(measures.prompts)
-        images = measures.images or stored or len(prompts) * k
+        prompts = read_prompts(measures.prompts, measures.prompts_column, tell)
+        images = measures.images or len(prompts) * k
+        if stored and stored != images and not measures.images:
+            each = f" with {k} images each" if k > 1 else ""
+            raise UserError(f"--model: the folder has {stored} images, {measures.prompts} has {len(prompts)} "
+                            f"prompts{each}; the numbers must be the same (or give --images N to take the first N)")
     elif stored and not metrics & {"clip", "accuracy"}:
         images = measures.images or stored
         prompts = [""] * -(-images // k)

@@ -65,11 +65,12 @@ def drawn_reference(captions, judge, cache=None, group=None):
     return _with_rows(reference, _Drawing(captions, judge.device), _DRAWN_TOGETHER, judge, cache, group)
 
 
-def open_reference(path):
-    """A Reference, still without features, from a folder of images or a file of statistics; and the ImageFolder."""
+def open_reference(path, tell=None):
+    """A Reference, still without features, from a folder of images, also in subfolders, or a file of statistics; and
+    the ImageFolder. `tell(message)`: is given what was left out."""
     path = Path(path)
     if path.is_dir():
-        folder = ImageFolder(path, "--reference")
+        folder = ImageFolder(path, "--reference", tell, nested=True)
         return Reference(str(path), folder.sha256(), len(folder), folder.size), folder
     if not path.is_file():
         raise UserError(f"--reference {path}: no such folder or file")

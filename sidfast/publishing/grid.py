@@ -1,18 +1,19 @@
 """Grids of images, labelled, for people to look at; saved with what is in them, so that the images can be taken out."""
 
 import json
-import textwrap
 import warnings
 from typing import Annotated
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from pydantic import Field, model_validator
 
 from sidfast.errors import UserError
+from sidfast.publishing.labels import LINE, Label
 from sidfast.records import Schema, check, parse
 
 _TILE = 128                                              # pixels, at least
 _GAP, _LABEL = 6, 120
+_MOST = 6                                                # lines of a caption
 _LAYOUT = "sidfast-grid"                                 # the text chunk of a PNG
 _Size = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)]
 
@@ -37,16 +38,15 @@ def image_grid(rows, captions=()):
     width = max(first[0].width, _TILE)
     scale = width / first[0].width
     height = round(first[0].height * scale)
-    font = ImageFont.load_default(12)
-    lines = [textwrap.wrap(c, width // 6)[:6] for c in captions]
-    head = 16 * max((len(x) for x in lines), default=0) + _GAP if lines else 0
+    labels = [Label(caption, width, _MOST) for caption in captions]
+    head = LINE * max(len(label.lines) for label in labels) + _GAP if labels else 0
     picture = Image.new("RGB", (_LABEL + len(first) * (width + _GAP), head + len(rows) * (height + _GAP)), "white")
     pen = ImageDraw.Draw(picture)
-    for column, text in enumerate(lines):
-        pen.multiline_text((_LABEL + column * (width + _GAP), 2), "\n".join(text), "black", font)
+    for column, label in enumerate(labels):
+        label.draw(pen, _LABEL + column * (width + _GAP), 2)
     for i, (label, images) in enumerate(rows.items()):
         y = head + i * (height + _GAP)
-        pen.multiline_text((4, y + 4), "\n".join(textwrap.wrap(label, _LABEL // 7)), "black", font)
+        Label(label, _LABEL - 8, height // LINE).draw(pen, 4, y + 4)
         for column, image in enumerate(images):
             filter_ = Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS
             picture.paste(image.resize((width, height), filter_), (_LABEL + column * (width + _GAP), y))

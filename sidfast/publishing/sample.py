@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sidfast.data.lengths import cut_note, prompt_limit
 from sidfast.data.prompts import read_prompts
 from sidfast.errors import UserError
 from sidfast.files import check_file, check_writable, replacing, sweep
@@ -15,12 +16,15 @@ from sidfast.publishing.load import load_pipeline, loading_notes, sampler_option
 _MOST = 4096                                             # images in a picture
 
 
-def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, device):
+def sample_grid(model, prompt, prompts_file, column, out, n, seed, steps, guidance, device):
     """Make `n` images of each prompt (seeds `seed`, `seed` + 1, ...) and write them to `out` as a PNG grid.
 
-    Raises UserError for bad arguments, before anything is computed, and for images that are not finite.
+    `column`: of a table of prompts, or None. Raises UserError for bad arguments, before anything is computed, and for
+    images that are not finite.
     """
-    prompts = [_checked(prompt)] if prompt is not None else read_prompts(prompts_file)
+    if prompt is not None and column is not None:
+        raise UserError(f"--prompts-column {column}: is of a table that --prompts names; --prompt is the prompt itself")
+    prompts = [_checked(prompt)] if prompt is not None else read_prompts(prompts_file, column, _tell)
     if n < 1:
         raise UserError(f"-n must be at least 1, not {n}")
     if n * len(prompts) > _MOST:
@@ -34,6 +38,10 @@ def sample_grid(model, prompt, prompts_file, out, n, seed, steps, guidance, devi
     pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32)
     options = sampler_options(model, pipe, one_step, steps, guidance)
     pipe.set_progress_bar_config(disable=True)
+    limit = prompt_limit(pipe)
+    note = limit and cut_note(limit[0], prompts, limit[1])
+    if note:
+        _tell(note)
     rows = {}
     for k in range(n):
         rows[f"seed {seed + k}"] = [                     # one by one, so that a prompt's image is always the same
@@ -51,6 +59,10 @@ def _notes(notes):
         yield f"used without its {', '.join(notes['left_out'])}"
     if notes.get("saved_as"):
         yield f"saved by a {notes['saved_as']}, used for text to image"
+
+
+def _tell(message):
+    print(f"sidfast: {message}", file=sys.stderr)
 
 
 def _checked(prompt):

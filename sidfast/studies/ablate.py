@@ -104,10 +104,10 @@ def _check_inputs(study, path):
         compute_dtype(config.deepspeed)
         check_teacher_fits(config, teacher, where)
         check_speed(config.speed, teacher, zero_stages(config), device, cannot_capture(config.synthetic))
-        prompts = (config.data.prompts, config.synthetic.model_dump_json())
+        prompts = (config.data, config.synthetic.model_dump_json())
         if prompts not in checked:
             checked.add(prompts)
-            training_prompts(config.data.prompts, run.seed, config.synthetic)
+            training_prompts(config.data.prompts, run.seed, config.synthetic, config.data.prompts_column)
     check_measures(study.runs[0].config, teacher)        # (the same for all runs)
 
 

@@ -30,7 +30,8 @@ class Measures(Section):
     batch_size: int = Field(250, ge=1)
     assets: str = Field("assets", description="shapes world: folder with the clip and checker")
     coco: str | None = Field(None, description="folder of COCO-2014 val: the COCO-30k protocol")
-    prompts: str | None = Field(None, description="one prompt a line")
+    prompts: str | None = Field(None, description="one prompt a line, or a table")
+    prompts_column: str | None = Field(None, description="of a table: its column of prompts")
     reference: str | None = Field(None, description="real images, or an .npz with mu and sigma")
     features: str | None = Field(None, description="inception:FILE or clip:FOLDER")
     clip: str | None = Field(None, description="folder of a transformers CLIP")
@@ -41,7 +42,8 @@ class Measures(Section):
     @property
     def options(self):
         """Those of `sidfast evaluate` that were given, less coco."""
-        names = ("images", "batch_size", "prompts", "reference", "features", "clip", "metrics", "dtype", "resize")
+        names = ("images", "batch_size", "prompts", "prompts_column", "reference", "features", "clip", "metrics",
+                 "dtype", "resize")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -204,8 +206,8 @@ def _config(values, file, variant, seed, source):
 
 def _check_evaluation(path, file, of_shapes):
     m = file.evaluation
-    named = [name for name in ("coco", "prompts", "reference", "features", "clip", "metrics", "dtype", "resize")
-             if getattr(m, name) is not None]
+    named = [name for name in ("coco", *m.options) if name not in ("images", "batch_size")
+             and getattr(m, name) is not None]
     if not of_shapes and file.teacher:
         raise UserError(f"{path}: teacher needs the shapes world (data.prompts = shapes:train)")
     if of_shapes and named:

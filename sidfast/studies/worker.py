@@ -279,7 +279,7 @@ def sample_prompts(study):
     measures = study.file.evaluation
     if study.of_shapes:
         return held_out_captions(measures.samples)
-    return read_prompts(measures.prompts or prepare_coco(measures.coco)[0])[:measures.samples]
+    return read_prompts(measures.prompts or prepare_coco(measures.coco)[0], measures.prompts_column)[:measures.samples]
 
 
 if __name__ == "__main__":

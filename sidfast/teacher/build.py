@@ -145,7 +145,7 @@ def _write(out, pipe, clip, checker, tokenizer, numbers, card):
     CLIPImageProcessor(size=_SIDE, crop_size=_SIDE, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
                        ).save_pretrained(partial / "clip")
     save_checker(checker, partial / "checker")
-    (partial / "teacher" / "README.md").write_text(card)
+    (partial / "teacher" / "README.md").write_text(card, encoding="utf-8")
     (partial / "teacher" / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
     for name in _WRITTEN:
         if os.path.lexists(out / name):

@@ -35,7 +35,8 @@ def build_tokenizer():
     tokens = [*vocabulary, BOS, EOS]                     # the end token last, as in CLIP: its id is never 2
     with tempfile.TemporaryDirectory() as folder:
         vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab_file.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        merges_file.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+        vocab_file.write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        merges_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return CLIPTokenizer(str(vocab_file), str(merges_file), bos_token=BOS, eos_token=EOS, pad_token=EOS,
                              unk_token=EOS, model_max_length=MAX_TOKENS)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sidfast.data.diversity import fixed_z
+from sidfast.data.lines import PromptsChanged
 from sidfast.evaluation.features import tokenize
 from sidfast.method.distill import Batch
 from sidfast.method.noise import NoiseLevels
@@ -116,8 +117,17 @@ class Batches:
         return [Batch(text, self.encoder.null, *rest) for text, *rest in pieces]
 
     def prompt(self, step, update, row):
-        """The text of this process's sample `row` in an update."""
-        return self.prompts[self._number(step, update) * self.size + self.rows[row]]
+        """The text of this process's sample `row` in an update; empty if its file is no longer the same."""
+        try:
+            return self.prompts[self._number(step, update) * self.size + self.rows[row]]
+        except PromptsChanged:
+            return ""
+
+    def fault(self):
+        """The PromptsChanged that coming steps will meet, or None. The prompts of two steps are read ahead, so that the
+        run can still end in order."""
+        errors = [future.exception() for future in self._ahead.values()]
+        return next((error for error in errors if isinstance(error, PromptsChanged)), None)
 
     def _number(self, step, update):
         """Which global batch of prompts an update has."""

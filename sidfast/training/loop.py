@@ -57,7 +57,7 @@ class Loop:
             last = progress.step == train.total_steps
             if progress.step % train.log_every == 0 or last:
                 self._log()
-            stopped = self.beside.stop.agreed()
+            stopped = self.beside.stop.agreed(fault=self.batches.fault() is not None)
             stopped = None if last else stopped
             saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
             if saving or (stopped and train.save_every):

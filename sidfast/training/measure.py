@@ -109,7 +109,8 @@ def _open(config, device):
     if not section.images:
         return None
     options = {name: getattr(section, name) for name in (
-        "reference", "images", "seeds_per_prompt", "metrics", "features", "clip", "resize", "filter", "assets")}
+        "prompts_column", "reference", "images", "seeds_per_prompt", "metrics", "features", "clip", "resize", "filter",
+        "assets")}
     protocol = _in_keys(lambda: Protocol(Measures(prompts=section.prompts or HELD_OUT, **options), device))
     names = protocol.names()
     if section.best is not None and section.best not in names:

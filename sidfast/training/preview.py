@@ -29,7 +29,7 @@ class Preview:
         self.config, self.teacher, self.run = config, teacher, run
         source = config.data.prompts
         held_out = "shapes:held_out" if source.startswith("shapes:") else source
-        prompts = open_prompts(held_out, seed=1)
+        prompts = open_prompts(held_out, 1, config.data.prompts_column)
         self.prompts = [prompts[n] for n in range(config.train.samples)]
         self._rows = {}
         self.size = teacher.image_size(config.model.resolution)

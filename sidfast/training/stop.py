@@ -11,7 +11,9 @@ import time
 import psutil
 import torch
 
+FAULT = "a fault"                                        # in place of a signal's name
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_FAULT_NUMBER = 1000                                     # above those of signals
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,17 +30,19 @@ class Stop:
                           if signal.getsignal(number) != signal.SIG_IGN}         # (Ctrl-C is not for background jobs)
         self._launcher, self._looked = _tie_to_launcher(), 0.0
 
-    def agreed(self):
-        """The name of the signal that ends the run, or None; a collective call at the end of each step.
+    def agreed(self, fault=False):
+        """The name of the signal that ends the run, or None; a collective call at the end of each step. FAULT if any
+        process has a `fault`: it will soon be unable to go on.
 
         The answer is that to the question of the step before, so that no process waits for another: a signal ends the
         run two steps later at most, and with the same step everywhere.
         """
         self._look_for_launcher()
+        asked = _FAULT_NUMBER if fault else self._asked
         if self._group is None:
-            return _name(self._asked)
+            return _name(asked)
         before = self._answer()
-        self._flag = torch.tensor(self._asked, dtype=torch.int32)
+        self._flag = torch.tensor(asked, dtype=torch.int32)
         self._agreement = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, self._group,
                                                        async_op=True)
         return _name(before)
@@ -84,6 +88,8 @@ class Stop:
 
 
 def _name(number):
+    if number == _FAULT_NUMBER:
+        return FAULT
     return signal.Signals(number).name if number else None
 
 

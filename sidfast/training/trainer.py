@@ -39,6 +39,7 @@ from sidfast.training.saver import Saver, last_good
 from sidfast.training.speed import decide_speed, largest_pass
 from sidfast.training.spikes import Spikes
 from sidfast.training.state import read_state
+from sidfast.training.stop import FAULT
 from sidfast.training.watch import Watch
 
 
@@ -108,7 +109,8 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
                           teacher.sampler, speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
-    batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic),
+    batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic,
+                                       config.data.prompts_column),
                       TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype, capture),
                       noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
                       source.noises, device, rank, processes, speed.share_generator_forward)
@@ -145,10 +147,11 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     watch.close()
     stop.settle()
     comm.barrier()                                       # the store lives in the first process: it leaves last
-    return _conclude(out, progress, stopped, fault, run, result)
+    cause = stopped == FAULT and (batches.fault() or f"data.prompts: {config.data.prompts} has changed for a process")
+    return _conclude(out, progress, stopped, fault, run, result, cause)
 
 
-def _conclude(out, progress, stopped, fault, run, result):
+def _conclude(out, progress, stopped, fault, run, result, cause):
     """Say how the run ended. Raises RunError if not all of it is on disk."""
     good = last_good(f"{out}/checkpoints")
     again = "the same command goes on from there"
@@ -156,6 +159,9 @@ def _conclude(out, progress, stopped, fault, run, result):
         again = "begin anew with another --out" if lacks_checkpoints(out) else "the same command begins anew"
     if fault:
         raise RunError(f"step {progress.step} is not saved: {fault}. The last good checkpoint is {good}; {again}")
+    if cause:
+        raise RunError(f"{cause}; the run stopped after step {progress.step}. Put the file back; the last checkpoint "
+                       f"is {good}, {again}")
     if stopped:
         _warn(f"stopped by {stopped} after step {progress.step}; the last checkpoint is {good}, {again}")
     elif run is not None and run.lost:
