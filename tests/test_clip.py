@@ -63,7 +63,8 @@ def text_encoder(folder):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (without("vision_model."), "describes a network of 1,083,393 parameters"), (without("text_projection."), "lacks 1 of the network's tensors"),
+    (without("vision_model."), "describes a network of 1,083,393 parameters"),
+    (without("text_projection."), "lacks 1 of the network's tensors"),
     (weights(lambda t: t.update(extra=torch.ones(3))), "has, but its config.json does not know, 1"),
     (weights(lambda t: t["logit_scale"].fill_(float("nan"))), "logit_scale has values that are not finite"),
     (weights(lambda t: t["visual_projection.weight"][3, 3].fill_(float("inf"))), "not finite"),
