@@ -63,7 +63,8 @@ def text_encoder(folder):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (without("vision_model."), "lacks"), (without("text_projection."), "lacks 1 of the network's tensors"),
+    (without("vision_model."), "describes a network of 1,083,393 parameters"),
+    (without("text_projection."), "lacks 1 of the network's tensors"),
     (weights(lambda t: t.update(extra=torch.ones(3))), "has, but its config.json does not know, 1"),
     (weights(lambda t: t["logit_scale"].fill_(float("nan"))), "logit_scale has values that are not finite"),
     (weights(lambda t: t["visual_projection.weight"][3, 3].fill_(float("inf"))), "not finite"),
@@ -88,12 +89,12 @@ def test_parts_that_are_missing_or_do_not_fit(clip, damage, words):
 
 @pytest.mark.parametrize("damage, words", [
     (edit("config.json", auto_map={"AutoModel": "evil.Evil"}), "auto_map"),
-    (edit("config.json", attn_implementation="someone/kernel"), "attn_implementation 'someone/kernel' would load code"),
-    (edit("config.json", _attn_implementation="someone/kernel:flash"), "would load code"),
-    (nested("text_config", attn_implementation="someone/kernel"), "would load code"),
+    (edit("config.json", attn_implementation="someone/kernel"), "attention from the hub"),
+    (edit("config.json", _attn_implementation="someone/kernel:flash"), "attention from the hub"),
+    (nested("text_config", attn_implementation="someone/kernel"), "attention from the hub"),
     (edit("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantization"),
-    (nested("vision_config", num_hidden_layers=10**7), "num_hidden_layers is 10000000, and the weights hold"),
-    (nested("text_config", hidden_size=10**9), "hidden_size is 1000000000"),
+    (nested("vision_config", num_hidden_layers=10**7), "num_hidden_layers"),
+    (nested("text_config", hidden_size=10**9), "describes a network of"),
     (lambda f: (f / "config.json").write_text("[]"), "must be a JSON object"),
     (lambda f: (f / "config.json").write_text("{" * 10_000), "not valid JSON"),
 ], ids=["auto_map", "kernel", "kernel-internal", "kernel-of-a-part", "quantised", "layers", "width", "list", "deep"])
@@ -207,7 +208,7 @@ def test_the_command_says_which_option(clip, tmp_path, capsys):
     for n in range(2):
         Image.fromarray(np.full((64, 64, 3), 40 * n, np.uint8)).save(tmp_path / "images" / f"{n}.png")
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
-    without("vision_model.")(clip)
+    without("text_projection.")(clip)
     for options, words in ((["--metrics", "clip", "--clip", clip], f"--clip {clip}: {clip} lacks"), (
             ["--metrics", "kid", "--features", f"clip:{clip}", "--reference", tmp_path / "images"],
             f"--features clip:{clip}: {clip} lacks")):

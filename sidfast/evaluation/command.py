@@ -171,7 +171,7 @@ class _Job:
         self.key = {"model": self.model, "prompts": self.protocol.prompts_sha256(),
                     "images": len(self.protocol.prompts), "batch_size": request.batch_size,
                     "resize": [request.resize, request.filter], "metrics": sorted(self.protocol.metrics),
-                    "networks": self.protocol.networks_sha256(), "tf32": request.tf32}
+                    "networks": self.protocol.networks(), "tf32": request.tf32}
 
     def first_seed(self, repeat):
         """Of a repeat's first image; the next ones count up."""

@@ -66,7 +66,7 @@ class ClipFeatures:
     def describe(self):
         """What a result says of it."""
         return {"network": f"CLIP{self.suffix.replace('_', ' ')}", "weights": self.path, "sha256": self.sha256,
-                "dimension": self.dimension}
+                "dimension": self.dimension, "preprocessing": self.preprocess.describe()}
 
 
 class InceptionFeatures:

@@ -1,6 +1,6 @@
 """From images to a CLIP's pixels, as the preprocessor_config.json next to its weights says."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class Preprocessing:
                             f"{images.shape[-2]}, the network takes {self.side} x {self.side}")
         mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return ((images if self.scale == 1 else images * self.scale) - mean) / std
+
+    def describe(self):
+        """The settings as JSON values, for a result."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def _has_size(self, images):
         size = tuple(images.shape[-2:])

@@ -77,9 +77,10 @@ class Protocol:
             return None
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
 
-    def networks_sha256(self):
-        """Hashes of the feature network and the CLIP; None for one that is not needed."""
-        return [network and network.sha256 for network in (self.judge.features, self.judge.clip)]
+    def networks(self):
+        """What the feature network and the CLIP are, wherever their files lie; None for one that is not needed."""
+        return [network and network.describe() | {"weights": None}
+                for network in (self.judge.features, self.judge.clip)]
 
     def sized(self, make):
         """`make` with its images brought to the size asked for, and checked against that of the reference."""

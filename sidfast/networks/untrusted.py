@@ -18,6 +18,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _LIBRARIES = ("diffusers", "transformers")
 _CODE = {"auto_map": "code of its own", "custom_pipelines": "code of its own",
          "quantization_config": "another library's code for quantised weights"}
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 _MOST_BYTES, _MOST_LAYERS = 2**20, 4096                  # of a configuration; in a network
 
 
@@ -91,6 +92,9 @@ def refuse_harm(config, what, path):
         if value and key in _CODE:
             raise UserError(f"{what}: {path} asks for {_CODE[key]} ({key}), which is not run; plain weights for the "
                             "classes of diffusers and transformers are needed")
+        if key in _ATTENTION and "/" in str(value):
+            raise UserError(f"{what}: {path} asks for attention from the hub ({key} {str(value)[:60]!r}), which is "
+                            "code that is not run; remove the key")
         count = len(value) if isinstance(value, (list, tuple)) and key == "block_out_channels" else value
         if type(count) is int and ("layers" in key or key == "block_out_channels"):
             layers[key] = max(layers.get(key, 1), count)

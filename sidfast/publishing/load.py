@@ -87,6 +87,27 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
     return pipe.to(device), False
 
 
+def teacher_pipeline(teacher):
+    """The pipeline that `load_pipeline` makes of a teacher's folder, with the networks of a loaded Teacher.
+
+    The scheduler is the folder's own, so that training and `sidfast evaluate` sample the teacher alike. Raises UserError.
+    """
+    import diffusers
+
+    what = f"model.teacher: {teacher.folder}"
+    name = str(read_index(teacher.folder, what)["scheduler"][-1])
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise UserError(f"{what}: scheduler {name[:60]} (model_index.json) is not one of diffusers")
+    try:
+        scheduler = cls.from_pretrained(teacher.folder / "scheduler", prediction_type=teacher.prediction_type)
+    except Exception as error:                           # the library raises many kinds for a broken folder
+        raise UserError(f"{what}: its {name} cannot be loaded ({first_reason(error)})") from None
+    return diffusers.StableDiffusionPipeline(
+        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
 def loading_notes(model, option="--model"):
     """What was changed about a folder's pipeline as `load_pipeline` loaded it, {} where nothing was.
 
@@ -160,5 +181,9 @@ def sampler_options(model, pipe, one_step, steps, guidance):
         raise UserError(f"--steps ({steps}) must be at least 1 and at most {most}")
     if guidance is not None and not (math.isfinite(guidance) and 0 <= guidance <= _MOST_GUIDANCE):
         raise UserError(f"--guidance ({guidance}) must be a number from 0 to {_MOST_GUIDANCE}")
-    check_steps(pipe.scheduler, steps or 50, f"--model {model}")
+    try:
+        check_steps(pipe.scheduler, steps or 50, f"--model {model}")
+    except (ValueError, TypeError, RuntimeError) as error:           # of the scheduler itself
+        raise UserError(f"--steps {steps or 50}: {type(pipe.scheduler).__name__} of {model} does not take them "
+                        f"({first_reason(error)})") from None
     return {"num_inference_steps": steps or 50, "guidance_scale": 1.5 if guidance is None else guidance}

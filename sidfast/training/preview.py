@@ -15,6 +15,7 @@ from sidfast.evaluation.report import write_report
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import one_step_pipeline, read_distillation, student_unet, write_export
 from sidfast.publishing.grid import image_grid
+from sidfast.publishing.load import teacher_pipeline
 from sidfast.training.measure import Measuring
 from sidfast.training.run import describe_distillation
 from sidfast.training.teacher_checks import TEACHER_STEPS
@@ -46,14 +47,14 @@ class Preview:
         if self.prompts:
             name = f"teacher, {TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
             self._rows = {
-                name: self._once("images", name, lambda: self._images(self._teacher_pipeline(), **teacher)),
+                name: self._once("images", name, lambda: self._images(teacher_pipeline(self.teacher), **teacher)),
                 "student at start, 1 step": self._once("images", self.config.noise.t_init,
                                                        lambda: self._images(self._pipeline(self.teacher.unet)))}
         if step == 0:
             self.sample(0, self.teacher.unet)
         self.evaluate("start", self.teacher.unet, 0)
         if self._measuring and self.config.evaluation.teacher:
-            self._measuring.measure("teacher", self._teacher_pipeline(), None, **teacher)
+            self._measuring.measure("teacher", teacher_pipeline(self.teacher), None, **teacher)
 
     def student(self, weights):
         """A UNet of the teacher's architecture with the weights {name: fp32}, on the teacher's device."""
@@ -134,15 +135,6 @@ class Preview:
 
     def _pipeline(self, unet):
         return one_step_pipeline(self.teacher, unet, self.config.noise.t_init)
-
-    def _teacher_pipeline(self):
-        from diffusers import StableDiffusionPipeline
-
-        t = self.teacher
-        return StableDiffusionPipeline(
-            vae=t.vae, text_encoder=t.text_encoder, tokenizer=t.tokenizer, unet=t.unet, safety_checker=None,
-            scheduler=t.sampler(), feature_extractor=None,
-            requires_safety_checker=False)
 
     def _images(self, pipe, **options):
         pipe.set_progress_bar_config(disable=True)
