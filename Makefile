@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 # Where PyTorch sees no GPU, this keeps DeepSpeed from looking for one and warning; asked once the installation is there.
 ACCELERATOR = $(shell $(VENV)/bin/python -c "import torch; torch.cuda.is_available() or print('DS_ACCELERATOR=cpu')")
 
+# Ctrl-C reaches training and its launcher, and training stops in order; the command `deepspeed` would print a traceback.
 train: $(READY)
-	$(ACCELERATOR) $(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
+	trap '' INT; $(ACCELERATOR) $(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile \

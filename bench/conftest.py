@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import GATES, check_gates, find_machine, free, load_gates, missing, repeated
 
+from sidfast.environment import hide_checkout
 from sidfast.files import write_atomically
 
 _KEY, _RAN, _PARTIAL, _SKIPPED = (pytest.StashKey() for _ in range(4))
@@ -22,6 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    hide_checkout()
     config.stash[_KEY], config.stash[_RAN], config.stash[_SKIPPED] = {}, set(), {}
     config.stash[_PARTIAL] = {Path(arg.split("::")[0]).name for arg in config.args if "::" in arg}
 

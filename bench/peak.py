@@ -69,6 +69,5 @@ def main(report, *arguments):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     local = [a for a in sys.argv[1:] if a.startswith("--local_rank")]            # the launcher puts it first
     sys.exit(main(*[a for a in sys.argv[1:] if a not in local], *local))

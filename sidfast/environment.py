@@ -1,10 +1,12 @@
 """What libraries read from the environment when they are first imported, and what launchers write into it."""
 
+import importlib.util
 import logging
 import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 from sidfast.errors import UserError
 
@@ -21,14 +23,29 @@ def use_utf8():
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
+def hide_checkout():
+    """Take a checkout off sys.path, where `python -m`, `python -c` and launchers of several machines put the current
+    folder: its folder kernels, which is `sidfast.kernels`, would hide the package `kernels`, which diffusers and
+    transformers look for.
+
+    Call before the first import of either.
+    """
+    kernels = importlib.util.find_spec("sidfast.kernels")
+    checkout = Path(kernels.origin).resolve().parents[1] if kernels else None
+    if checkout != Path(__file__).resolve().parent:      # (or else the package is installed as a whole)
+        sys.path[:] = [place for place in sys.path if Path(place).resolve() != checkout]
+
+
 def prepare_environment():
     """Silence what libraries print at start-up and no user can act on, and let OpenMP's threads wait for each other but
     shortly before they sleep: on a machine with other work, spinning ones take the cores from those they wait for.
+    Hides the checkout (`hide_checkout`).
 
     Call before the first import of torch, diffusers, transformers or deepspeed.
     """
     if hasattr(sys.stdout, "reconfigure"):               # a character that a terminal lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
+    hide_checkout()
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -20,9 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from sidfast.environment import prepare_environment  # noqa: E402
+from sidfast.environment import prepare_environment
 
 prepare_environment()
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -69,7 +67,7 @@ class Job:
                 [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(ranks),
                  "--master_port", str(port), "sidfast/train.py", *command],
                 cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)})
+                env=os.environ | {"PATH": path})
         self.pids = []
 
     def find(self):

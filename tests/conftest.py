@@ -223,6 +223,14 @@ def wait_for_all(processes, timeout=1800):
         assert process.wait() == 0, process.stderr.read()[-3000:]
 
 
+def wait_for_lines(out, count, processes, timeout=300):
+    """Until a run's metrics.jsonl has so many lines; none of its processes may end before."""
+    deadline, path = time.monotonic() + timeout, out / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def losses(out):
     """[(step, fake-score loss, generator loss), ...] of a run directory."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]

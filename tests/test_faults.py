@@ -1,27 +1,23 @@
 """What runs do about faults: stopped and stuck processes, gradients that are not finite, loss spikes."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, Forked, environment, fork_training, losses, process_alone, run_jobs
+from conftest import ROOT, Forked, environment, fork_training, losses, process_alone, run_jobs, wait_for_lines
 from tiny import NO_MIDDLE, write_tiny_teacher
 
 from sidfast.config import Train
-from sidfast.errors import Diverged, RunError, UserError
+from sidfast.errors import Diverged, RunError
 from sidfast.train import join
-from sidfast.training import lock
 from sidfast.training import progress as progress_module
 from sidfast.training.progress import Progress
 from sidfast.training.spikes import Spikes
-from sidfast.training.stop import Stop
 from sidfast.training.watch import judge
 
 # ---- hanging processes
@@ -80,13 +76,6 @@ def start_two(config, out, port, *args):
     return [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment(port) | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"})
         for rank in range(2)]
-
-
-def wait_for_lines(out, count, processes, timeout=300):
-    deadline, path = time.monotonic() + timeout, out / "metrics.jsonl"
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_collective_calls_wait_longer_than_the_watch(monkeypatch):
@@ -213,6 +202,20 @@ def test_diverged_run_names_its_last_good_checkpoint(write_config, tmp_path):
             "learning rates and another --out\n") in errors, errors[-2000:]
 
 
+@pytest.mark.parametrize("changes", [{"train.log_every": 10, "train.save_every": 2}, {"train.log_every": 2}],
+                         ids=["checkpoint", "log"])
+def test_run_whose_fake_score_never_learns(write_config, tmp_path, changes):
+    """Its images, the teacher's, are infinite, and the generator's are not. No checkpoint and no export is left."""
+    config = write_config(**{"train.steps": 6, "evaluation.images": 0, "synthetic.teacher_share": 1.0,
+                             "synthetic.teacher_steps": 2, "synthetic.teacher_guidance": 1e38} | changes)
+    _, errors = (process := fork_training(config, tmp_path / "run", 29910)).communicate()
+    assert process.returncode == 1, errors[-2000:]
+    assert errors.rstrip().splitlines()[-1].startswith(
+        "sidfast: every sample of the fake_score in the first 2 steps was non-finite and was left out; the run ends. ")
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {
+        "config.json", "samples", "tensorboard", "metrics.jsonl", ".lock"}
+
+
 # ---- loss spikes
 
 class Prompts:
@@ -234,59 +237,6 @@ def test_spikes_name_their_samples(group):
     assert found["samples"][0] == {"loss": 90.0, "t": 20, "prompt": "generator 25 1"}
     assert [s["t"] for s in found["samples"]] == [20, 30, 10]
     assert spikes.take() == []
-
-
-# ---- one job at a time
-
-def test_second_job_waits_then_says_who_is_there(tmp_path, capsys):
-    script = ("import sys, time\nfrom sidfast.training.lock import claimed\nwith claimed(sys.argv[1], True):\n"
-              "    print('held', flush=True)\n    time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
-                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    try:
-        assert holder.stdout.readline() == "held\n"
-        for first in (True, False):                      # (our parent is not the holder's)
-            with pytest.raises(UserError, match=f"another job is training there .process {holder.pid} "), \
-                    lock.claimed(tmp_path, first, patience=0.3):
-                raise AssertionError
-    finally:
-        holder.kill()
-        holder.wait()
-    assert capsys.readouterr().err == f"sidfast: waiting for the job that still writes to {tmp_path} (process " \
-                                      f"{holder.pid} on {socket.gethostname()})\n"
-    with lock.claimed(tmp_path, True, patience=5):       # free once its holder is gone
-        assert json.loads((tmp_path / lock.NAME).read_text())["process"] == os.getpid()
-    lock._held.pop(tmp_path / lock.NAME).close()
-
-
-def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)             # (ignored, if run in the background)
-    stop = Stop()
-    try:
-        assert stop.agreed() is None
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)              # (a launcher sends it after)
-        assert stop.agreed() == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        stop.close()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_signal_after_the_end_leaves_the_exit_code(tmp_path):
-    """Up to the very last: Python gives its own handlers back before a process has ended."""
-    script = tmp_path / "end.py"
-    script.write_text("import os, subprocess\n"
-                      "import torch\n"
-                      "from sidfast.training.stop import Stop\n"
-                      "torch.distributed.get_world_size = lambda: 1\n"
-                      "stop = Stop()\n"
-                      "stop.ignore()\n"
-                      "subprocess.Popen(['sh', '-c', f'while kill -TERM {os.getpid()}; do :; done'], stderr=-3)\n")
-    assert subprocess.run([sys.executable, script], cwd=ROOT, env=environment(0)).returncode == 0
 
 
 # ---- all of it together

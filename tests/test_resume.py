@@ -1,6 +1,7 @@
 """Interrupted runs go on exactly, killed at any moment, with the same command, bit for bit; and what runs leave."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -54,9 +55,15 @@ def config(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """A run that was never interrupted, under DeepSpeed's launcher; the others are forked."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    told = finish(start_launcher("sidfast/train.py", "--config", config, "--out", out, port=29721))
+    """A run that was never interrupted, under DeepSpeed's launcher; the others are forked. The checkout is on its path,
+    and another package `kernels`, as the launcher puts it there on several machines."""
+    out, stub = tmp_path_factory.mktemp("whole") / "run", tmp_path_factory.mktemp("stub")
+    (stub / "kernels").mkdir()
+    (stub / "kernels" / "__init__.py").write_text(
+        '__version__ = "0.0.1"\nfrom pathlib import Path\nPath(__file__).with_name("imported").touch()\n')
+    told = finish(start_launcher("sidfast/train.py", "--config", config, "--out", out, port=29721,
+                                 PYTHONPATH=os.pathsep.join([str(ROOT), str(stub)])))
+    assert (stub / "kernels" / "imported").exists()      # by transformers, which looks at its version
     assert told.count("sidfast: plain PyTorch takes over: no fused kernels: there is no GPU here; no CUDA") == 1
     return out
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_two_starts_of_different_runs_at_once(write_config, tmp_path):
     assert json.loads((out / "config.json").read_text())["config"]["guidance"]["kappa4"] == ours
     assert [step for step, *_ in losses(out)] == [1, 2, 3]
     assert (out / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def test_second_job_waits_then_says_who_is_there(tmp_path, capsys):
+    script = ("import sys, time\nfrom sidfast.training.lock import claimed\nwith claimed(sys.argv[1], True):\n"
+              "    print('held', flush=True)\n    time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for first in (True, False):                      # (our parent is not the holder's)
+            with pytest.raises(UserError, match=f"another job is training there .process {holder.pid} "), \
+                    lock.claimed(tmp_path, first, patience=0.3):
+                raise AssertionError
+    finally:
+        holder.kill()
+        holder.wait()
+    assert capsys.readouterr().err == f"sidfast: waiting for the job that still writes to {tmp_path} (process " \
+                                      f"{holder.pid} on {socket.gethostname()})\n"
+    with lock.claimed(tmp_path, True, patience=5):       # free once its holder is gone
+        assert json.loads((tmp_path / lock.NAME).read_text())["process"] == os.getpid()
+    lock._held.pop(tmp_path / lock.NAME).close()
 
 
 @pytest.mark.parametrize("there", [None, "new", "new/run"])

@@ -49,6 +49,10 @@ class Loop:
 
     def __call__(self):
         """Train. Returns the name of the signal that ended the run early, or None. Raises Diverged."""
+        with self.bar:
+            return self._run()
+
+    def _run(self):
         train, progress, stopped = self.config.train, self.progress, None
         if progress.step:
             self._show(saving=False, again=False)        # a run killed after its checkpoint may lack what belongs to it
@@ -64,7 +68,6 @@ class Loop:
                 self._save()
             self._show(saving, looking=not stopped)
             self.beside.profiler.step()
-        self.bar.close()
         return stopped
 
     def _step(self):
