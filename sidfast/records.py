@@ -5,6 +5,7 @@ code that writes it, and everything that is used later is checked as it is read.
 versions have others.
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from sidfast.errors import UserError
 
 LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
 MOST = 1e30                                              # of a metric: sums of squares of such are finite, too
+_LARGEST = 2**28                                         # bytes of a JSON file
 _LEVELS = 50                                             # of nested sections; a configuration has about five
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -122,6 +124,19 @@ def parse(raw):
     return _clean(value)
 
 
+def read_json(path):
+    """The value of a JSON file. Raises OSError, or ValueError in a few words."""
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"larger than {_LARGEST >> 20} MiB")
+    return parse(_read(path))
+
+
+def _read(path):
+    if path.exists() and not path.is_file():             # reading a pipe would never end
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
+
+
 def _clean(value, level=0):
     """The same with half surrogate pairs written out: words of a command that were not UTF-8 have them."""
     if level > _LEVELS:
@@ -146,7 +161,7 @@ def check(value, kind, under=""):
 def load(path, kind, what, way_out):
     """The value of a JSON file that is a `kind`. Raises UserError "`what` (the fault); `way_out`"."""
     try:
-        return check(parse(path.read_bytes()), kind)
+        return check(read_json(path), kind)
     except OSError as error:
         fault = f"{path.name}: {error.strerror}"
     except ValueError as error:
@@ -159,7 +174,7 @@ def read_run(run, what, way_out):
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{what} (it needs the config.json that training writes); {way_out}")
-    return load(path, RunFile, what, way_out)
+    return load(path, RunFile, f"{what}, {path} is damaged", way_out)
 
 
 def read_lines(path, kind=Line):
@@ -168,7 +183,7 @@ def read_lines(path, kind=Line):
     if not path.exists():
         return
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _read(path).split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); move it away") from None
     while lines and not lines[-1].strip():

@@ -77,7 +77,7 @@ def _read_run(run):
     try:
         check(described["config"], _Shown, "config.")
     except ValueError as error:
-        raise UserError(f"{what} ({run / 'config.json'}: {error}); {way_out}") from None
+        raise UserError(f"{what}, {run / 'config.json'} is damaged ({error}); {way_out}") from None
     return described
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sidfast.errors import UserError
 from sidfast.evaluation.metrics import over_repeats
-from sidfast.records import Count, Distillation, Intervals, Measure, Schema, load, parse
+from sidfast.records import Count, Distillation, Intervals, Measure, Schema, load, read_json
 
 MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}$")]             # (files are named after metrics)
 
@@ -109,7 +109,7 @@ def read_groups(arguments):
 def is_result(path):
     """Whether a file was written by `sidfast evaluate`, of this version or another."""
     try:
-        result = parse(path.read_bytes())
+        result = read_json(path)
     except (OSError, ValueError):
         return False
     return isinstance(result, dict) and result.keys() >= {"model", "prompts", "images", "metrics"}

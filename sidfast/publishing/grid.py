@@ -82,15 +82,20 @@ def _open(path):
     """(what the text chunk says, the picture), (None, None) for a picture without it. Pixels are decoded only once
     their number is known to be what the text says."""
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=["PNG"]) as picture:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # (twice as many pixels raise)
-            if _LAYOUT not in picture.info:
-                return None, None
-            layout = check(parse(str(picture.info[_LAYOUT]).encode()), _Layout)
-            (width, height), rows, columns = layout["tile"], len(layout["rows"]), len(layout["prompts"])
-            size = _LABEL + columns * (width + _GAP), layout["top"] + rows * (height + _GAP)
-            if columns and picture.size != size:
-                raise ValueError(f"{picture.size} pixels, where its text says {size}")
-            return layout, picture.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # (twice as many pixels raise)
+            with Image.open(path, formats=["PNG"]) as picture:
+                if _LAYOUT not in picture.info:
+                    return None, None
+                layout = check(parse(str(picture.info[_LAYOUT]).encode()), _Layout)
+                _check_size(picture, layout)
+                return layout, picture.convert("RGB")
     except Exception as error:                           # (Pillow raises many kinds)
         raise UserError(f"{path}: is damaged ({str(error) or type(error).__name__}); remove it") from None
+
+
+def _check_size(picture, layout):
+    (width, height), rows, columns = layout["tile"], len(layout["rows"]), len(layout["prompts"])
+    size = _LABEL + columns * (width + _GAP), layout["top"] + rows * (height + _GAP)
+    if columns and picture.size != size:
+        raise ValueError(f"{picture.size} pixels, where its text says {size}")

@@ -60,7 +60,8 @@ def _styles(results):
 def _against(results, x, y):
     """A point for each variant with the intervals of both means, and a small one for each seed."""
     figure, axes = _figure()
-    heights = [point["summary"][y]["mean"] for point in results["teacher"]]
+    teacher = [point for point in results["teacher"] if {x, y} <= point["summary"].keys()]
+    heights = [point["summary"][y]["mean"] for point in teacher]
     drawn = False
     for name, (color, marker) in _styles(results).items():
         variant = results["variants"][name]
@@ -75,11 +76,11 @@ def _against(results, x, y):
         drawn = True
     if not drawn:
         return None
-    if results["teacher"]:
-        means, spread = _means([point["summary"] for point in results["teacher"]], x, y)
+    if teacher:
+        means, spread = _means([point["summary"] for point in teacher], x, y)
         axes.errorbar(*means, **spread, color="gray", marker="s", markerfacecolor="white", linestyle="--", capsize=2,
                       label="teacher, 50 steps")
-        for point, *place in zip(results["teacher"], *means, strict=True):
+        for point, *place in zip(teacher, *means, strict=True):
             axes.annotate(f"{point['guidance']:g}", place, textcoords="offset points", xytext=(5, 5), color="gray")
     axes.set(xlabel=f"{label(x)} (higher is better)", ylabel=f"{label(y)} (lower is better)")
     if 0 < 10 * min(heights) < max(heights):

@@ -23,7 +23,7 @@ _Numbers = dict[MetricName, Measure | None]
 
 class _Outcome(Schema):
     status: Literal["done", "diverged", "failed"]
-    message: str | None = None
+    message: str | None
 
 
 class _OfTeacher(_Outcome):

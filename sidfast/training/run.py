@@ -108,7 +108,7 @@ def _is_free(key):
 
 def _read(out):
     """config.json of a run that is to go on."""
-    return read_run(out, f"{out / 'config.json'}: is not a run's configuration", "choose another --out")
+    return read_run(out, f"--out {out}: holds no run", "choose another --out")
 
 
 def _read_command(out):
