@@ -195,5 +195,7 @@ def test_z_of_a_prompt():
     assert [len(z) for z in seen.values()] == [3, 3] and not set.intersection(*seen.values())
     pool = torch.stack([fixed_z([p], [k], 5, (4, 3, 2))[0] for p in seen for k in range(3)])
     assert all((z == pool).flatten(1).all(1).any() for z in got["z"])
+    [other] = fixed_z(["a"], [0], 6, (4, 3, 2))
+    assert not torch.equal(fixed_z(["a"], [0], 5, (4, 3, 2))[0], other)          # (of another run's seed)
     many = fixed_z(["a"] * 400, range(400), 0, (4, 3, 2))
     assert abs(many.mean()) < 0.04 and abs(many.std() - 1) < 0.03

@@ -5,6 +5,7 @@ import torch
 from test_fused import inputs_of, run, unet_of
 
 from sidfast.networks.fused import fuse
+from sidfast.networks.fused_blocks import FusedResnet
 from sidfast.networks.joined import Joined, join_blocks, places
 
 
@@ -19,13 +20,16 @@ def by_name(unet, tensors):
 
 
 @pytest.mark.parametrize("name, checkpointing", [("small", False), ("small", True), ("sd21, half", False)])
-def test_the_same_passes(name, checkpointing):
-    """Output and every gradient, by the old names."""
+def test_the_same_passes(name, checkpointing, monkeypatch):
+    """Output and every gradient, by the old names; checkpointing computes a block again in the backward pass."""
     plain = fuse(unet_of(name))
     want, unet = run(plain, *inputs_of(plain)), joined_of(name, checkpointing)
+    forward, passes = FusedResnet.forward, []
+    monkeypatch.setattr(FusedResnet, "forward", lambda self, *inputs: passes.append(self) or forward(self, *inputs))
     blocks = [module for module in unet.modules() if isinstance(module, Joined)]
     assert len(blocks) > 4 and len(list(unet.parameters())) < len(list(plain.parameters())) / 2
     got = run(unet, *inputs_of(unet))
+    assert len(passes) == len(set(passes)) * (2 if checkpointing else 1)
     parameters = dict(unet.named_parameters())
     got = {"y": got["y"], "dx": got["dx"]} | by_name(unet, [got[name] for name in parameters])
     assert got.keys() == want.keys()
@@ -38,6 +42,8 @@ def test_names_and_weights_stay():
     got = by_name(unet, list(unet.parameters()))
     want = dict(plain.named_parameters())
     assert got.keys() == want.keys() and all(torch.equal(got[name], p) for name, p in want.items())
+    starts = [place.view(whole).data_ptr() - whole.data_ptr() for whole, found in places(unet) for place in found]
+    assert all(start % (64 * 4) == 0 for start in starts)                        # (elements of fp32)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

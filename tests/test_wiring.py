@@ -22,10 +22,12 @@ from tiny import NO_MIDDLE, write_tiny_teacher
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 
+from sidfast import cli
 from sidfast.config import build_config
 from sidfast.data import shapes
 from sidfast.method.distill import Batch
 from sidfast.networks.packed import Packed
+from sidfast.publishing.export import load_pipeline
 from sidfast.publishing.grid import read_grid
 from sidfast.training import trainer
 from sidfast.training.checkpoint import read_tensors
@@ -168,6 +170,18 @@ def test_grid_of_a_run(run, teacher):
             assert (pixels - 255 * image).abs().max() < 0.51, label
 
 
+def test_export_of_a_checkpoint(run, teacher, tmp_path):
+    """`sidfast export` writes the average of a checkpoint, and our own loader makes the same image of it."""
+    out, _ = run
+    for step in (1, 2):
+        export, checkpoint = tmp_path / f"export-{step}", out / "checkpoints" / f"step-{step:08d}"
+        assert cli.main(["export", "--run", str(out), "--checkpoint", str(checkpoint), "--out", str(export)]) == 0
+        pipe, _ = load_pipeline(export, torch.device("cpu"))
+        got = pipe("x", generator=torch.Generator().manual_seed(2), output_type="pt").images[0]
+        halves = {name: value.half().double() for name, value in tensors(out, step, "generator", "ema").items()}
+        assert_close(f"step {step}", got, image_of(export, unet_of(teacher, halves), "x", 2), 1e-5)
+
+
 @pytest.mark.parametrize("kappas, dropped", [((1, 1, 1), 0.0), ((1, 1, 2), 0.5)], ids=str)
 def test_prompts_are_dropped_where_the_null_text_is_read(config, tmp_path, kappas, dropped):
     guidance = dict(zip(("kappa1", "kappa2", "kappa3"), kappas, strict=True))
@@ -207,6 +221,16 @@ def test_prepacked_weights_are_those_of_every_step(config, tmp_path):
     assert len(curves[0]) == 3
     for want, got in zip(*curves, strict=True):
         assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("synthetic, step, kind", [({"source": "ema"}, 2, "ema"),
+                                                   ({"source": "stale", "stale_by": 1}, 1, "weights")], ids=str)
+def test_copies_that_draw_images(config, tmp_path, synthetic, step, kind):
+    """In the third step: the average after two, and the generator as it was one update before."""
+    loop = train_here(config(tmp_path, synthetic=synthetic, train={"steps": 3, "samples": 0}), tmp_path / "run")
+    [copy] = loop.copies
+    want, got = tensors(tmp_path / "run", step, "generator", kind), dict(copy.unet.named_parameters())
+    assert got.keys() == want.keys() and all(torch.equal(got[name], value) for name, value in want.items())
 
 
 @pytest.mark.parametrize("name, size", [("fake_score", 4), ("generator", 2)])
