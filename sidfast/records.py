@@ -65,6 +65,7 @@ class RunFile(Schema):
     git: str | None = None
     hardware: Hardware = Hardware()
     inputs: dict[str, Any] | None = None
+    paths: dict[str, str] | None = None
     processes: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
@@ -175,6 +176,11 @@ def read_run(run, what, way_out):
     if not path.is_file():
         raise UserError(f"{what} (it needs the config.json that training writes); {way_out}")
     return load(path, RunFile, f"{what}, {path} is damaged", way_out)
+
+
+def recorded(described, key):
+    """A section of a run's config.json, such as "inputs" or "paths"; {} in older ones."""
+    return described.get(key) or {}
 
 
 def read_lines(path, kind=Line):

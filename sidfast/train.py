@@ -67,38 +67,41 @@ def run(args):
     engine_config(config, "generator", processes)
     compute_dtype(config.deepspeed)
     with claimed(out, first):
-        teacher = _check(config, out, args, first, prompts)
+        teacher, inputs = _check(config, out, args, first, prompts)
         device = join()
-        result = _train(config, out, args, teacher, device)
+        result = _train(config, out, args, teacher, inputs, device)
         if first:
             _report(out, result)
 
 
 def _check(config, out, args, first, prompts):
-    """The teacher, once everything is checked that needs no other process; nothing is written yet."""
+    """(The teacher, fingerprints of the inputs), once everything is checked that needs no other process; nothing is
+    written yet."""
     import torch
 
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
     from sidfast.training.engines import zero_stages
+    from sidfast.training.identity import check_inputs, describe_inputs
     from sidfast.training.measure import check_measures
-    from sidfast.training.run import check_inputs, describe_inputs, open_run
+    from sidfast.training.run import open_run
     from sidfast.training.speed import check_speed
     from sidfast.training.teacher_checks import check_teacher_fits
 
     open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher, **config.model.loading)
-    check_inputs(out, describe_inputs(config, teacher))
+    inputs = describe_inputs(config, teacher)
+    check_inputs(out, inputs)
     check_teacher_fits(config, teacher, args.config)
     check_speed(config.speed, teacher, zero_stages(config),
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
     if first:
         check_measures(config, teacher)
         _tell_cut(prompts, teacher)
-    return teacher
+    return teacher, inputs
 
 
-def _train(config, out, args, teacher, device):
+def _train(config, out, args, teacher, inputs, device):
     """Start the run or go on with it, with all processes. Returns the final measures on the first one, or None."""
     from deepspeed import comm
 
@@ -106,6 +109,7 @@ def _train(config, out, args, teacher, device):
     from sidfast.training.checkpoint import check_fits, choose_checkpoint
     from sidfast.training.engines import ENGINES, engine_section, offloads
     from sidfast.training.fit import with_micro_batch
+    from sidfast.training.identity import check_origin
     from sidfast.training.probe import check_sections, probe_engines
     from sidfast.training.state import read_state
     from sidfast.training.stop import Stop
@@ -121,6 +125,8 @@ def _train(config, out, args, teacher, device):
     checkpoint = choose_checkpoint(out, args.resume, tell)
     if checkpoint:
         check_fits(checkpoint, teacher.unet, config.optimizer)
+        if checkpoint.parent == out / "checkpoints":      # (--resume may name one of any other run)
+            check_origin(checkpoint, config, inputs, f"--out {out}: ")
     tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
     step, steps = read_state(checkpoint)["extra"]["step"] if checkpoint else 0, config.train.total_steps
     if step >= steps:

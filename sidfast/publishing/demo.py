@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 
 from sidfast.errors import UserError
+from sidfast.networks.fingerprint import TEACHER, describe_teacher, teacher_change
+from sidfast.networks.loading import load_teacher
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.load import find_pipeline, load_pipeline
+from sidfast.records import read_run, recorded
 
 _HOST = "127.0.0.1"
 _PROMPT = "a small red circle above a large blue square on a white background"
@@ -47,11 +50,10 @@ def open_models(model, teacher, device):
     """The Model asked for, and that of its teacher, or None where there is none.
 
     `teacher`: a folder or hub id; None for the one that the model's export names, if it is a folder here. Raises
-    UserError for what cannot be loaded.
+    UserError for what cannot be loaded, and for one that has changed since.
     """
-    named = read_distillation(find_pipeline(model)).get("teacher")
-    if teacher is None and isinstance(named, str) and Path(named).is_dir():
-        teacher = named
+    if teacher is None:
+        teacher = _named_teacher(model, find_pipeline(model))
     student = _open(model, device)
     if teacher is not None and student.one_step:
         return student, _open(teacher, device, "--teacher")
@@ -152,6 +154,19 @@ def _whole(name, value, least, most):
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
+def _named_teacher(model, folder):
+    """The folder of the teacher that an export names, where its run found it or under that name here, or None."""
+    about, known = read_distillation(folder), {}
+    if (folder.parent / "config.json").is_file():
+        known = recorded(read_run(folder.parent, f"--model {model}: no run directory", "name the export itself"), "paths")
+    places = known.get(TEACHER), about.get("teacher")
+    place = next((name for name in places if isinstance(name, str) and Path(name).is_dir()), None)
+    if place and isinstance(about.get("inputs"), dict):
+        change = teacher_change(about["inputs"], describe_teacher(load_teacher(place)))
+        if change:
+            raise UserError(f"--model {model}: its teacher, {place}, is not what it was distilled from ({change}); "
+                            "name the folder to show as --teacher DIR")
+    return place
 
 
 def _bind(run, model):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers.models import BPE
 from torch import nn
 
 from sidfast.errors import UserError
@@ -19,6 +21,7 @@ from sidfast.publishing.pipeline import OneStepPipeline
 from sidfast.records import Distillation, load
 
 _CODE = "pipeline.py"
+_OLD_PREFIX = "text_model."                              # of a text encoder's weights in transformers 4
 _DISTILLATION = "distillation.json"
 _CONTENTS = {"vae", "text_encoder", "unet", "tokenizer", "scheduler", "model_index.json", _CODE, _DISTILLATION,
              "README.md", "grid.png"}
@@ -88,9 +91,10 @@ def _old(folder):
 
 def _write(pipe, partial, dtype, distillation):
     partial.mkdir(parents=True)
-    for name in ("vae", "text_encoder", "unet"):
+    for name in ("vae", "unet"):
         save_module(getattr(pipe, name), partial / name, dtype)
-    pipe.tokenizer.save_pretrained(partial / "tokenizer")
+    save_text_encoder(pipe.text_encoder, partial / "text_encoder", dtype)
+    save_tokenizer(pipe.tokenizer, partial / "tokenizer")
     pipe.scheduler.save_pretrained(partial / "scheduler")
     index = {"_class_name": [_CODE.removesuffix(".py"), OneStepPipeline.__name__], "t_init": pipe.config.t_init}
     for name in ("vae", "unet", "scheduler"):
@@ -150,6 +154,36 @@ def save_module(module, folder, dtype=torch.float16):
     if "dtype" in config:                                # transformers loads in this type, or else as stored, unasked
         config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_text_encoder(module, folder, dtype=torch.float16):
+    """Write a CLIP text encoder so that transformers 4 and 5 load it: `save_module` with the names of transformers 4,
+    which 5 reads too. (4 does not read those of 5: it would draw all weights at random.)"""
+    folder = Path(folder)
+    save_module(module, folder, dtype)
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = config["dtype"] = "float32"                          # (its name in transformers 4)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {_OLD_PREFIX + name.removeprefix(_OLD_PREFIX): value.to("cpu", dtype).contiguous()
+               for name, value in module.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write a CLIP tokenizer with the files of transformers 5 (tokenizer.json) and those of 4 (vocab.json, merges.txt,
+    special_tokens_map.json, added_tokens.json)."""
+    folder = Path(folder)
+    tokenizer.save_pretrained(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "model", None), BPE):
+        return                                           # not a CLIP tokenizer
+    backend.model.save(str(folder))
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    known = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    added = {token: number for token, number in tokenizer.get_vocab().items() if token not in known}
+    if added:
+        (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
 
 
 def is_one_step(folder):

@@ -153,11 +153,13 @@ class Worker:
 
     def _train(self, run):
         """Train, or go on training; the final metrics."""
+        from sidfast.networks.fingerprint import describe_teacher
         from sidfast.networks.loading import load_teacher
         from sidfast.records import read_metrics
         from sidfast.studies.record import COST, RESULT, has_other_config
         from sidfast.training.checkpoint import choose_checkpoint
-        from sidfast.training.run import check_inputs, describe_inputs, is_unused, open_run
+        from sidfast.training.identity import check_inputs, check_origin, describe_inputs
+        from sidfast.training.run import is_unused, open_run
         from sidfast.training.stop import Stop
         from sidfast.training.trainer import train
 
@@ -169,7 +171,12 @@ class Worker:
             checkpoint = choose_checkpoint(folder, "auto", tell)
             if self.teacher is None:
                 self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
-            check_inputs(folder, describe_inputs(run.config, self.teacher))
+            inputs = describe_inputs(run.config, self.teacher)
+            check_inputs(folder, inputs)
+            for other in self.study.runs:                # (a table of two teachers' students would not say so)
+                check_inputs(self.out / other.folder, describe_teacher(self.teacher))
+            if checkpoint:
+                check_origin(checkpoint, run.config, inputs, f"--out {self.out}: ")
             stop = Stop()
             try:
                 result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop,
