@@ -19,8 +19,9 @@ from sidfast.config import load_config
 from sidfast.evaluation.metrics import title
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing import card, pipeline
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, write_export
+from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid, save_grid
+from sidfast.publishing.load import load_pipeline
 
 OLD = os.environ.get("SIDFAST_OLD_LIBRARIES")            # folders of `pip install --target`, with colons between them
 PROMPTS = ["a small red circle", "A RED-ish  café's 42 cats; it's über", ""]

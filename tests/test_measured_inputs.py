@@ -27,8 +27,9 @@ from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.reference import measure_reference, open_reference
 from sidfast.evaluation.rows import FolderRows
 from sidfast.networks.loading import load_teacher
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, write_export
+from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
+from sidfast.publishing.load import load_pipeline
 from sidfast.training.preview import Preview
 
 CLIP, CPU = ASSETS / "clip", torch.device("cpu")

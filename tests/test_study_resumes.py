@@ -16,7 +16,8 @@ from test_stops import signal_in_step
 
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.networks.loading import load_teacher
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, write_export
+from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.load import load_pipeline
 from sidfast.studies import worker as module
 from sidfast.studies.record import STRIP, is_final
 from sidfast.studies.study import read_study

@@ -27,8 +27,8 @@ from sidfast.config import build_config
 from sidfast.data import shapes
 from sidfast.method.distill import Batch
 from sidfast.networks.packed import Packed
-from sidfast.publishing.export import load_pipeline
 from sidfast.publishing.grid import read_grid
+from sidfast.publishing.load import load_pipeline
 from sidfast.training import trainer
 from sidfast.training.checkpoint import read_tensors
 from sidfast.training.speed import Speed
