@@ -90,9 +90,10 @@ def refuse_harm(config, what, path):
         if value and key in _CODE:
             raise UserError(f"{what}: {path} asks for {_CODE[key]} ({key}), which is not run; plain weights for the "
                             "classes of diffusers and transformers are needed")
-        count = len(value) if isinstance(value, (list, tuple)) and key == "block_out_channels" else value
-        if type(count) is int and ("layers" in key or key == "block_out_channels"):
-            layers[key] = max(layers.get(key, 1), count)
+        if "layers" in key and type(value) is int:
+            layers[key] = max(layers.get(key, 1), value)
+        elif key == "block_out_channels" and isinstance(value, list):
+            layers[key] = len(value)
     for key in layers:
         factors = [key, "block_out_channels", "transformer_layers_per_block"] if "per_block" in key else [key]
         if math.prod(layers.get(name, 1) for name in {*factors}) > _MOST_LAYERS:
