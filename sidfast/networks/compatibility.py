@@ -69,17 +69,17 @@ def check_teacher(folder, what):
 
 
 def _check_parts(folder, index, what):
-    if index.get("text_encoder_2", [None])[0] is not None:
+    given = {part for part, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    if "text_encoder_2" in given:
         raise UserError(f"{what}: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
     for part in PARTS:
         if part not in index:
             raise UserError(f"{what}: {folder}/model_index.json has no {part}; {_KIND}")
         if not (folder / part).is_dir():
             raise UserError(f"{what}: {folder} has no folder {part}")
-    for part, value in index.items():
-        if isinstance(value, list) and part not in {*PARTS, *_UNUSED, "_class_name"} and value[:1] != [None]:
-            raise UserError(f"{what}: {folder} has a {part} (model_index.json), so its images follow from more than a "
-                            f"text; {_KIND}")
+    for part in sorted(given - {*PARTS, *_UNUSED, "_class_name"}):
+        raise UserError(f"{what}: {folder} has a {part} (model_index.json), so its images follow from more than a "
+                        f"text; {_KIND}")
 
 
 def _read_text_config(folder, config, index, what):
@@ -111,6 +111,9 @@ def _check_sizes(folder, unet, vae, text, what):
     if width != text.hidden_size:
         raise UserError(f"{what}: {folder}/unet takes texts of width {width} (cross_attention_dim), its text_encoder "
                         f"gives {text.hidden_size} (hidden_size): they are of different models")
+    blocks = [unet.get(key) for key in ("down_block_types", "mid_block_type", "up_block_types")]
+    if None not in blocks[::2] and "CrossAttn" not in str(blocks):
+        raise UserError(f"{what}: {folder}/unet has no cross-attention, so the text does not reach its images; {_KIND}")
     size, factor = unet.get("sample_size"), vae.get("scaling_factor", 0.18215)
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 1 <= side <= 2048 for side in sides):

@@ -11,7 +11,7 @@ from sidfast.errors import UserError
 from sidfast.method.noise import NoiseSchedule
 from sidfast.networks.compatibility import check_teacher, check_tokenizer
 from sidfast.networks.schedulers import load_schedulers
-from sidfast.networks.sizes import Sized
+from sidfast.networks.sizes import Sized, as_diffusers_sizes
 from sidfast.networks.teacher_files import find_teacher, first_reason
 from sidfast.networks.untrusted import attention_of, build_on_meta, library_of, refuse_pickles
 from sidfast.networks.weights import choose_variant, find_variants
@@ -75,7 +75,7 @@ def load_teacher(name, what=_KEY, *, variant=None, revision=None, prediction_typ
         _NETWORKS, (UNet2DConditionModel, AutoencoderKL, CLIPTextModel), strict=True))
     for module in (unet, vae, text_encoder):
         module.float().eval().requires_grad_(False)
-    return Teacher(folder, unet, vae, text_encoder, tokenizer, scheduler, ddim,
+    return Teacher(folder, as_diffusers_sizes(unet), vae, text_encoder, tokenizer, scheduler, ddim,
                    NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type)
 
 

@@ -22,11 +22,11 @@ def load_schedulers(folder, config, what, prediction_type=None):
     cls = getattr(diffusers, str(kind), None)
     known = isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
     if not known or "beta_schedule" not in config:
-        raise UserError(f"{what}: scheduler {str(kind)[:60]} is not supported; one of diffusers with a beta schedule "
-                        f"is needed ({_NAMES})")
+        raise UserError(f"{what}: {folder}/{_FILE}: scheduler {str(kind)[:60]} is not supported; one of diffusers with "
+                        f"a beta schedule is needed ({_NAMES})")
     kept = {"prediction_type": prediction_type or config.get("prediction_type", "epsilon"), "clip_sample": False}
     if kept["prediction_type"] not in PREDICTION_TYPES:
-        raise UserError(f"{what}: prediction type {str(kept['prediction_type'])[:60]!r} of the scheduler is not "
+        raise UserError(f"{what}: {folder}/{_FILE}: prediction type {str(kept['prediction_type'])[:60]!r} is not "
                         f"supported; {' and '.join(PREDICTION_TYPES)} are")
     try:                                                 # clip_sample and steps_offset as StableDiffusionPipeline does
         own = cls.from_pretrained(str(folder / "scheduler"))

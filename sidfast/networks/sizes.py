@@ -1,11 +1,23 @@
 """Sizes of a teacher's images and latents."""
 
+import re
+
 from sidfast.errors import UserError
 
 
 def pair(size):
     """(height, width) of a size that is one number or both."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def as_diffusers_sizes(unet):
+    """Give an old UNet the sample_size that StableDiffusionPipeline gives it: configurations written before diffusers
+    0.9 say less than 64 where 64 is meant."""
+    written = re.match(r"0\.(\d+)", str(unet.config.get("_diffusers_version")))
+    size = unet.config.sample_size
+    if written and int(written[1]) < 9 and isinstance(size, int) and size < 64:
+        unet.register_to_config(sample_size=64)
+    return unet
 
 
 class Sized:

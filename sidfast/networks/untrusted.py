@@ -95,9 +95,10 @@ def refuse_harm(config, what, path):
         if key in _ATTENTION and "/" in str(value):
             raise UserError(f"{what}: {path} asks for attention from the hub ({key} {str(value)[:60]!r}), which is "
                             "code that is not run; remove the key")
-        count = len(value) if isinstance(value, (list, tuple)) and key == "block_out_channels" else value
-        if type(count) is int and ("layers" in key or key == "block_out_channels"):
-            layers[key] = max(layers.get(key, 1), count)
+        if "layers" in key and type(value) is int:
+            layers[key] = max(layers.get(key, 1), value)
+        elif key == "block_out_channels" and isinstance(value, (list, tuple)):
+            layers[key] = max(layers.get(key, 1), len(value))
     for key in layers:
         factors = [key, "block_out_channels", "transformer_layers_per_block"] if "per_block" in key else [key]
         if math.prod(layers.get(name, 1) for name in {*factors}) > _MOST_LAYERS:

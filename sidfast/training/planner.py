@@ -19,7 +19,7 @@ from sidfast.networks.fused import cannot_fuse, fuse
 from sidfast.networks.loading import load_tokenizer
 from sidfast.networks.packed import packed_bytes, pass_layout, repack
 from sidfast.networks.schedulers import load_schedulers
-from sidfast.networks.sizes import Sized
+from sidfast.networks.sizes import Sized, as_diffusers_sizes
 from sidfast.networks.teacher_files import check_hub_id, find_cached, find_teacher
 from sidfast.networks.untrusted import build_on_meta
 from sidfast.networks.weights import choose_variant, find_variants
@@ -113,6 +113,7 @@ def load_shapes(teacher, model=None):
     tokenizer = load_tokenizer(folder, configs.text_encoder, "model.teacher")
     networks = {part: _without_weights(folder / part, cls, asked.get("variant")) for part, cls in (
         ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel))}
+    as_diffusers_sizes(networks["unet"])
     return Shapes(**networks, text_length=tokenizer.model_max_length, prediction_type=ddim.config.prediction_type,
                   schedule=NoiseSchedule(scheduler.alphas_cumprod), ddim=ddim)
 

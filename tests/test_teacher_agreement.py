@@ -1,0 +1,158 @@
+"""Training, exports and the teacher's own images agree with StableDiffusionPipeline of diffusers, flag by flag."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from helpers_input import edit, fails
+
+from sidfast import cli, train
+from sidfast.config import load_config
+from sidfast.errors import UserError
+from sidfast.method.distill import Batch, Objective, generate
+from sidfast.method.synthetic import Source, TeacherShare
+from sidfast.networks.loading import load_teacher
+from sidfast.networks.schedulers import check_steps
+from sidfast.publishing.export import load_pipeline, one_step_pipeline, write_export
+from sidfast.training.batches import TextEncoder
+from sidfast.training.preview import Preview
+from sidfast.training.teacher_checks import check_teacher_fits
+
+PROMPTS = ["a small red circle", "", "a large blue square above a small green cross on a white background"]
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.fixture
+def folder(tiny_teacher, tmp_path):
+    return shutil.copytree(tiny_teacher, tmp_path / "teacher")
+
+
+def in_diffusers(folder):
+    """Diffusers' own pipeline of a folder, on DDIM."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False,
+                                                   torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embed(teacher):
+    encoder = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32)
+    return encoder(encoder.tokenize(PROMPTS)), encoder.null
+
+
+TEXT_FLAGS = {"plain": {}, "mask": {"use_attention_mask": True}, "tuples": {"return_dict": False},
+              "states": {"output_hidden_states": True}}
+
+
+@pytest.mark.parametrize("flags", TEXT_FLAGS.values(), ids=TEXT_FLAGS)
+def test_texts(folder, tmp_path, flags):
+    edit("text_encoder/config.json", **flags)(folder)
+    teacher = load_teacher(folder)
+    embeddings, null = embed(teacher)
+    want, want_null = in_diffusers(folder).encode_prompt(PROMPTS, "cpu", 1, True)
+    torch.testing.assert_close(embeddings, want)
+    torch.testing.assert_close(null, want_null[:1])
+    write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export", torch.float32)
+    export = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    torch.testing.assert_close(export.encode_prompt(PROMPTS), want)
+    ours, _ = load_pipeline(tmp_path / "export", torch.device("cpu"))
+    torch.testing.assert_close(ours.encode_prompt(PROMPTS), want)
+
+
+def test_the_mask_matters(folder):
+    without, _ = embed(load_teacher(folder))
+    edit("text_encoder/config.json", use_attention_mask=True)(folder)
+    assert (embed(load_teacher(folder))[0] - without).abs().max() > 0.05
+
+
+def test_a_whole_clip_as_text_encoder(tmp_path):
+    teacher, clip = (shutil.copytree(ROOT / "assets" / name, tmp_path / name) for name in ("teacher", "clip"))
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(clip / name, teacher / "text_encoder" / name)
+    embeddings, _ = embed(load_teacher(teacher))
+    torch.testing.assert_close(embeddings, in_diffusers(teacher).encode_prompt(PROMPTS, "cpu", 1, False)[0])
+
+
+SCHEDULERS = {
+    "clip": {"clip_sample": True}, "alpha": {"set_alpha_to_one": True}, "default-alpha": {"set_alpha_to_one": None},
+    "offset": {"steps_offset": 0}, "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"}, "threshold": {"thresholding": True, "sample_max_value": 1.5},
+    "betas": {"trained_betas": [0.0001 + 0.00001 * n for n in range(1000)]},
+    "zero-snr-v": ZERO_SNR | {"prediction_type": "v_prediction"}}
+
+
+class Nothing(Source):
+    """Images that are all replaced."""
+
+    def __call__(self, batch):
+        return torch.zeros_like(batch.z)
+
+
+@pytest.mark.parametrize("flags", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_images_of_the_teacher(folder, flags):
+    """In the grids of a run, and those that train the fake score."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    values = json.loads(path.read_text()) | flags
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    teacher = load_teacher(folder)
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe = in_diffusers(folder)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.5, "output_type": "latent"}
+    want = pipe(PROMPTS, latents=z, **options).images
+    assert want.isfinite().all()
+    shown = Preview._teacher_pipeline(dataclasses.make_dataclass("Shown", ["teacher"])(teacher))
+    shown.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(shown(PROMPTS, latents=z, **options).images, want)
+    text, null = embed(teacher)
+    batch = Batch(text, null, z, None, None, None, torch.zeros(3, 0, 4, 8, 8), torch.zeros(3))
+    source = TeacherShare(Nothing(None, None), teacher.unet, teacher.sampler(), 1.0, 4, 1.5)
+    torch.testing.assert_close(source(batch), want)
+
+
+@pytest.mark.parametrize("asked, stored", [("v_prediction", "epsilon"), ("epsilon", "v_prediction"), (None, "epsilon")])
+def test_what_the_network_predicts(folder, tmp_path, asked, stored):
+    """In place of what scheduler_config.json says: in the loss, the fingerprint, the export, the teacher's images."""
+    edit("scheduler/scheduler_config.json", prediction_type=stored)(folder)
+    teacher, predicted = load_teacher(folder, prediction_type=asked), asked or stored
+    assert teacher.prediction_type == teacher.sampler().config.prediction_type == predicted
+    assert (teacher.fingerprint() == load_teacher(folder).fingerprint()) == (predicted == stored)
+    write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export", torch.float32)
+    export = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    assert DDIMScheduler.from_pretrained(tmp_path / "export" / "scheduler").config.prediction_type == predicted
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text, _ = embed(teacher)
+    objective = Objective(teacher.schedule, predicted, 1.5, 1.5, 1.5, 1.5)
+    with torch.no_grad():
+        torch.testing.assert_close(export.denoise(z, text), generate(teacher.unet, z, text, objective))
+
+
+@pytest.mark.parametrize("settings, key", [
+    (["noise.t_init=999"], "noise.t_init (999)"), (["noise.t_max=999"], "noise.t_max (999)"),
+    (["noise.generator.t_max=999"], "noise.generator.t_max (999)"), (["train.samples=2"], "train.samples"),
+    (["synthetic.teacher_share=0.5"], "synthetic.teacher_share"),
+], ids=["init", "max", "one", "samples", "share"])
+def test_epsilon_where_there_is_no_signal(capsys, write_config, folder, tmp_path, settings, key):
+    edit("scheduler/scheduler_config.json", **ZERO_SNR)(folder)
+    options = [word for setting in settings for word in ("--set", setting)]
+    config = write_config(**{"model.teacher": str(folder)})
+    for command in ((train.main, "--out", tmp_path / "run"), (cli.main, "plan")):
+        line = fails(capsys, *command, "--config", config, *options)
+        assert key in line and "without any signal" in line and "model.prediction_type" in line
+    assert not (tmp_path / "run").exists()
+    both = load_config(config, [*settings, "model.prediction_type=v_prediction"])
+    check_teacher_fits(both, load_teacher(folder, **both.model.loading), "config")
+
+
+def test_sampling_where_there_is_no_signal(capsys, folder, tmp_path):
+    edit("scheduler/scheduler_config.json", **ZERO_SNR)(folder)
+    line = fails(capsys, cli.main, "sample", "--model", folder, "--prompt", "x", "--steps", "3", "--out",
+                 tmp_path / "x.png")
+    assert "without any signal" in line and not (tmp_path / "x.png").exists()
+    edit("scheduler/scheduler_config.json", timestep_spacing="leading")(folder)
+    check_steps(in_diffusers(folder).scheduler, 50, "x")
+    with pytest.raises(UserError, match="1000 steps begin at timestep 1000"):
+        check_steps(in_diffusers(folder).scheduler, 1000, "x")
