@@ -12,6 +12,7 @@ import transformers
 from conftest import ROOT
 from helpers_input import edit, fails
 from PIL import Image
+from random_judges import write_inception
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli
@@ -200,6 +201,21 @@ def test_checker(tmp_path, change, words):
     weights(change)(folder)
     with pytest.raises(UserError, match=words):
         load_checker(folder)
+
+
+def test_inception(tmp_path, monkeypatch):
+    """All of its weights have to be there, and finite; what is wrong is named."""
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, *_, **__: tensor)      # (seconds, unused)
+    state = torch.load(write_inception(tmp_path / "good.pth"), weights_only=True)
+    name = "Mixed_7c.branch_pool.conv.weight"
+    for words, change in (
+            (f"{name} has values that are not finite", {name: torch.full_like(state[name], float("nan"))}),
+            (f"Missing key(s) in state_dict: \"{name}\"", {name: None, "extra": torch.ones(1)})):
+        changed = {key: value for key, value in (state | change).items() if value is not None}
+        torch.save(changed, tmp_path / "bad.pth")
+        with pytest.raises(UserError) as caught:
+            load_features(f"inception:{tmp_path / 'bad.pth'}", "cpu")
+        assert words in str(caught.value) and "bad.pth" in str(caught.value)
 
 
 def test_the_command_says_which_option(clip, tmp_path, capsys):

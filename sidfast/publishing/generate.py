@@ -7,7 +7,7 @@ from sidfast.errors import NonFiniteImage, UserError
 from sidfast.networks.teacher_files import first_reason
 from sidfast.publishing.pipeline import OneStepPipeline
 
-_FAULTS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+_FAULTS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError)
 
 
 def make_images(pipe, prompts, seeds, **options):

@@ -90,7 +90,8 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
 def teacher_pipeline(teacher):
     """The pipeline that `load_pipeline` makes of a teacher's folder, with the networks of a loaded Teacher.
 
-    The scheduler is the folder's own, so that training and `sidfast evaluate` sample the teacher alike. Raises UserError.
+    The scheduler is the folder's own, so that training and `sidfast evaluate` sample the teacher alike. Raises
+    UserError where that is not a scheduler of diffusers.
     """
     import diffusers
 
