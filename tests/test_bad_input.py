@@ -1,5 +1,6 @@
 """A mistake in settings or on a command line: one clear line on standard error, exit code 2, nothing written, lost."""
 
+import io
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ from conftest import ROOT, fork_training
 from helpers_input import fails
 
 from sidfast import cli, errors, train
-from sidfast.environment import check_environment, omp_threads
+from sidfast.environment import check_environment, omp_threads, prepare_environment
 from sidfast.training import speed
 
 
@@ -63,7 +64,7 @@ def launched(monkeypatch):
     """launched(**variables): an environment with these of a launcher's variables and no other."""
     def change(**variables):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-                     "OMP_NUM_THREADS"):
+                     "OMP_NUM_THREADS", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             monkeypatch.setenv(name, variables.get(name, ""))
             if name not in variables:
                 monkeypatch.delenv(name)
@@ -90,6 +91,26 @@ def test_environment(capsys, write_config, tmp_path, launched, variables):
                  (cli.main, "report", "--run", tmp_path)):
         assert f"{name}={value[:400]}" in fails(capsys, *call)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variables", [
+    {"SLURM_NTASKS": "2"}, {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, {"OMPI_COMM_WORLD_SIZE": "4"},
+    {"PMI_SIZE": "3"}, {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}], ids=str)
+def test_processes_that_do_not_know_of_each_other(capsys, write_config, tmp_path, launched, variables):
+    """As `srun -n 2 python sidfast/train.py` starts them; commands other than training may run in a job of several."""
+    launched(**variables)
+    check_environment()
+    name, tasks = next(iter(variables.items()))
+    if tasks == "1":
+        check_environment(training=True)
+        return
+    line = fails(capsys, train.main, "--config", write_config(), "--out", tmp_path / "run")
+    assert f"{name}={tasks}, but WORLD_SIZE is not set: the {tasks} processes would each train alone" in line
+    assert "WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID" in line and not (tmp_path / "run").exists()
+    for known in ({"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}):
+        if name == "SLURM_NTASKS" or "WORLD_SIZE" in known:
+            launched(**(variables | known))
+            check_environment(training=True)
 
 
 def test_environment_that_is_fine(launched):
@@ -122,6 +143,30 @@ def test_port_that_is_taken(write_config, tmp_path):
     assert [line for line in error.splitlines() if "port" in line] == error.splitlines() and "Traceback" not in error
     assert f"sidfast: port {port} is taken on this machine" in error and "--master_port PORT" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_config_with_a_byte_order_mark(capsys, write_config, tmp_path):
+    config = write_config(**{"loss.alpha": 0.7})
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert train.main(["--config", str(config), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"]["alpha"] == 0.7
+
+
+def test_a_locale_that_knows_ascii_alone(write_config, tmp_path):
+    """Names with other letters, as arguments and in files, are read and told of."""
+    config = write_config("größe-猫.json", **{"model.teacher": "bär"})
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["--config", config, "--out", tmp_path / "ü", "--dry-run"]
+    done = subprocess.run([sys.executable, "sidfast/train.py", *words], cwd=ROOT, env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and json.loads(done.stdout)["model"]["teacher"] == "bär"
+
+
+def test_output_that_knows_ascii_alone(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    prepare_environment()
+    errors.say("bär")
+    assert written.getvalue() == b"b\\xe4r\n"
 
 
 def test_config_that_is_no_json(capsys, tmp_path):
@@ -199,14 +244,18 @@ def test_reader_that_is_gone(write_config):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_sample_works(tiny_teacher, tmp_path):
+def test_sample_works(capsys, tiny_teacher, tmp_path):
     from PIL import Image
 
     out = tmp_path / "grid.png"
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
     args = ["sample", "--model", str(tiny_teacher), "--prompts", str(tmp_path / "p.txt"), "--steps", "2", "-n", "3"]
     assert cli.main([*args, "--out", str(out)]) == 0
-    assert Image.open(out).size[0] > 2 * 128
+    assert Image.open(out).size[0] > 2 * 128 and "tokens" not in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("a red circle\n" + "a small green cross " * 12)
+    assert cli.main([*args[:-1], "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().err == ("sidfast: 1 of 2 prompts is longer than the 24 tokens that the text encoder "
+                                       "takes; the rest of the text is cut off\n")
 
 
 def test_dry_run_prints_the_resolved_configuration(capsys, write_config, tmp_path):

@@ -6,7 +6,8 @@ import torch
 from helpers_method import objective_of
 
 from sidfast.config import Synthetic, build_config
-from sidfast.data.diversity import fixed_z, training_prompts
+from sidfast.data.diversity import fixed_z, some_prompts, training_prompts
+from sidfast.data.lengths import count_cut, cut_note, most_tokens
 from sidfast.data.prompts import open_prompts
 from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
@@ -176,6 +177,31 @@ def test_few_prompts_of_the_shapes_world():
 def test_repeats(lines):
     plain, prompts = open_prompts(lines, 0), training_prompts(lines, 0, Synthetic(prompt_repeats=3))
     assert [prompts[n] for n in range(9)] == [plain[n // 3] for n in range(9)]
+
+
+@pytest.mark.parametrize("options, total", [({}, 200), ({"unique_prompts": 7}, 7), ({"prompt_repeats": 3}, 200)],
+                         ids=str)
+def test_some_prompts(lines, options, total):
+    """Different ones, none more than once; the shapes world has no end, and none are taken of it."""
+    some, number = some_prompts(training_prompts(lines, 0, Synthetic(**options)), 50)
+    assert number == total and len(set(some)) == len(some) == min(50, total)
+    assert some_prompts(training_prompts("shapes:train", 0, Synthetic()), 50) == ([], 0)
+
+
+def test_prompts_that_are_cut_off(tiny_teacher):
+    """Counted with the tokens of start and end, as many as the text encoder has positions."""
+    teacher = load_teacher(tiny_teacher)
+    limit = most_tokens(teacher.tokenizer, teacher.text_encoder.config)
+    texts = [" ".join(["red"] * n) for n in (1, limit - 2, limit - 1, 3 * limit)]
+    ids = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32).tokenize(texts)
+    assert ids.shape[1] == limit == 24 and torch.equal(ids[1], ids[2])           # (the last word is lost)
+    assert [count_cut(teacher.tokenizer, [text], limit) for text in texts] == [0, 0, 1, 1]
+    assert count_cut(teacher.tokenizer, texts * 700, limit) == 1400
+    assert cut_note(teacher.tokenizer, texts[:2], limit) is None
+    note = cut_note(teacher.tokenizer, texts, limit, 10**6)
+    assert note.startswith("2 of 4 prompts drawn from 1,000,000 are longer than the 24 tokens")
+    teacher.tokenizer.model_max_length = 10**30          # (a tokenizer that does not say)
+    assert most_tokens(teacher.tokenizer, teacher.text_encoder.config) == limit
 
 
 def test_more_prompts_than_there_are(lines):

@@ -8,6 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 from sidfast import cli
+from sidfast.data.prompts import read_prompts
 from sidfast.evaluation.coco import prepare_coco
 
 SIZES = {42: (640, 480), 7: (300, 500), 1234: (256, 256), 99: (200, 100)}
@@ -46,6 +47,19 @@ def test_captions_and_crops(coco):
     before = {p: p.stat().st_mtime_ns for p in crops.iterdir()}
     prepare_coco(coco)
     assert {p: p.stat().st_mtime_ns for p in crops.iterdir()} == before
+
+
+def test_captions_without_a_visible_character(coco):
+    """They are none, so lines and images stay as many; the file may begin with a byte order mark."""
+    path = coco / "annotations" / "captions_val2014.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        if entry["caption"].strip() == "first\nof 7":
+            entry["caption"] = "\u200b \ufeff"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    captions, _ = prepare_coco(coco)
+    assert sorted(read_prompts(captions)) == sorted(
+        "second of 7" if key == 7 else f"first of {key}" for key in SIZES)
 
 
 def test_the_protocol_in_one_command(coco, tiny_teacher):

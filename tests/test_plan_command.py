@@ -171,7 +171,9 @@ def test_the_table_of_the_documentation():
 
 
 def test_throughput():
-    assert parse_memory("24G") == parse_memory("24 GiB") == parse_memory("24") == 24 * GIB
+    for text in ("24G", "24 GiB", "24", "24 GB", "24576M", "24576MiB", " 24576 mb", "0.0234375T", "24.0g"):
+        assert parse_memory(text) == 24 * GIB, text
+    assert parse_memory("0.08T") == 0.08 * 1024 * GIB
     assert parse_throughput("12 images/s", 1e12)[0] == 12 and parse_throughput("200 TFLOP/s", 1e13)[0] == 20
 
 
@@ -180,7 +182,8 @@ def test_throughput():
     (["--throughput", ""], "--throughput : must be"), (["--measured", ""], "--measured"),
     (["--architecture", ""], "--architecture : must be one of sd15"), (["--gpus", "3"], "does not divide among 3 GPUs"),
     (["--set", "deepspeed.zero_optimization.stage=7"], "input should be 0, 1, 2 or 3, not 7"),
-    (["--memory", "0G"], "--memory"), (["--gpus", "0"], "--gpus 0"),
+    (["--memory", "0G"], "--memory"), (["--memory", "24K"], "--memory 24K"), (["--memory", "M"], "--memory M"),
+    (["--memory", "\u0662\u0664G"], "--memory"), (["--memory", "24Gb/s"], "--memory"), (["--gpus", "0"], "--gpus 0"),
     (["--bandwidth", "-3"], "--bandwidth -3"), (["--bandwidth", "nan"], "--bandwidth nan"),
     (["--throughput", "fast"], "--throughput fast"), (["--measured", "/nowhere"], "--measured /nowhere"),
     (["--set", "model.teacher=/nowhere/x"], "--architecture"), (["--set", "model.teacher=no/such"], "hub's cache"),

@@ -12,7 +12,7 @@ from sidfast.data.lines import PromptsChanged
 from sidfast.data.prompts import PromptFile
 from sidfast.training.checkpoint import checkpoint_fault
 
-TEXT = b"".join(b"prompt %d of the file\n" % i for i in range(50))
+TEXT = b"".join(b"prompt %d of the file\n" % i for i in range(49)) + b"a longer prompt" * 40 + b"\n"
 
 
 def in_place(data, size=None):
@@ -89,6 +89,8 @@ def ended(processes, out, path):
         assert process.wait(120) == 1, process.stderr.read()[-2000:]
     said = processes[0].stderr.read().replace("\r", "\n").splitlines()
     lines = [line for line in said if line.startswith("sidfast: ")]
+    assert "sidfast: data.prompts: 1 of 50 prompts is longer than the 24 tokens that the text encoder takes; the " \
+           "rest of the text is cut off" in lines
     saved = max((out / "checkpoints").glob("step-*"))
     step = int(saved.name[5:])
     assert lines[-1].startswith(f"sidfast: data.prompts: {path} has changed") and (
