@@ -5,6 +5,7 @@ Runs on a machine without a GPU, on one GPU, and on many; the same command again
 
 import argparse
 import os
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,9 @@ def run(args):
     from sidfast.errors import UserError, check_paths, say, tell
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
+    if re.search("[\ud800-\udfff]", args.out or ""):     # how Python reads bytes that it cannot decode
+        raise UserError(f"--out {args.out}: has characters that this locale lacks, which TensorBoard refuses; choose "
+                        "another name, or set LC_ALL=C.UTF-8")
     config = load_config(args.config, args.set)
     if args.profile < 0:
         raise UserError(f"--profile {args.profile}: must be a number of steps")

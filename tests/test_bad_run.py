@@ -74,7 +74,7 @@ def test_folder_that_is_no_run(capsys, write_config, tmp_path):
 @pytest.mark.parametrize("out, words", [
     ("/dev/null/x", "/dev/null is no folder"), ("FILE", "is a file"), ("/proc/foo/bar", "written to /proc ("),
     ("FILE/x/y", "FILE is no folder"), ("LINK", "LINK is no folder"), ("new/" + "x" * 300, "File name too long"),
-    ("", "--out '': is empty")], ids=lambda v: v[:20])
+    ("", "--out '': is empty"), ("r\udcc3\udcbcn", "set LC_ALL=C.UTF-8")], ids=lambda v: ascii(v[:20]))
 def test_out_that_takes_no_folder(capsys, write_config, tmp_path, out, words):
     (tmp_path / "FILE").write_text("x")
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")

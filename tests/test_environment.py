@@ -14,7 +14,7 @@ CHECKOUT = Path(sidfast.__file__).parents[1]
 
 @pytest.mark.parametrize("before", [None, "", ".", f"{CHECKOUT}/", f"{CHECKOUT}/docs/.."])
 def test_another_package_called_kernels(monkeypatch, tmp_path, before):
-    """In this process as it is (`python -m pytest` puts the checkout on its path), and with the checkout there again."""
+    """In this process as it is (`python -m pytest` puts the checkout on its path), and with it there once more."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("MARK = 'another'")
     monkeypatch.chdir(CHECKOUT)

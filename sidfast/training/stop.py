@@ -27,9 +27,9 @@ class Stop:
         several = torch.distributed.get_world_size() > 1
         self._group = torch.distributed.new_group(backend="gloo") if several else None
         self._launcher, self._looked = _tie_to_launcher(), 0.0
+        # (Ctrl-C is not for background jobs, which ignore it; but a launcher ends at it all the same)
         self._handlers = {number: signal.signal(number, self._ask) for number in _SIGNALS
-                          if signal.getsignal(number) != signal.SIG_IGN          # (Ctrl-C is not for background jobs,
-                          or self._launcher}                                     # but a launcher ends at it all the same)
+                          if signal.getsignal(number) != signal.SIG_IGN or self._launcher}
 
     def agreed(self, fault=False):
         """The name of the signal that ends the run, or None; a collective call at the end of each step. FAULT if any
