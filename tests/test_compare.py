@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -172,3 +173,70 @@ def test_arguments(results, tmp_path, capsys):
 def test_out_needs_a_name(results, capsys, out, words):
     assert cli.main(["compare", str(results[0]), "--out", out]) == 2
     assert words in capsys.readouterr().err
+
+
+NAMES = ["=cmd|x", "-1 b", "@a", "$\\frac{$", "_hidden", "<script>", "a`b*c[d]", "line\nend", "x" * 200, "plain"]
+
+
+def test_names_that_others_chose(tmp_path):
+    """They end no cell and bring no HTML, are no formula for a spreadsheet and no mathematics in a plot, and none is
+    missing in its legend. Numbers stay numbers."""
+    for n, name in enumerate(NAMES):
+        write(tmp_path / "r", name, -1.0 - n, 0.3, {"sha256": str(n)})
+    out = tmp_path / "out"
+    assert cli.main(["compare", f"$ |={tmp_path / 'r'}", "--out", str(out)]) == 0
+    found = table(out)
+    assert {row["curve"] for row in found} == {"$ |"} and {float(row["fid"]) for row in found} == {
+        -1.0 - n for n in range(len(NAMES))}
+    assert {row["result"] for row in found} == {f"'{name}" if name[0] in "=-@" else name for name in NAMES}
+    _, _, *rows = (out / "table.md").read_text().splitlines()
+    assert len(rows) == len(NAMES) and all(len(re.split(r"(?<!\\)\|", row)) == 10 for row in rows)
+    text = "\n".join(rows)
+    assert all(part in text for part in (r"=cmd\|x", "&lt;script>", r"a\`b\*c\[d\]", r"line\\nend", r"$ \|"))
+    assert cli.main(["compare", str(tmp_path / "r"), "--out", str(out)]) == 0
+    drawn = (out / "fid-clip-score.svg").read_text()
+    ElementTree.fromstring(drawn)
+    assert all(f"<!-- {shown} -->" in drawn for shown in ("$\\frac{$", " _hidden", "&lt;script&gt;", "line\\nend"))
+    assert "x" * 61 not in drawn
+
+
+@pytest.mark.parametrize("metrics, words", [
+    ({"fid/../../../x": 1.0}, "metrics.fid/../../../x"), ({"fid": 1e31}, "metrics.fid"), ({"fid": True}, "metrics.fid"),
+    ({"fid": 10**400}, "metrics.fid"), ({"": 1.0}, "metrics."), ({"fid\n": 1.0}, "metrics.fid")], ids=str)
+def test_metrics_that_are_none(results, tmp_path, capsys, metrics, words):
+    """Plots are called after metrics, so their names are no paths."""
+    (tmp_path / "x.json").write_text(json.dumps(json.loads(results[0].read_text()) | {"metrics": metrics}))
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["compare", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "x.json: is no result of `sidfast evaluate` (" in error and words.encode("unicode_escape").decode() in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("fids", [(9e29, -9e29), (5e-324, 0.0), (1.0, 1.0 + 2e-16)], ids=str)
+def test_extreme_numbers_are_drawn(tmp_path, fids):
+    """Also with an interval that does not hold its value."""
+    for n, fid in enumerate(fids):
+        write(tmp_path / "r", str(n), fid, -fid, {"sha256": str(n)}, 0, {"clip_score": [0.2, 0.3]})
+    assert cli.main(["compare", str(tmp_path / "r"), "--out", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out" / "fid-clip-score.png").size[0] > 900
+
+
+def test_files_in_their_order(tmp_path):
+    """Numbers in names count as such, wherever they stand; other digits are letters."""
+    names = ["1a", "9", "10", "10b", "a1", "a2", "a10", "a10.5", "²", "٣"]
+    for n, name in enumerate(reversed(names)):
+        write(tmp_path / "r", name, 1.0, 0.3, {"sha256": str(n)})
+    assert [group.name for group in read_groups([str(tmp_path / "r")])] == names
+
+
+def test_out_that_is_in_the_way(results, tmp_path, capsys):
+    """A folder called table.md, a link under a temporary name: nothing is lost, nothing is written elsewhere."""
+    out = tmp_path / "out"
+    (out / "table.md").mkdir(parents=True)
+    assert cli.main(["compare", str(results[0]), "--out", str(out)]) == 2
+    assert "table.md is a folder there" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["table.md"]
+    (tmp_path / ".other.partial").symlink_to(out)
+    assert cli.main(["compare", str(results[0]), "--out", str(tmp_path / "other")]) == 0
+    assert [p.name for p in out.iterdir()] == ["table.md"] and (tmp_path / "other" / "table.md").is_file()

@@ -135,17 +135,24 @@ def test_no_run_directory(tmp_path, capsys):
     assert "no run directory" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("points", [[(0, 1.0)], [(0, 3.0), (5, 3.0)], [(1, float("nan")), (2, -1e-9), (9, 2e6)]],
-                         ids=["one", "constant", "wide"])
-def test_chart_stays_in_its_frame(points):
+@pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])
+@pytest.mark.parametrize("points", [
+    [(0, 1.0)], [(0, 3.0), (5, 3.0)], [(1, float("nan")), (2, -1e-9), (9, 2e6)], [(0, 1e-13), (1, 3e-13)],
+    [(0, 1.0), (1, 1 + 2e-16)], [(0, 5e-324), (1, 1e-320)], [(0, -9e299), (2**62, 9e299)], [(7, 0.0), (7, -0.0)],
+    [(2**63 - 2, 1e-300), (2**63 - 1, 1e300)], [(0, 1e308), (1, 1e-200), (2, float("inf"))]],
+    ids=["one", "constant", "wide", "tiny", "nearly-equal", "denormal", "huge", "zero", "steps", "left-out"])
+def test_chart_stays_in_its_frame(points, log):
     import re
 
-    svg = line_chart({"a": points}, "x")
+    svg = line_chart({"a": points}, "x", ("teacher", points[0][1]), log)
     spots = re.search(r'points="([^"]*)"', svg)[1].split()
+    assert len(spots) == sum(abs(y) < 1e300 for _, y in points)
     for spot in spots:
         x, y = map(float, spot.split(","))
         assert 58 <= x <= 448 and 12 <= y <= 200
-    assert line_chart({"a": [(1, float("nan"))]}, "x") is None
+    heights = re.findall(r'<line class="grid" [^>]* y1="([^"]*)"', svg)
+    assert len(set(heights)) == len(heights) >= 2        # lines of the grid are apart
+    assert line_chart({"a": [(1, float("nan")), (2, 1e301)]}, "x") is None
 
 
 def colors(page, selector):
