@@ -33,7 +33,8 @@ sys.path.append(str(ROOT / "bench"))                     # what benchmarks and t
 
 
 SLOWEST = ("zero", "faults", "studies_runs", "plan", "plan_command", "synthetic_runs", "resume", "evaluate", "fused",
-           "fused_decoder", "fit", "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure")
+           "fused_decoder", "fit", "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure",
+           "pairs", "low_precision")
 
 
 def pytest_collection_modifyitems(items):
