@@ -62,7 +62,7 @@ def whole(config, tmp_path_factory):
     (stub / "kernels" / "__init__.py").write_text(
         '__version__ = "0.0.1"\nfrom pathlib import Path\nPath(__file__).with_name("imported").touch()\n')
     told = finish(start_launcher("sidfast/train.py", "--config", config, "--out", out, port=29721,
-                                 PYTHONPATH=os.pathsep.join([str(ROOT), str(stub)])))
+                                 PYTHONPATH=os.pathsep.join([str(ROOT), str(stub), os.environ.get("PYTHONPATH", "")])))
     assert (stub / "kernels" / "imported").exists()      # by transformers, which looks at its version
     assert told.count("sidfast: plain PyTorch takes over: no fused kernels: there is no GPU here; no CUDA") == 1
     return out

@@ -63,29 +63,38 @@ def test_a_signal_in_the_last_step_is_too_late(write_config, tmp_path, capsys):
 
 # ---- one job at a time
 
-CLAIM = ("import sys; from sidfast.training.lock import claim; claim(sys.argv[1], sys.argv[2] == 'first', 0.3); "
-         "print('held', flush=True); sys.stdin.read()")
+CLAIM = """
+import sys
+from sidfast.training.lock import claimed
+with claimed(sys.argv[1], sys.argv[2] == "first", 0.3):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def claiming(out, which):
     return subprocess.Popen([sys.executable, "-c", CLAIM, str(out), which], cwd=ROOT, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
 
 
 def test_only_processes_of_the_same_job_join(tmp_path):
     """Those that have the first one's parent: a launcher starts them all."""
+    def claim_as_another(patience=0.3):
+        with lock.claimed(tmp_path, False, patience):
+            pass
+
     processes = [claiming(tmp_path, "first")]
     try:
         assert processes[0].stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another job is training there"):
-            lock.claim(tmp_path, False, patience=0.3)    # (our parent is another one)
+            claim_as_another()                           # (our parent is another one)
         processes.append(claiming(tmp_path, "other"))
         assert processes[1].stdout.readline() == "held\n"
     finally:
         for process in processes:
             process.communicate()
-    lock.claim(tmp_path, False, patience=5)
+    claim_as_another(5)
 
 
 # ---- checkpoints
