@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from conftest import ROOT, process_alone
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from helpers_input import edit
@@ -14,16 +13,17 @@ from sidfast.config import load_config
 from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.grid import read_grid
+from sidfast.training.footprint import count_flops
 from sidfast.training.planner import Planner, load_shapes
 
-SIZE = (12, 20)                                          # height, width in pixels; latents 6 x 10
+SIZE = (16, 24)                                          # height, width in pixels; latents 8 x 12
 
 
 @pytest.fixture
 def wide_teacher(tiny_teacher, tmp_path):
     """Its UNet says [height, width], as diffusers allows."""
     folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
-    edit("unet/config.json", sample_size=[6, 10])(folder)
+    edit("unet/config.json", sample_size=[8, 12])(folder)
     return folder
 
 
@@ -37,25 +37,24 @@ def test_a_run(monkeypatch, write_config, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(["--config", str(path), "--out", str(out)]) == 0, capsys.readouterr().err
     rows = read_grid(out / "samples" / "step-00000001.png")[1]
-    assert {image.size[0] / image.size[1] for row in rows.values() for image in row} == {20 / 12}
+    assert {image.size[0] / image.size[1] for row in rows.values() for image in row} == {24 / 16}
     assert json.loads((out / "evaluation.json").read_text())["end"]["clip_score"] > -1
     config = load_config(path)
     planner = Planner(config, load_shapes(config.model.teacher, config.model))
-    assert planner.latent_shape == (4, 6, 10)
-    line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["tflops_per_gpu"] == pytest.approx(planner.flops * line["images_per_s"] / 1e12, rel=1e-6)
+    assert planner.latent_shape == (4, 8, 12)
+    assert planner.flops == count_flops(config, load_teacher(config.model.teacher), planner.latent_shape)
     for folder in (out / "export", tmp_path / "again"):
         if not folder.exists():
             assert cli.main(["export", "--run", str(out), "--out", str(folder)]) == 0
-        assert UNet2DConditionModel.load_config(folder / "unet")["sample_size"] == [6, 10]
+        assert UNet2DConditionModel.load_config(folder / "unet")["sample_size"] == [8, 12]
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-        assert pipe("x").images[0].size == SIZE[::-1] and pipe("x", height=16).images[0].size == (20, 16)
+        assert pipe("x").images[0].size == SIZE[::-1] and pipe("x", height=8).images[0].size == (24, 8)
 
 
 def test_a_teacher(wide_teacher):
     """Its own size is the default; a resolution of one number is square all the same."""
     for teacher in (load_teacher(wide_teacher), load_shapes(str(wide_teacher))):
-        assert teacher.image_size() == SIZE and teacher.latent_shape() == (4, 6, 10)
+        assert teacher.image_size() == SIZE and teacher.latent_shape() == (4, 8, 12)
         assert teacher.latent_shape(16) == (4, 8, 8) and teacher.latent_shape([16, 8]) == (4, 8, 4)
     pipe = StableDiffusionPipeline.from_pretrained(wide_teacher, safety_checker=None)
     assert pipe("x", num_inference_steps=1).images[0].size == SIZE[::-1]
@@ -66,10 +65,10 @@ def test_flops_follow_the_area(write_config):
         config = load_config(write_config(), [f"model.resolution={resolution}"])
         return Planner(config, load_shapes(config.model.teacher)).flops
 
-    assert flops([16, 32]) == flops([32, 16]) and flops([16, 16]) == flops(16) < flops([16, 32]) < flops(32)
+    assert flops([16, 32]) == flops([32, 16]) > 1.9 * flops(16)
 
 
 @pytest.mark.parametrize("value", ["[16]", "[16, 16, 16]", "[16, 4]", "[16, 20000]", "[16, 16.0]", '"16x16"', "true"])
 def test_what_is_no_size(write_config, value):
-    with pytest.raises(UserError, match="model.resolution"):
+    with pytest.raises(UserError, match=r"model\.resolution"):
         load_config(write_config(), [f"model.resolution={value}"])

@@ -1,9 +1,11 @@
 """Teachers of other kinds, and parts that do not fit: train and plan refuse them in one line, by JSON files."""
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from helpers_input import edit, fails
 from safetensors.torch import load_file, save_file
@@ -78,6 +80,16 @@ REFUSED = {
     "scheduler": (scheduler(_class_name="Evil"), "scheduler Evil is not supported"),
     "other-levels": (scheduler(_class_name="PNDMScheduler", rescale_betas_zero_snr=True),
                      "PNDMScheduler has other levels of noise"),
+    "steps": (scheduler(num_train_timesteps=10**9), "num_train_timesteps must be a whole number up to 100000"),
+    "steps-in-words": (scheduler(num_train_timesteps="1000"), "not '1000'"),
+    "spacing": (scheduler(timestep_spacing="odd"), "scheduler_config.json cannot be loaded (odd is not supported"),
+    "other-shapes": (unet(resnet_time_scale_shift="scale_shift"), "does not fit the weights next to it: "),
+    "groups": (vae(norm_num_groups=0), "vae cannot be loaded"),
+    "factor": (vae(scaling_factor=10**12), "scaling_factor"),
+    "other-file": (text(transformers_weights="../vae/x.safetensors"), "weights under another name"),
+    "no-text": (edit("tokenizer/tokenizer_config.json", model_max_length=2), "gives up to 2 tokens"),
+    "long-text-in-words": (edit("tokenizer/tokenizer_config.json", model_max_length="x"), "gives up to x tokens"),
+    "infinite": (unet(norm_eps=float("inf")), "norm_eps must be a finite number, not inf"),
     "betas": (scheduler(beta_schedule="laplace"), "cannot be loaded"),
 }
 
@@ -92,9 +104,37 @@ def test_refused(capsys, write_config, folder, tmp_path, change, words):
     assert fails(capsys, cli.main, "plan", "--config", config) == line
 
 
-def test_a_config_larger_than_any(capsys, write_config, folder, tmp_path):
-    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", "x": "y" * 2**20}))
+def test_what_is_not_a_config(folder):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({"_class_name": "UNet2DConditionModel", "x": "y" * 2**20}))
     with pytest.raises(UserError, match="larger than any configuration"):
+        load_teacher(folder)
+    path.unlink()
+    os.mkfifo(path)                                      # whose reader would wait for ever
+    with pytest.raises(UserError, match=r"config.json is not a file"):
+        load_teacher(folder)
+
+
+def test_whole_numbers_for_weights(folder):
+    """Quantised by someone whose config.json does not say so; diffusers would load them as they are."""
+    [path] = (folder / "unet").glob("*.safetensors")
+    save_file({name: (50 * value).to(torch.int8) for name, value in load_file(path).items()}, path)
+    for load in (load_teacher, load_shapes):
+        with pytest.raises(UserError, match="holds I8 numbers: quantised weights are not supported"):
+            load(str(folder))
+
+
+def test_more_words(folder):
+    """Textual inversion: one vector for a token is loaded, of several only diffusers knows which belong together."""
+    tokenizer, encoder = load_teacher(folder).tokenizer, load_teacher(folder).text_encoder
+    for token in ("<cat>", "<cat>_1"):
+        tokenizer.add_tokens([token])
+        encoder.resize_token_embeddings(len(tokenizer))
+        for part, value in (("tokenizer", tokenizer), ("text_encoder", encoder)):
+            value.save_pretrained(folder / part)
+        if token == "<cat>":
+            assert len(load_teacher(folder).tokenizer) == len(tokenizer)
+    with pytest.raises(UserError, match=r"a token of several vectors \(<cat>, textual inversion\)"):
         load_teacher(folder)
 
 
@@ -113,11 +153,12 @@ def test_accepted(folder, change):
 
 @pytest.mark.parametrize("settings, words", [
     (["model.resolution=17"], "model.resolution (17) must be a multiple of 2"),
+    (["model.resolution=[16, 20]", "train.samples=1"], "train.samples: the teacher's images of 16 x 20 pixels"),
     (["model.resolution=[16, 17]"], "([16, 17]) must be a multiple of 2"),
     (["noise.t_init=1000"], "below the teacher's 1000 timesteps"), (["noise.t_max=1000"], "noise.t_max (1000)"),
     (["model.revision=main"], "only a model on the hub has revisions"),
     (["synthetic.teacher_share=0.5", "synthetic.teacher_steps=1000"], "1000 steps begin at timestep 1000"),
-], ids=["resolution", "width", "t_init", "t_max", "revision", "steps"])
+], ids=["resolution", "drawn", "width", "t_init", "t_max", "revision", "steps"])
 def test_plan_refuses_what_training_refuses(capsys, write_config, tmp_path, settings, words):
     options = [word for setting in settings for word in ("--set", setting)]
     for command in ((train.main, "--out", tmp_path / "run"), (cli.main, "plan")):

@@ -4,7 +4,6 @@ Whatever of a configuration changes latents, texts or images is applied here as 
 applies it, or is refused with a line that says why.
 """
 
-import math
 from dataclasses import dataclass
 
 from sidfast.errors import UserError
@@ -119,7 +118,7 @@ def _check_sizes(folder, unet, vae, text, what):
     if not all(type(side) is int and 1 <= side <= 2048 for side in sides):
         raise UserError(f"{what}: {folder}/unet/config.json: sample_size must be the side of its latents, or [height, "
                         f"width], in whole numbers up to 2048, not {size!r}")
-    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf:
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < 1e9:
         raise UserError(f"{what}: {folder}/vae/config.json: scaling_factor must be a number above 0, not {factor!r}")
 
 
@@ -127,9 +126,10 @@ def check_tokenizer(folder, tokenizer, text, what):
     """Raise UserError for a tokenizer of another model than the text encoder with transformers' configuration
     `text`."""
     length, most = tokenizer.model_max_length, text.max_position_embeddings
-    if type(length) is not int or not 1 <= length <= most:
-        raise UserError(f"{what}: {folder} gives up to {str(length)[:9]} tokens, its text encoder takes "
-                        f"{most}: its files are not all there, or another model's")
+    if not isinstance(length, (int, float)) or not 3 <= length <= most:          # (a word between two marks)
+        shown = f"{length:.3g}" if isinstance(length, float) or length in range(10**6) else str(length)[:20]
+        raise UserError(f"{what}: {folder} gives up to {shown} tokens, its text encoder takes {most}: its files are "
+                        "not all there, or another model's")
     vocabulary = tokenizer.get_vocab()
     words = set(vocabulary.values()) - set(tokenizer.all_special_ids)
     if not words or max(vocabulary.values()) >= text.vocab_size:

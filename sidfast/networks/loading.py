@@ -97,12 +97,7 @@ def load_network(folder, cls, what, variant=None, **options):
     """
     folder = Path(folder)
     variant = choose_variant(folder, what, variant)
-    try:
-        build_on_meta(folder, cls, what, variant)
-    except UserError:
-        raise
-    except Exception as error:                           # each library has exceptions of its own for a broken folder
-        raise UserError(f"{what}: {folder} cannot be loaded ({first_reason(error)})") from None
+    build_on_meta(folder, cls, what, variant)
     if variant is not None:
         options["variant"] = variant
     options |= {"low_cpu_mem_usage": False} if library_of(cls) == "diffusers" else attention_of(cls)

@@ -7,6 +7,7 @@ from sidfast.method.denoise import PREDICTION_TYPES
 from sidfast.networks.teacher_files import first_reason
 
 _FILE = "scheduler/scheduler_config.json"
+_MOST_STEPS = 100_000
 _NAMES = "DDIM, DDPM, PNDM, Euler, DPM-Solver"
 
 
@@ -24,6 +25,10 @@ def load_schedulers(folder, config, what, prediction_type=None):
     if not known or "beta_schedule" not in config:
         raise UserError(f"{what}: {folder}/{_FILE}: scheduler {str(kind)[:60]} is not supported; one of diffusers with "
                         f"a beta schedule is needed ({_NAMES})")
+    count = config.get("num_train_timesteps", 1000)
+    if type(count) is not int or count > _MOST_STEPS:
+        raise UserError(f"{what}: {folder}/{_FILE}: num_train_timesteps must be a whole number up to {_MOST_STEPS}, "
+                        f"not {str(count)[:60]!r}")
     kept = {"prediction_type": prediction_type or config.get("prediction_type", "epsilon"), "clip_sample": False}
     if kept["prediction_type"] not in PREDICTION_TYPES:
         raise UserError(f"{what}: {folder}/{_FILE}: prediction type {str(kept['prediction_type'])[:60]!r} is not "

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from sidfast.errors import UserError
+from sidfast.networks.teacher_files import first_reason
 from sidfast.networks.weights import STEMS, count_values, read_shapes
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _LIBRARIES = ("diffusers", "transformers")
-_CODE = {"auto_map": "code of its own", "custom_pipelines": "code of its own",
-         "quantization_config": "another library's code for quantised weights"}
+_REFUSED = {"auto_map": "code of its own", "custom_pipelines": "code of its own",
+            "quantization_config": "another library's code for quantised weights",
+            "transformers_weights": "weights under another name"}
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 _MOST_BYTES, _MOST_LAYERS = 2**20, 4096                  # of a configuration; in a network
 
@@ -72,6 +74,8 @@ def check_parts(folder, what, parts):
 def read_config(path, what):
     """A configuration of someone else's, a JSON object, as a dictionary. Raises UserError, which `what` opens."""
     try:
+        if path.exists() and not path.is_file():         # (to read a pipe would wait for ever)
+            raise UserError(f"{what}: {path} is not a file")
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{what}: {path} is larger than any configuration ({path.stat().st_size} bytes)")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -89,12 +93,14 @@ def refuse_harm(config, what, path):
     than can be built."""
     layers = {}
     for key, value in _entries(config):
-        if value and key in _CODE:
-            raise UserError(f"{what}: {path} asks for {_CODE[key]} ({key}), which is not run; plain weights for the "
+        if value and key in _REFUSED:
+            raise UserError(f"{what}: {path} asks for {_REFUSED[key]} ({key}), which is refused; plain weights for the "
                             "classes of diffusers and transformers are needed")
         if key in _ATTENTION and "/" in str(value):
             raise UserError(f"{what}: {path} asks for attention from the hub ({key} {str(value)[:60]!r}), which is "
                             "code that is not run; remove the key")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{what}: {path}: {key} must be a finite number, not {value}")
         if "layers" in key and type(value) is int:
             layers[key] = max(layers.get(key, 1), value)
         elif key == "block_out_channels" and isinstance(value, (list, tuple)):
@@ -109,18 +115,21 @@ def build_on_meta(folder, cls, what, variant=None, weights=True):
     """A network of diffusers or transformers without weights, on the meta device, from a folder's config.json.
 
     Nothing is allocated; the sizes are compared with the headers of the folder's weights of a variant if `weights`.
-    Raises UserError, which `what` opens, for a configuration that asks for code or is too large for its weights, and
-    whatever the library raises for one that is broken.
+    Raises UserError, which `what` opens, for a configuration that is broken, asks for code, or does not fit the
+    weights.
     """
     path = Path(folder) / "config.json"
     refuse_harm(read_config(path, what), what, path)
     library = library_of(cls)
-    shapes = read_shapes(Path(folder), STEMS[library], variant) if weights else None
-    with torch.device("meta"):
-        if library == "diffusers":
-            network = cls.from_config(cls.load_config(folder))
-        else:
-            network = cls(cls.config_class.from_pretrained(folder, **attention_of(cls)))
+    try:
+        shapes = read_shapes(Path(folder), STEMS[library], variant) if weights else None
+        with torch.device("meta"):
+            if library == "diffusers":
+                network = cls.from_config(cls.load_config(folder))
+            else:
+                network = cls(cls.config_class.from_pretrained(folder, **attention_of(cls)))
+    except Exception as error:                           # each library has exceptions of its own for a broken folder
+        raise UserError(f"{what}: {folder} cannot be loaded ({first_reason(error)})") from None
     if shapes is not None:
         _compare(network, shapes, what, path)
     return network
@@ -145,6 +154,10 @@ def _compare(network, shapes, what, path):
     if wanted > 2 * found:                               # (fewer that are missing are named when the weights are read)
         raise UserError(f"{what}: {path} describes a network of {wanted:,} parameters, the weights next to it hold "
                         f"{found:,}")
+    for name, parameter in network.named_parameters():
+        if name in shapes and tuple(parameter.shape) != tuple(shapes[name]):
+            raise UserError(f"{what}: {path} does not fit the weights next to it: {name} is {[*parameter.shape]} by it "
+                            f"and {[*shapes[name]]} there")
 
 
 def _entries(value, key=""):

@@ -42,7 +42,8 @@ def choose_variant(folder, what, wanted=None):
 def read_shapes(folder, stem, variant=None):
     """{name: shape} of the tensors in a folder's weights, from the headers of the files.
 
-    Raises ValueError for an index that names anything but safetensors files of that folder; OSError or SafetensorError
+    Raises ValueError for an index that names anything but safetensors files of that folder, and for weights that are
+    not floating-point numbers; OSError or SafetensorError
     for files that are missing or damaged.
     """
     path = folder / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
@@ -51,7 +52,11 @@ def read_shapes(folder, stem, variant=None):
     shapes = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            for name in file.keys():                     # noqa: SIM118 (not a dictionary)
+                tensor = file.get_slice(name)
+                if name.endswith((".weight", ".bias")) and not tensor.get_dtype().startswith(("F", "BF")):
+                    raise ValueError(f"{name} holds {tensor.get_dtype()} numbers: quantised weights are not supported")
+                shapes[name] = tensor.get_shape()
     return shapes
 
 

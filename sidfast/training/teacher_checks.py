@@ -5,6 +5,7 @@ from sidfast.networks.schedulers import check_levels, check_steps
 from sidfast.training.batches import UPDATES, noise_levels
 
 TEACHER_STEPS = 50                                       # of the teacher's own images
+_MULTIPLE = 8                                            # of the sides that StableDiffusionPipeline draws
 
 
 def check_teacher_fits(config, teacher, source):
@@ -22,9 +23,13 @@ def check_teacher_fits(config, teacher, source):
     highest = {f"noise.{update}.t_max" if getattr(config.noise, update).t_max is not None else "noise.t_max":
                config.noise.levels(update)[2] for update in UPDATES}
     check_levels(teacher.schedule, teacher.prediction_type, {"noise.t_init": config.noise.t_init} | highest, source)
+    teacher.check_resolution(config.model.resolution, source)
+    size = teacher.image_size(config.model.resolution)
     for key, steps in _sampled(config).items():
         check_steps(teacher.sampler(), steps, f"{source}: {key}")
-    teacher.check_resolution(config.model.resolution, source)
+        if key != "synthetic.teacher_share" and any(side % _MULTIPLE for side in size):
+            raise UserError(f"{source}: {key}: the teacher's images of {size[0]} x {size[1]} pixels cannot be drawn, "
+                            f"whose sides must be multiples of {_MULTIPLE}; see model.resolution")
 
 
 def _sampled(config):
