@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sidfast.environment import check_environment, prepare_environment, use_utf8
-from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, speaks
+from sidfast.errors import INTERRUPTED, Parser, RunError, UserError, check_paths, one_line, say, speaks
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "out")
@@ -27,10 +27,10 @@ def main(argv=None):
         if getattr(args, "out", None) is not None and not Path(args.out).name:
             raise UserError(f"--out {args.out}: must name a file or folder")
         return args.run(args) or 0
-    except UserError as error:
+    except (UserError, RunError) as error:
         if speaks():
             print(f"sidfast: {one_line(error)}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("sidfast: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -109,6 +109,7 @@ def run(args):
     if first:
         check_measures(config, teacher)
         _tell_cut(prompts, teacher)
+    del prompts                                          # (those of a table are in memory)
     claim(out, first, warn=_tell)
     device = join()
     check_sections(config, processes)

@@ -80,6 +80,7 @@ def _check_inputs(study, path):
     import torch
 
     from sidfast.data.diversity import training_prompts
+    from sidfast.data.prompts import open_lines
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
     from sidfast.train import check_teacher_fits
@@ -94,6 +95,8 @@ def _check_inputs(study, path):
                         ("assets", measures.assets if study.of_shapes else None)):
         if place is not None and not Path(place).exists():
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
+    if measures.prompts is not None:
+        open_lines(measures.prompts, measures.prompts_column, f"{path}: evaluation.prompts")
     teacher, checked = load_teacher(study.runs[0].config.model.teacher), set()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for run in study.runs:
