@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sidfast.environment import check_environment, prepare_environment, use_utf8
-from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, tell, unfailing_streams
+from sidfast.errors import INTERRUPTED, Parser, RunError, UserError, check_paths, one_line, say, tell, unfailing_streams
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "checkpoint", "teacher", "out")
@@ -22,9 +22,9 @@ def main(argv=None):
     with unfailing_streams():
         try:
             return _run(argv)
-        except UserError as error:
+        except (UserError, RunError) as error:
             tell(one_line(error))
-            return 2
+            return 2 if isinstance(error, UserError) else 1
         except KeyboardInterrupt:
             tell("interrupted")
             return INTERRUPTED

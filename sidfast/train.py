@@ -72,6 +72,7 @@ def run(args):
     compute_dtype(config.deepspeed)
     with claimed(out, first):
         teacher, inputs = _check(config, out, args, first, prompts)
+        del prompts                                      # (those of a table are in memory)
         device = join()
         result = _train(config, out, args, teacher, inputs, device)
         if first:

@@ -288,7 +288,7 @@ def test_diversity_is_the_mean_pairwise_distance(stored, tmp_path):
         upper = torch.triu_indices(3, 3, 1)
         want.append(1 - pairwise_cosine_similarity(group, group)[upper[0], upper[1]].mean().item())
     assert diversity(embeddings, 3).mean().item() == pytest.approx(np.mean(want), rel=1e-4)
-    got = run(options(stored, metrics="diversity", seeds_per_prompt=3), tmp_path / "r.json")["metrics"]
+    got = run(options(stored, metrics="diversity", seeds_per_prompt=3, images=300), tmp_path / "r.json")["metrics"]
     assert 0 < got["diversity_small_clip"] < 1
 
 

@@ -95,6 +95,14 @@ def test_files_that_are_no_images_are_named(tmp_path):
     assert told == []
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    folder = folder_of(tmp_path / "f", "0.png", "1.png")
+    before = ImageFolder(folder, "--model").sha256()
+    os.rename(folder / "1.png", os.fsencode(folder) + b"/1\xe9.png")
+    images = ImageFolder(folder, "--model")
+    assert len(images) == 2 and images.sha256() != before and images(0, 2).shape == (2, 3, 8, 8)
+
+
 def test_what_stands_for_an_image(tmp_path):
     """A link to nothing is a missing image; a folder by the name of one is a folder."""
     (folder_of(tmp_path, "0.png", "2.png") / "1.png").symlink_to("nowhere.png")

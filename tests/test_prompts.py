@@ -52,6 +52,8 @@ FILES = {
     "invisible lines": ("\u200b\none\n\u2060\u200d \n\u3164\n\ufe0f\n\x07\n\u2800\ntwo".encode(), ["one", "two"]),
     "line ends of others are white space": ("a\u2028b\x0bc\x0cd\x85e\u2029\n\x0c\n".encode(),
                                             ["a\u2028b\x0bc\x0cd\x85e"]),
+    "braces": (b"{a cat|a dog} on a mat\n{}}\n", ["{a cat|a dog} on a mat", "{}}"]),
+    "the end of an old file": (b"one\r\ntwo\r\n\x1a", ["one", "two"]),
     "joined emoji": ("\U0001f469\u200d\U0001f680 in space\n".encode(), ["\U0001f469\u200d\U0001f680 in space"]),
 }
 

@@ -75,7 +75,7 @@ with claimed(sys.argv[1], sys.argv[2] == "first", 0.3):
 def claiming(out, which):
     return subprocess.Popen([sys.executable, "-c", CLAIM, str(out), which], cwd=ROOT, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+                            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
 
 
 def test_only_processes_of_the_same_job_join(tmp_path):

@@ -184,6 +184,13 @@ def test_prompts_of_a_file_need_an_evaluation(capsys, study_file, tmp_path):
     measures["features"] = "inception:/nowhere.pth"
     line = fails(capsys, study_file(settings=settings, evaluation=measures), "--out", tmp_path / "out")
     assert "evaluation.features: /nowhere.pth" in line
+    (tmp_path / "t.csv").write_text("a,b\nx,y\n")
+    table = {"prompts": str(tmp_path / "t.csv"), "metrics": "clip", "clip": str(tmp_path)}
+    line = fails(capsys, study_file(settings=settings, evaluation=table), "--out", tmp_path / "out")
+    assert "evaluation.prompts: " in line and "give one as " in line and line.endswith("evaluation.prompts_column")
+    measures = {"coco": str(tmp_path), "prompts_column": "a", "metrics": "clip", "clip": str(tmp_path)}
+    assert "evaluation.prompts_column is of" in fails(capsys, study_file(settings=settings, evaluation=measures))
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_of_a_study(study_file):

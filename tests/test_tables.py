@@ -115,6 +115,8 @@ BAD = {
     "text.csv.gz": ("caption\na\n", "is not a gzip file"),
     "cut.txt.gz": (gzip.compress(bytes(range(250)))[:-9], "gzip"),
     "bytes.txt.gz": (gzip.compress(b"a\n\xff"), ", line 2: not UTF-8"),
+    "lines.txt": ('{"file_name": "1.jpg", "text": "a cat"}\n', "its lines are JSON, not prompts; name it .jsonl"),
+    "lines.txt.gz": (gzip.compress(b'{"a": 1}\n'), "its lines are JSON"),
     "unknown": (b"SQLite format 3\0", ", line 1: has a null character"),
 }
 

@@ -6,6 +6,7 @@ number of processes, from the count of prompts that it has used.
 
 import functools
 import gzip
+import json
 import zlib
 from pathlib import Path
 
@@ -85,7 +86,17 @@ def open_lines(path, column=None, option="--prompts", tell=None):
     if not len(lines):
         raise UserError(f"{label} holds {'no caption' if ending in READERS else 'empty lines only'}; it needs one "
                         f"prompt a {'row' if ending in READERS else 'line'}")
+    if ending not in READERS and _is_json(lines[0]):
+        raise UserError(f"{label}: its lines are JSON, not prompts; name it .jsonl, and their texts are read")
     return lines
+
+
+def _is_json(line):
+    """Whether a line is a JSON object, as no prompt is."""
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _open_text(path, label):

@@ -187,5 +187,5 @@ def hash_files(paths, root=None):
             digest = hashlib.sha256()
             while part := file.read(2**20):
                 digest.update(part)
-        total.update((f"{path.relative_to(root)}\0" if root else "").encode() + digest.digest())
+        total.update((f"{path.relative_to(root)}\0" if root else "").encode(errors="surrogateescape") + digest.digest())
     return total.hexdigest()

@@ -158,7 +158,8 @@ def _named_teacher(model, folder):
     """The folder of the teacher that an export names, where its run found it or under that name here, or None."""
     about, known = read_distillation(folder), {}
     if (folder.parent / "config.json").is_file():
-        known = recorded(read_run(folder.parent, f"--model {model}: no run directory", "name the export itself"), "paths")
+        described = read_run(folder.parent, f"--model {model}: no run directory", "name the export itself")
+        known = recorded(described, "paths")
     places = known.get(TEACHER), about.get("teacher")
     place = next((name for name in places if isinstance(name, str) and Path(name).is_dir()), None)
     if place and isinstance(about.get("inputs"), dict):

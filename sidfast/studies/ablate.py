@@ -79,6 +79,7 @@ def _check_inputs(study, path):
     import torch
 
     from sidfast.data.diversity import training_prompts
+    from sidfast.data.prompts import open_lines
     from sidfast.method.synthetic import cannot_capture
     from sidfast.networks.loading import load_teacher
     from sidfast.training.engines import compute_dtype, engine_config, zero_stages
@@ -93,6 +94,8 @@ def _check_inputs(study, path):
                         ("assets", measures.assets if study.of_shapes else None)):
         if place is not None and not Path(place).exists():
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
+    if measures.prompts is not None:
+        open_lines(measures.prompts, measures.prompts_column, f"{path}: evaluation.prompts")
     model, checked = study.runs[0].config.model, set()
     teacher = load_teacher(model.teacher, **model.loading)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -125,8 +125,8 @@ def check_record(out, study, run):
 def has_other_config(out, run):
     """Whether a run failed with a configuration that has changed since."""
     record = read_record(out, run)
-    return record is not None and not is_final(record) and record["config"] != json.loads(json.dumps(
-        run.config.model_dump()))
+    return record is not None and not is_final(record) and any(
+        _differences(record["config"], json.loads(json.dumps(run.config.model_dump()))))
 
 
 def _differences(old, new, prefix=""):

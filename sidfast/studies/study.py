@@ -216,6 +216,8 @@ def _check_evaluation(path, file, of_shapes):
         raise UserError(f"{path}: evaluation.points needs the shapes world (data.prompts = shapes:train)")
     if of_shapes:
         return
+    if m.prompts_column is not None and m.prompts is None:
+        raise UserError(f"{path}: evaluation.prompts_column is of a table that evaluation.prompts names")
     if m.coco is None and m.prompts is None:
         raise UserError(f"{path}: evaluation.coco or evaluation.prompts is missing")
     metrics = parse_metrics(m.metrics or "fid,clip")

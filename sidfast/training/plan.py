@@ -20,7 +20,7 @@ from sidfast.training.teacher_checks import check_teacher_fits
 def parse_memory(text):
     """Bytes of a GPU's memory, such as 24G, 80 GiB, 24576MiB or 0.08T; a number alone is GiB, and all units are powers
     of 1024, as GPUs have them. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([mgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([mgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE | re.ASCII)
     if not match or float(match[1]) <= 0:
         raise UserError(f"--memory {text}: must be a GPU's memory, such as 24G or 24576MiB")
     return float(match[1]) * GIB * {"m": 1 / 1024, "t": 1024}.get(match[2].lower(), 1)

@@ -131,7 +131,7 @@ class Preview:
         """The result of a function, the last argument, kept under the other arguments and the settings behind it."""
         *key, make = what
         c = self.config
-        key = json.dumps([*key, c.model.model_dump(), c.data.prompts, c.train.samples])
+        key = json.dumps([*key, c.model.model_dump(), c.data.model_dump(), c.train.samples])
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
