@@ -174,7 +174,7 @@ def test_images_of_a_grid_have_seeds_of_their_own():
             return SimpleNamespace(images=[noise.initial_seed() for noise in generator])
 
     preview = object.__new__(Preview)
-    preview.side, preview.prompts = 300, ["a prompt"] * 5                        # (two of them at once)
+    preview.size, preview.prompts = (300, 300), ["a prompt"] * 5                        # (two of them at once)
     assert preview._images(Pipe()) == [0, 1, 2, 3, 4]
 
 

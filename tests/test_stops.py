@@ -154,24 +154,26 @@ class NoSaver:
 @pytest.fixture
 def progress(group, monkeypatch):
     monkeypatch.setattr(progress_module, "comm", torch.distributed)              # (DeepSpeed's has no group here)
-    return Progress(step=2, images=8, sums=[torch.tensor(1.0), torch.tensor(3.0), torch.tensor(1.0)])
+    return Progress(step=2, images=8, sums=[torch.tensor(v) for v in (1.0, 3.0, 1.0, 2.0)])
 
 
 def test_a_line_counts_from_the_one_before(progress):
     progress.count_skipped("generator", 1, 50, NoSaver())
-    assert progress.reduce(4, NoSaver()) == {"fake_score_loss": 0.5, "generator_loss": 1.5, "non_finite": 1.0,
+    assert progress.reduce(4, NoSaver()) == {"fake_score_loss": 0.5, "generator_loss": 1.5, "non_finite": 3.0,
+                                             "non_finite/fake_score": 1.0, "non_finite/generator": 2.0,
                                              "skipped_updates": 1}
-    progress.step, progress.sums = 3, [torch.tensor(2.0), torch.tensor(4.0), torch.tensor(0.0)]
+    progress.step, progress.sums = 3, [torch.tensor(v) for v in (2.0, 4.0, 0.0, 0.0)]
     assert progress.reduce(4, NoSaver()) == {"fake_score_loss": 2.0, "generator_loss": 4.0, "non_finite": 0.0,
+                                             "non_finite/fake_score": 0.0, "non_finite/generator": 0.0,
                                              "skipped_updates": 0}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_sums_of_another_number_of_processes(processes):
     """Losses are means over processes, samples left out are a sum."""
-    extra = EXTRA | {"step": 7, "sums": [[1.0, 2.0, 3.0], [3.0, 6.0, 5.0]]}
+    extra = EXTRA | {"step": 7, "sums": [[1.0, 2.0, 3.0, 1.0], [3.0, 6.0, 5.0, 1.0]]}
     sums = torch.tensor([Progress.resume(extra, rank, processes).sums for rank in range(processes)])
-    assert (sums[:, :2].mean(0).tolist(), sums[:, 2].sum().item()) == ([2.0, 4.0], pytest.approx(8.0))
+    assert sums[:, :2].mean(0).tolist() == [2.0, 4.0] and sums[:, 2:].sum(0).tolist() == pytest.approx([8.0, 2.0])
 
 
 def test_a_spike_downwards_names_its_samples(group):

@@ -17,7 +17,8 @@ from sidfast.method.distill import Batch, Objective, generate
 from sidfast.method.synthetic import Source, TeacherShare
 from sidfast.networks.loading import load_teacher
 from sidfast.networks.schedulers import check_steps
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, write_export
+from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.load import load_pipeline
 from sidfast.training.batches import TextEncoder
 from sidfast.training.preview import Preview
 from sidfast.training.teacher_checks import check_teacher_fits

@@ -143,8 +143,7 @@ def test_more_words(folder):
     index(_class_name="StableDiffusionInpaintPipeline", image_encoder=["transformers", "CLIPVisionModel"]),
     index(controlnet=[None, None], text_encoder_2=[None, None]),
     unet(class_embed_type=None, time_cond_proj_dim=None, center_input_sample=True),
-    vae(shift_factor=0.0, force_upcast=False), text(attn_implementation="kernels-community/flash-attn")],
-    ids=["img2img", "inpaint", "none", "nulls", "no-shift", "kernel"])
+    vae(shift_factor=0.0, force_upcast=False)], ids=["img2img", "inpaint", "none", "nulls", "no-shift"])
 def test_accepted(folder, change):
     change(folder)
     assert load_teacher(folder).text_encoder.config._attn_implementation == "sdpa"
