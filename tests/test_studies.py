@@ -10,6 +10,7 @@ from conftest import ROOT
 from scipy import stats
 
 from sidfast import cli
+from sidfast.errors import UserError
 from sidfast.studies import ablate
 from sidfast.studies.plots import plots
 from sidfast.studies.record import is_final, read_record, reserved
@@ -208,6 +209,20 @@ def test_a_run_belongs_to_one_process(tmp_path, study_file):
         assert first and not second
     with reserved(tmp_path, run) as again:
         assert again
+
+
+def test_a_run_that_another_study_has_begun_meanwhile(tmp_path, study_file, monkeypatch):
+    """Both were started before either had written anything."""
+    study, other = read_study(study_file()), read_study(study_file(settings={"loss.alpha": 0.5}))
+    folder = tmp_path / study.runs[0].folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": other.runs[0].config.model_dump()}))
+    worker = Worker(study, tmp_path, 1, torch.device("cpu"))
+    monkeypatch.setattr(worker, "_run", lambda run: pytest.fail("it was trained"))
+    monkeypatch.setattr(worker, "_measure_teacher", lambda point: None)
+    with pytest.raises(UserError, match=r"holds a, seed 0, of another study \(loss.alpha is 0.5 there"):
+        worker.work()
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 # Statistics
