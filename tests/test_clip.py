@@ -69,7 +69,7 @@ def text_encoder(folder):
     (weights(lambda t: t.update(extra=torch.ones(3))), "has, but its config.json does not know, 1"),
     (weights(lambda t: t["logit_scale"].fill_(float("nan"))), "logit_scale has values that are not finite"),
     (weights(lambda t: t["visual_projection.weight"][3, 3].fill_(float("inf"))), "not finite"),
-    (weights(lambda t: t.update({"visual_projection.weight": torch.ones(128, 64)})), "does not fit the weights next to it"),
+    (weights(lambda t: t.update({"visual_projection.weight": torch.ones(128, 64)})), "does not fit the weights"),
     (nested("vision_config", num_hidden_layers=4), "lacks"),
     (nested("text_config", num_hidden_layers=1), "does not know"),
     (text_encoder, "is not a whole CLIP (config.json: model_type 'clip_text_model')"),
