@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from sidfast import cli
 from sidfast.config import build_config
 from sidfast.data import shapes
 from sidfast.method.distill import Batch
+from sidfast.networks.loading import load_teacher
 from sidfast.networks.packed import Packed
 from sidfast.publishing.grid import read_grid
 from sidfast.publishing.load import load_pipeline
@@ -168,6 +170,16 @@ def test_grid_of_a_run(run, teacher):
         for label, image in want.items():
             pixels = torch.from_numpy(np.array(rows[label][seed])).permute(2, 0, 1)
             assert (pixels - 255 * image).abs().max() < 0.51, label
+
+
+def test_timesteps_of_the_teacher(teacher, tmp_path):
+    """Stable Diffusion's, whatever its scheduler's own; the last step ends at the first level, not at none."""
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    edit("scheduler/scheduler_config.json", steps_offset=0, set_alpha_to_one=True)(folder)
+    sampler = load_teacher(str(folder)).sampler()
+    sampler.set_timesteps(50)
+    assert sampler.timesteps.tolist() == list(range(981, 0, -20))
+    assert sampler.final_alpha_cumprod == sampler.alphas_cumprod[0] < 1
 
 
 def test_export_of_a_checkpoint(run, teacher, tmp_path):
