@@ -5,6 +5,7 @@ applies it, or is refused with a line that says why.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from sidfast.errors import UserError
@@ -112,6 +113,11 @@ def _check_sizes(folder, unet, vae, text, what):
         raise UserError(f"{what}: {folder}/unet takes texts of width {width} (cross_attention_dim), its text_encoder "
                         f"gives {text.hidden_size} (hidden_size): they are of different models")
     size, factor = unet.get("sample_size"), vae.get("scaling_factor", 0.18215)
+    written = re.match(r"0\.(\d+)\.", str(unet.get("_diffusers_version")))
+    if written and int(written[1]) < 9 and type(size) is int and size < 64:
+        raise UserError(f"{what}: {folder}/unet/config.json is of diffusers {unet['_diffusers_version'][:20]}, for "
+                        f"which StableDiffusionPipeline takes a sample_size of 64 in place of {size}: write 64 there, "
+                        "or 0.9.0 as _diffusers_version")
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 1 <= side <= 2048 for side in sides):
         raise UserError(f"{what}: {folder}/unet/config.json: sample_size must be the side of its latents, or [height, "
@@ -125,7 +131,8 @@ def check_tokenizer(folder, tokenizer, text, what):
     `text`."""
     length, most = tokenizer.model_max_length, text.max_position_embeddings
     if type(length) is not int or not 1 <= length <= most:
-        raise UserError(f"{what}: {folder} gives up to {str(length)[:9]} tokens, its text encoder takes "
+        said = f"{length:.3g}" if isinstance(length, (int, float)) else repr(length)[:20]
+        raise UserError(f"{what}: {folder} gives up to {said} tokens, its text encoder takes "
                         f"{most}: its files are not all there, or another model's")
     vocabulary = tokenizer.get_vocab()
     words = set(vocabulary.values()) - set(tokenizer.all_special_ids)
