@@ -88,7 +88,7 @@ REFUSED = {
     "factor": (vae(scaling_factor=10**12), "scaling_factor"),
     "other-file": (text(transformers_weights="../vae/x.safetensors"), "weights under another name"),
     "no-text": (edit("tokenizer/tokenizer_config.json", model_max_length=2), "gives up to 2 tokens"),
-    "long-text-in-words": (edit("tokenizer/tokenizer_config.json", model_max_length="x"), "gives up to x tokens"),
+    "long-text-in-words": (edit("tokenizer/tokenizer_config.json", model_max_length="x"), "gives up to 'x' tokens"),
     "infinite": (unet(norm_eps=float("inf")), "norm_eps must be a finite number, not inf"),
     "betas": (scheduler(beta_schedule="laplace"), "cannot be loaded"),
 }
