@@ -110,6 +110,8 @@ def fails(capsys, *args):
     ({"settings": {"model.teacher": "/nowhere"}}, ["model.teacher", "/nowhere"]),
     ({"variants": {"a": {"noise.t_init": 5000}}}, ["variants.a", "noise.t_init (5000)"]),
     ({"variants": {"a": {}, "b": {"model.teacher": "other"}}}, ["the same model.teacher"]),
+    ({"variants": {"a": {}, "b": {"model.variant": "fp16"}}}, ["the same model.teacher"]),
+    ({"settings": {"model.prediction_type": "epsilon"}, "teacher": [1.5]}, ["without model.prediction_type"]),
     ({"variants": {"a": {"speed.fused": True}}, "settings": {"deepspeed.bf16": {"enabled": True},
                                                              "deepspeed.fp16": {"enabled": True}}}, ["bf16 and fp16"]),
 ], ids=str)

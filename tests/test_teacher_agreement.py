@@ -14,6 +14,7 @@ from sidfast import cli, train
 from sidfast.config import load_config
 from sidfast.errors import UserError
 from sidfast.method.distill import Batch, Objective, generate
+from sidfast.method.noise import DENSITIES, NoiseLevels
 from sidfast.method.synthetic import Source, TeacherShare
 from sidfast.networks.loading import load_teacher
 from sidfast.networks.schedulers import check_steps
@@ -146,6 +147,21 @@ def test_epsilon_where_there_is_no_signal(capsys, write_config, folder, tmp_path
     assert not (tmp_path / "run").exists()
     both = load_config(config, [*settings, "model.prediction_type=v_prediction"])
     check_teacher_fits(both, load_teacher(folder, **both.model.loading), "config")
+
+
+@pytest.mark.parametrize("density", sorted(DENSITIES))
+def test_levels_up_to_no_signal(folder, density):
+    """With v prediction the last level can be drawn, by every density that has an end."""
+    edit("scheduler/scheduler_config.json", **ZERO_SNR | {"prediction_type": "v_prediction"})(folder)
+    schedule = load_teacher(folder).schedule
+    if density == "karras":
+        with pytest.raises(ValueError, match="needs a finite range"):
+            NoiseLevels(schedule, density, 20, 999)
+        return
+    t = NoiseLevels(schedule, density, 20, 999).sample(10_000, torch.Generator().manual_seed(0))
+    a, s = schedule.coefficients(t)
+    assert t.min() >= 20 and t.max() <= 999 and a.isfinite().all() and s.isfinite().all()
+    assert density != "ddpm" or ((t == 999).any() and a.min() == 0)
 
 
 def test_sampling_where_there_is_no_signal(capsys, folder, tmp_path):

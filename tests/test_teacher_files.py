@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from helpers_input import edit, fails
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
+from sidfast.config import load_config
 from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
 from sidfast.networks.teacher_files import find_teacher
 from sidfast.training.planner import load_shapes
+from sidfast.training.run import describe_distillation
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -166,3 +169,16 @@ def test_layers_that_are_not_used(folder, tiny_teacher):
     edit("text_encoder/config.json", num_hidden_layers=4)(folder)
     with pytest.raises(UserError, match="lacks 16 of the network's tensors"):
         load_teacher(folder)
+
+
+def test_results_of_older_runs_stay_comparable(write_config):
+    """The hash of a run's settings does not see the keys that older runs do not have, unless they are set."""
+    config = load_config(write_config())
+    values = config.model_dump()
+    values["model"] = {key: values["model"][key] for key in ("teacher", "resolution")}
+    older = SimpleNamespace(model=config.model, model_dump=lambda: values)
+    now = describe_distillation(config, 1)
+    assert now["settings"] == describe_distillation(older, 1)["settings"]
+    for setting in ("model.variant=fp16", "model.prediction_type=epsilon", "model.revision=main"):
+        changed = describe_distillation(load_config(write_config(), [setting]), 1)
+        assert changed["settings"] != now["settings"]

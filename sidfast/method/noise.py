@@ -44,7 +44,8 @@ class NoiseSchedule:
         numbers, those beyond its ends the ends."""
         high = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self) - 1)
         below, above = self.log_sigma[high - 1], self.log_sigma[high]
-        return high - 1 + ((log_sigma - below) / (above - below)).clamp(0, 1)
+        between = ((log_sigma - below) / (above - below)).clamp(0, 1)
+        return high - 1 + torch.where(log_sigma == above, 1, between)            # (above may be infinite)
 
     def coefficients(self, t):
         """(a, s) of timesteps t, float32, each of t's shape: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
@@ -285,13 +286,17 @@ class NoiseLevels:
     def __init__(self, schedule, density="ddpm", t_min=20, t_max=979, **options):
         """`density`: a key of DENSITIES; t_min, t_max: timesteps on the grid; `options`: the density's own.
 
-        Raises ValueError if the teacher has no timestep t_max, or the density (next to) nothing in the range.
+        Raises ValueError if the teacher has no timestep t_max, or the density (next to) nothing in the range, or none
+        that is finite.
         """
         if t_max >= len(schedule):
             raise ValueError(f"noise.t_max ({t_max}) must be below the teacher's {len(schedule)} timesteps")
         low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
         distribution = DENSITIES[density].over(schedule, low, high, **options)
         self.schedule, self.distribution = schedule, Truncated(distribution, low, high)
+        if not self.distribution.quantile(torch.tensor(0.5, dtype=torch.float64)).isfinite():
+            raise ValueError(f"noise.t_max ({t_max}) has no signal (zero terminal SNR), and density {density!r} needs "
+                             "a finite range: take a smaller one")
 
     def sample(self, n, generator):
         """n timesteps t [n] in [t_min, t_max] (float64, fractional in general) on the generator's device."""

@@ -171,6 +171,10 @@ def read_study(path):
     shapes = {run.config.data.prompts.startswith("shapes:") for run in runs}
     if len(shapes) > 1 or len({run.config.model.model_copy(update={"resolution": None}) for run in runs}) > 1:
         raise UserError(f"{path}: all variants need the same model.teacher and the same kind of data.prompts")
+    given = [f"model.{key}" for key, value in runs[0].config.model.loading.items() if value is not None]
+    if file.teacher and given:
+        raise UserError(f"{path}: teacher measures the teacher as its files are, without {', '.join(given)}; leave one "
+                        "of them out")
     _check_evaluation(path, file, study.of_shapes)
     return study
 
