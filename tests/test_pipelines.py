@@ -95,7 +95,7 @@ def test_images_are_those_without_a_safety_checker(folder, plain, tmp_path, caps
     damage(folder)
     assert sample(folder, tmp_path / "x.png") == 0
     said = capsys.readouterr().err.strip()
-    assert said == f"sidfast: --model {folder}: used without its safety_checker, feature_extractor"
+    assert said == f"sidfast: --model {folder}: used without its feature_extractor, safety_checker"
     assert tile(tmp_path / "x.png").tobytes() == pil(plain).tobytes()
 
 
@@ -114,7 +114,7 @@ def test_the_result_of_evaluate_says_so(folder, tmp_path):
         edit("model_index.json", safety_checker=[None, None], feature_extractor=[None, None],
              _class_name="StableDiffusionPipeline")(folder)
     model, other = results["with"]["model"], results["without"]["model"]
-    assert model["left_out"] == ["safety_checker", "feature_extractor"] and other["left_out"] == []
+    assert model["left_out"] == ["feature_extractor", "safety_checker"] and other["left_out"] == []
     assert model["saved_as"] == "StableDiffusionImg2ImgPipeline" and "saved_as" not in other
     assert model["pipeline"] == other["pipeline"] == "StableDiffusionPipeline" and model["scheduler"] == "PNDMScheduler"
     assert results["with"]["metrics"] == results["without"]["metrics"]
@@ -183,6 +183,11 @@ def only_nan(folder):
     (other_unet(in_channels=9), "unet takes 9 channels, its latents have 4"),
     (other_unet(class_embed_type="timestep"), "class_embed_type is 'timestep'"),
     (other_unet(encoder_hid_dim_type="image_proj", encoder_hid_dim=16), "encoder_hid_dim_type is 'image_proj'"),
+    (edit("unet/config.json", cross_attention_dim=32), "describes another network than the weights"),
+    (edit("model_index.json", unet=[None, None]), "cannot be loaded"),
+    (edit("model_index.json", scheduler=["diffusers", "NoSuchScheduler"]), "NoSuchScheduler"),
+    (edit("scheduler/scheduler_config.json", num_train_timesteps="many"), "cannot be loaded"),
+    (edit("scheduler/scheduler_config.json", trained_betas=[0.1, 0.2, 0.3]), "take fewer steps"),
     (other_text_encoder, "its StableDiffusionPipeline cannot make an image of a prompt"),
     (overflow, "non-finite pixels"), (only_nan, "without any signal"),
     (edit("tokenizer/tokenizer_config.json", model_max_length=10**30), "tokens, its text encoder takes"),
@@ -192,7 +197,8 @@ def only_nan(folder):
     (edit("model_index.json", _class_name="StableDiffusionControlNetPipeline"), "works with image"),
     (edit("text_encoder/config.json", auto_map={"AutoModel": "evil.Evil"}), "auto_map"),
     (edit("unet/config.json", quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
-], ids=["inpainting", "class", "ip-adapter", "width", "overflow", "no-signal", "no-length", "vocabulary", "no-folder",
+], ids=["inpainting", "class", "ip-adapter", "other-unet", "no-unet", "no-scheduler", "levels", "three-levels", "width",
+        "overflow", "no-signal", "no-length", "vocabulary", "no-folder",
         "other-class", "controlnet", "code", "quantised"])
 def test_models_that_are_refused(folder, tmp_path, capsys, damage, words):
     """One line, exit code 2, and no picture."""
@@ -291,3 +297,11 @@ def test_odd_numbers(tiny_teacher, steps, guidance, words):
     with pytest.raises(UserError, match=words):
         sampler_options(tiny_teacher, pipe, one_step, steps, guidance)
     assert sampler_options(tiny_teacher, pipe, False, 1, 0.0) == {"num_inference_steps": 1, "guidance_scale": 0.0}
+
+
+def test_a_size_that_diffusers_overrides(folder):
+    """StableDiffusionPipeline reads 64 where such an old UNet says less; training would take the 8 that is written."""
+    edit("unet/config.json", _diffusers_version="0.6.0")(folder)
+    assert load_pipeline(folder, "cpu")[0].unet.config.sample_size == 64
+    with pytest.raises(UserError, match="takes a sample_size of 64 in place of 8"):
+        load_teacher(str(folder))

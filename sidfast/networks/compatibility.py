@@ -4,6 +4,7 @@ Whatever of a configuration changes latents, texts or images is applied here as 
 applies it, or is refused with a line that says why.
 """
 
+import re
 from dataclasses import dataclass
 
 from sidfast.errors import UserError
@@ -114,6 +115,11 @@ def _check_sizes(folder, unet, vae, text, what):
     if None not in blocks[::2] and "CrossAttn" not in str(blocks):
         raise UserError(f"{what}: {folder}/unet has no cross-attention, so the text does not reach its images; {_KIND}")
     size, factor = unet.get("sample_size"), vae.get("scaling_factor", 0.18215)
+    written = re.match(r"0\.(\d+)\.", str(unet.get("_diffusers_version")))
+    if written and int(written[1]) < 9 and type(size) is int and size < 64:
+        raise UserError(f"{what}: {folder}/unet/config.json is of diffusers {unet['_diffusers_version'][:20]}, for "
+                        f"which StableDiffusionPipeline takes a sample_size of 64 in place of {size}: write 64 there, "
+                        "or 0.9.0 as _diffusers_version")
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 1 <= side <= 2048 for side in sides):
         raise UserError(f"{what}: {folder}/unet/config.json: sample_size must be the side of its latents, or [height, "
@@ -126,8 +132,9 @@ def check_tokenizer(folder, tokenizer, text, what):
     """Raise UserError for a tokenizer of another model than the text encoder with transformers' configuration
     `text`."""
     length, most = tokenizer.model_max_length, text.max_position_embeddings
-    if not isinstance(length, (int, float)) or not 3 <= length <= most:          # (a word between two marks)
-        shown = f"{length:.3g}" if isinstance(length, float) or length in range(10**6) else str(length)[:20]
+    if type(length) is not int or not 3 <= length <= most:                       # (a word between two marks)
+        is_number = isinstance(length, float) or (type(length) is int and abs(length) < 10**300)
+        shown = f"{length:.3g}" if is_number else repr(length)[:20]
         raise UserError(f"{what}: {folder} gives up to {shown} tokens, its text encoder takes {most}: its files are "
                         "not all there, or another model's")
     vocabulary = tokenizer.get_vocab()

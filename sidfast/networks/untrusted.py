@@ -150,6 +150,10 @@ def _compare(network, shapes, what, path):
     if adapters:
         raise UserError(f"{what}: {path.parent} has an adapter that was not merged into the weights ({adapters[0]}): "
                         "load the model in diffusers, call fuse_lora() and unload_lora_weights(), and save it again")
+    for name, parameter in network.named_parameters():
+        if tuple(shapes.get(name, parameter.shape)) != tuple(parameter.shape):
+            raise UserError(f"{what}: {path} describes another network than the weights next to it hold: {name} is "
+                            f"{list(parameter.shape)} by it, and {list(shapes[name])} there")
     wanted, found = sum(p.numel() for p in network.parameters()), count_values(shapes)
     if wanted > 2 * found:                               # (fewer that are missing are named when the weights are read)
         raise UserError(f"{what}: {path} describes a network of {wanted:,} parameters, the weights next to it hold "

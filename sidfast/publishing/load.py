@@ -120,8 +120,8 @@ def loading_notes(model, option="--model"):
         return {}
     index = read_index(folder, what)
     cls = text_to_image_class(index["_class_name"], folder, what)
-    given = _constructor_options(cls)
-    left_out = [name for name in _LEFT_OUT if name in given and (index.get(name) or [None])[0] is not None]
+    used = _parts(index, cls, _constructor_options(cls))
+    left_out = sorted(name for name, value in index.items() if name not in used and _is_component(value))
     notes = {"left_out": left_out} if left_out else {}
     return notes | ({"saved_as": index["_class_name"]} if cls.__name__ != index["_class_name"] else {})
 
@@ -137,7 +137,11 @@ def _parts(index, cls, given):
     """{name: [library, class]} of the components in model_index.json that the pipeline is made of."""
     expected, _ = cls._get_signature_keys(cls)
     return {name: value for name, value in index.items() if name in expected and name not in given
-            and isinstance(value, list) and len(value) == 2 and value[0] is not None}
+            and _is_component(value)}
+
+
+def _is_component(value):
+    return isinstance(value, list) and len(value) == 2 and value[0] is not None
 
 
 def _check_folders(folder, parts, what):
