@@ -39,7 +39,8 @@ def refused(path, option="--model", nested=False):
 
 
 @pytest.mark.parametrize("names", [
-    ["0.png", "1.png", "2.png", "10.png"], ["9\u00b2.png", "10\u00b2.png"], ["a1.png", "a\u0663.png"],
+    ["0.png", "1.png", "2.png", "10.png"], ["9\u00b2.png", "10\u00b2.png"],
+    ["7\u00b98.png", "7\u00b910.png", "\u09672.png"],
     ["x2y10.png", "x10y2.png"], ["01.png", "1.png", "2.png"], ["0.GIF", "1.PNG", "2.tiff", "3.webp", "4.bmp", "5.jfif"],
     ["1.5.png", "1.10.png"], ["\u0661.png", "\u0662.png"]], ids=ascii)
 def test_natural_order(tmp_path, names):
