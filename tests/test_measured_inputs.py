@@ -1,7 +1,6 @@
 """What evaluations, grids and samples look at: captions, filters, CLIP's own preprocessing, seeds; and the same things
 after an interruption."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.reference import measure_reference, open_reference
 from sidfast.evaluation.rows import FolderRows
 from sidfast.networks.loading import load_teacher
+from sidfast.networks.precision import allow_tf32, tf32
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import load_pipeline
@@ -105,6 +105,21 @@ def test_images_of_a_prompt_stand_together(place):
                                          ("clip_score", False), ("accuracy", False), ("diversity_clip", False)])
 def test_which_way_is_better(name, lower):
     assert lower_is_better(name) is lower
+
+
+def test_tf32_is_afterwards_as_it_was_before():
+    """Whichever way it was, and however the block ends."""
+    def state():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    with tf32(False):                                    # (puts back what this process has)
+        for allowed in (False, True):
+            allow_tf32(allowed)
+            before = state()
+            with pytest.raises(KeyError), tf32(not allowed):
+                assert state() == (("highest", False) if allowed else ("high", True))
+                raise KeyError
+            assert state() == before
 
 
 # ---- interrupted evaluations
@@ -188,4 +203,4 @@ def test_seeds_of_samples(tiny_teacher, tmp_path):
     rows = {f"seed {seed}": [pipe(text, num_inference_steps=2, guidance_scale=1.5, generator=torch.Generator()
                                   .manual_seed(seed)).images[0] for text in prompts] for seed in (7, 8)}
     assert np.array_equal(np.array(Image.open(out)), np.array(image_grid(rows, prompts)))
-    assert json.dumps(rows["seed 7"][0].tobytes().hex()) != json.dumps(rows["seed 8"][0].tobytes().hex())
+    assert rows["seed 7"][0].tobytes() != rows["seed 8"][0].tobytes()
