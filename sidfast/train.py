@@ -60,7 +60,7 @@ class Unfailing:
 def run(args):
     """Check everything that can be checked before anything is written, then train."""
     from sidfast.config import load_config
-    from sidfast.errors import UserError, check_paths, say
+    from sidfast.errors import UserError, check_paths, one_line, say
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     config = load_config(args.config, args.set)
@@ -76,7 +76,7 @@ def run(args):
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
     prompts = training_prompts(config.data.prompts, config.train.seed, config.synthetic, config.data.prompts_column,
-                               _tell)
+                               lambda note: _tell(one_line(note)))
 
     import torch
 

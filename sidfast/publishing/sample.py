@@ -7,7 +7,7 @@ import torch
 
 from sidfast.data.lengths import cut_note, prompt_limit
 from sidfast.data.prompts import read_prompts
-from sidfast.errors import UserError
+from sidfast.errors import UserError, one_line
 from sidfast.files import check_file, check_writable
 from sidfast.publishing.export import load_pipeline, sampler_options
 from sidfast.publishing.grid import image_grid
@@ -53,7 +53,7 @@ def sample_grid(model, prompt, prompts_file, column, out, n, seed, steps, guidan
 
 
 def _tell(message):
-    print(f"sidfast: {message}", file=sys.stderr)
+    print(f"sidfast: {one_line(message)}", file=sys.stderr)
 
 
 def _checked(prompt):
