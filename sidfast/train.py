@@ -40,7 +40,7 @@ def main(argv=None):
 def run(args):
     """Check what can be checked without the run directory, then claim that and train in it."""
     from sidfast.config import load_config
-    from sidfast.errors import UserError, check_paths, say, tell
+    from sidfast.errors import UserError, check_paths, one_line, say, tell
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     if re.search("[\ud800-\udfff]", args.out or ""):     # how Python reads bytes that it cannot decode
@@ -59,7 +59,7 @@ def run(args):
     first, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     out = Path(args.out or Path("runs") / Path(args.config).stem)
     prompts = training_prompts(config.data.prompts, config.train.seed, config.synthetic, config.data.prompts_column,
-                               tell)
+                               lambda note: tell(one_line(note)))
 
     import torch
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sidfast.data.lengths import count_cut, most_tokens, prompt_limit
-from sidfast.errors import UserError, say, speaks
+from sidfast.errors import UserError, one_line, say, speaks
 from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
@@ -261,7 +261,7 @@ def _image_folder(request):
 def _tell(message):
     """A line on standard error, from the first process."""
     if speaks():
-        print(f"sidfast: {message}", file=sys.stderr)
+        print(f"sidfast: {one_line(message)}", file=sys.stderr)
 
 
 def _open_model(request, device):

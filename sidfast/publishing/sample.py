@@ -7,7 +7,7 @@ import torch
 
 from sidfast.data.lengths import cut_note, prompt_limit
 from sidfast.data.prompts import read_prompts
-from sidfast.errors import UserError
+from sidfast.errors import UserError, one_line
 from sidfast.files import check_file, check_writable, replacing, sweep
 from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.grid import image_grid
@@ -62,7 +62,7 @@ def _notes(notes):
 
 
 def _tell(message):
-    print(f"sidfast: {message}", file=sys.stderr)
+    print(f"sidfast: {one_line(message)}", file=sys.stderr)
 
 
 def _checked(prompt):
