@@ -51,7 +51,7 @@ def test_gradients_in_fp16_are_those_of_fp32(config, tmp_path):
     for stage in (0, 2):
         got = moments(config, tmp_path / f"fp16-{stage}", FP16 | {"zero_optimization": {"stage": stage}})
         for network in NETWORKS:
-            assert_close(f"stage {stage}, {network}", got[network].sqrt(), want[network].sqrt(), bound=0.02)
+            assert_close(f"stage {stage}, {network}", got[network].sqrt(), want[network].sqrt(), bound=0.05)
 
 
 @pytest.mark.parametrize("section", [FP16, BF16], ids=["fp16", "bf16"])
