@@ -203,9 +203,9 @@ with unfailing_streams():
 def test_standard_output_that_takes_nothing(tmp_path, redirection):
     """A real process, up to the end of its interpreter, which flushes what is left. Its locale has no umlauts."""
     script = f'set -o pipefail; "$0" -c "$1" "$2" {redirection}'
+    variables = environment(0) | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
     done = subprocess.run(["bash", "-c", script, sys.executable, SPEAKER, tmp_path / "file"], cwd=tmp_path,
-                          env=environment(0) | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}, capture_output=True,
-                          text=True)
+                          env=variables, capture_output=True, text=True)
     said = "" if "2>" in redirection else "sidfast: a line\n"
     assert (done.returncode, done.stderr) == (0, said)
     assert done.stdout == ("\\xe9" * 10_000 + "\nthe end\n" if redirection == "| cat" else "")

@@ -57,7 +57,7 @@ def open_run(out, config, resume):
 
 def is_unused(folder, besides=()):
     """Whether a folder holds only the names `besides`, and what a run leaves that was killed before its config.json."""
-    names = (LOCK, ".config.json.partial", *besides)
+    names = (LOCK, ".config.json.partial", *besides)     # (the second is of version 0.1.0)
     return all(path.name in names or is_temporary(path) for path in Path(folder).iterdir())
 
 
