@@ -50,7 +50,7 @@ def sample_grid(model, prompt, prompts_file, column, out, n, seed, steps, guidan
     with replacing(out) as file:
         image_grid(rows, prompts).save(file, format="PNG")
     for line in _notes(loading_notes(model)):
-        print(f"sidfast: --model {model}: {line}", file=sys.stderr)
+        _tell(f"--model {model}: {line}")
 
 
 def _notes(notes):
