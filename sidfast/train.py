@@ -86,10 +86,11 @@ def run(args):
     from sidfast.training.checkpoint import check_fits, choose_checkpoint
     from sidfast.training.engines import ENGINES, compute_dtype, engine_config, engine_section, offloads, zero_stages
     from sidfast.training.fit import with_micro_batch
+    from sidfast.training.identity import check_inputs, check_origin, describe_inputs
     from sidfast.training.lock import claim
     from sidfast.training.measure import check_measures
     from sidfast.training.probe import check_sections, probe_engines
-    from sidfast.training.run import check_inputs, describe_inputs, open_run
+    from sidfast.training.run import open_run
     from sidfast.training.speed import check_speed
     from sidfast.training.state import read_state
     from sidfast.training.stop import Stop
@@ -99,7 +100,8 @@ def run(args):
     compute_dtype(config.deepspeed)
     open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher)
-    check_inputs(out, describe_inputs(config, teacher))
+    inputs = describe_inputs(config, teacher)
+    check_inputs(out, inputs)
     check_teacher_fits(config, teacher, args.config)
     check_speed(config.speed, teacher, zero_stages(config),
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
@@ -116,6 +118,8 @@ def run(args):
     checkpoint = choose_checkpoint(out, args.resume, _tell)
     if checkpoint:
         check_fits(checkpoint, teacher.unet, config.optimizer)
+        if checkpoint.parent == out / "checkpoints":      # (--resume may name one of any other run)
+            check_origin(checkpoint, config, inputs, f"--out {out}: ")
     _tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
     step, steps = read_state(checkpoint)["extra"]["step"] if checkpoint else 0, config.train.total_steps
     if step >= steps:

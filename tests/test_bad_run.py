@@ -12,8 +12,9 @@ from sidfast.config import load_config
 from sidfast.errors import RunError
 from sidfast.networks.loading import load_teacher
 from sidfast.training import run as run_module
+from sidfast.training.identity import describe_inputs
 from sidfast.training.lock import NAME as LOCK
-from sidfast.training.run import RunDirectory, describe_inputs, open_run
+from sidfast.training.run import RunDirectory, open_run
 
 
 def test_folder_of_another_run(capsys, write_config, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
+from tokenizers.models import BPE
 from torch import nn
 
 from sidfast.errors import UserError
@@ -174,7 +175,10 @@ def save_tokenizer(tokenizer, folder):
     special_tokens_map.json, added_tokens.json)."""
     folder = Path(folder)
     tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "model", None), BPE):
+        return                                           # not a CLIP tokenizer
+    backend.model.save(str(folder))
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     known = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))

@@ -10,10 +10,15 @@ tried: diffusers 0.30.3 with transformers 4.44.2.
 
 import math
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 30):
+    raise ImportError(f"this model needs diffusers 0.30 or newer, not {diffusers.__version__}: older versions do not "
+                      "know all settings of its networks, and would draw the weights of others at random")
 
 
 class OneStepPipeline(DiffusionPipeline):

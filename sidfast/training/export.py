@@ -1,6 +1,7 @@
-"""`sidfast export`: the averaged generator of any checkpoint as a diffusers pipeline."""
+"""`sidfast export`: the averaged generator of any checkpoint as a diffusers pipeline, or as one file."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,40 +10,77 @@ import torch
 from sidfast.config import build_config
 from sidfast.errors import UserError
 from sidfast.evaluation.metrics import title
+from sidfast.files import check_file
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import holds_export, one_step_pipeline, student_unet, write_export
+from sidfast.publishing.single_file import write_single_file
 from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_tensors
-from sidfast.training.run import describe_distillation
+from sidfast.training.identity import (
+    TEACHER,
+    check_origin,
+    describe_distillation,
+    describe_inputs,
+    teacher_change,
+)
 from sidfast.training.state import read_state
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def export_checkpoint(run, out, checkpoint=None, dtype="fp16"):
+def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, single_file=False):
     """Write the average that a checkpoint holds to the folder `out`, as training writes RUN/export; all or nothing.
 
-    `checkpoint`: its folder, or None for the run's newest. Raises UserError for a folder that is no run or no complete
-    checkpoint, for a teacher that is not there, and for an `out` that holds anything but an export.
+    `checkpoint`: its folder, or None for the run's newest. `teacher`: where the run's teacher is now, if it was moved.
+    `single_file`: write one .safetensors file in the original layout of Stable Diffusion instead. Returns (the number
+    of updates, the noise level sigma at which the generator starts). Raises UserError for a folder that is no run or no
+    complete checkpoint, for a teacher that is not there, for a teacher or checkpoint of another run, and for an `out`
+    that holds anything but an export.
     """
     run, out = Path(run), Path(out)
-    try:
-        values = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
-        config = build_config(values, run / "config.json")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--run {run}: no run directory (it needs the config.json that training writes)") from None
-    _check_out(out)
-    checkpoint = _find(run, checkpoint)
+    config, described = _read_run(run)
+    check_file(out, ".safetensors") if single_file else _check_out(out)
+    checkpoint, option = _find(run, checkpoint), "" if checkpoint is None else "--checkpoint "
     step = read_state(checkpoint)["step"]
-    teacher = load_teacher(config.model.teacher)
+    teacher = _open_teacher(run, config, described, teacher)
+    inputs = described.get("inputs") or describe_inputs(config, teacher)
+    check_origin(checkpoint, config, inputs, option)
     try:
         unet = student_unet(teacher, read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
     except RuntimeError:                                 # names or shapes of weights
         raise UserError(f"--checkpoint {checkpoint}: is not of this run's teacher, {config.model.teacher}") from None
-    write_export(one_step_pipeline(teacher, unet, config.noise.t_init), out, DTYPES[dtype],
-                 describe_distillation(config, step))
-    write_card(run, out, title)
-    return step
+    pipe = one_step_pipeline(teacher, unet, config.noise.t_init)
+    sigma = teacher.schedule.log_sigma[config.noise.t_init].exp().item()
+    if single_file:
+        write_single_file(pipe, out, DTYPES[dtype])
+    else:
+        write_export(pipe, out, DTYPES[dtype], describe_distillation(config, step, inputs))
+        write_card(run, out, title)
+    return step, sigma
+
+
+def _read_run(run):
+    """(Config, all of config.json) of a run directory."""
+    try:
+        described = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return build_config(described["config"], run / "config.json"), described
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--run {run}: no run directory (it needs the config.json that training writes)") from None
+
+
+def _open_teacher(run, config, described, option):
+    """The Teacher that a run began with, from where it was then, or from `option`."""
+    name = option or (described.get("paths") or {}).get(TEACHER, config.model.teacher)
+    if not option and os.path.isabs(name) and not os.path.isdir(name):
+        raise UserError(f"--run {run}: its teacher is not at {name} any more; give the folder that it is in now as "
+                        "--teacher DIR")
+    teacher = load_teacher(name, f"--teacher {name}" if option else TEACHER)
+    change = teacher_change(described.get("inputs") or {}, describe_inputs(config, teacher))
+    if change and option:
+        raise UserError(f"--teacher {name}: is not the teacher of {run}: {change}")
+    if change:
+        raise UserError(f"--run {run}: {change}; put back what was in {name}, or give its folder as --teacher DIR")
+    return teacher
 
 
 def _check_out(out):

@@ -17,7 +17,7 @@ from sidfast.evaluation.protocol import HELD_OUT, Measures, Protocol
 from sidfast.evaluation.rows import MemoryRows, collect
 from sidfast.networks.precision import tf32
 from sidfast.publishing.export import read_distillation, recover_export, write_export
-from sidfast.training.run import describe_distillation
+from sidfast.training.identity import describe_distillation
 
 _BATCH_PIXELS = 250 * 64 * 64
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
@@ -82,7 +82,8 @@ class Measuring:
         before = record.get(self.best_by) if record.get("protocol") == result["protocol"] else None
         better = before is None or (value < before if lower_is_better(self.best_by) else value > before)
         if math.isfinite(value) and better:
-            about = describe_distillation(self.config, step) | {"best_by": self.best_by, "evaluation": result}
+            about = describe_distillation(self.config, step, self.run.inputs)
+            about |= {"best_by": self.best_by, "evaluation": result}
             write_export(pipe, folder, distillation=about)
 
     def _once(self, *what):

@@ -13,8 +13,8 @@ from sidfast.evaluation.report import write_report
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import one_step_pipeline, read_distillation, student_unet, write_export
 from sidfast.publishing.grid import image_grid
+from sidfast.training.identity import describe_distillation
 from sidfast.training.measure import Measuring
-from sidfast.training.run import describe_distillation
 
 _TEACHER_STEPS = 50
 
@@ -82,16 +82,19 @@ class Preview:
     def end(self, weights, folder, step):
         """The export of the last step, if a run that was killed has not written it yet; returns once it is there."""
         self.wait()
-        if read_distillation(folder).get("step") != step:
+        if read_distillation(folder) != self._distillation(step):
             self.export(weights, folder, step)
             self.wait()
+
+    def _distillation(self, step):
+        return describe_distillation(self.config, step, self.run.inputs)
 
     def _export(self, weights, folder, step):
         try:
             with self.run.attempt("the export"):
                 unet = student_unet(self.teacher, weights, self.config.model.resolution)
                 pipe = one_step_pipeline(self._exported, unet, self.config.noise.t_init)
-                write_export(pipe, folder, distillation=describe_distillation(self.config, step))
+                write_export(pipe, folder, distillation=self._distillation(step))
         except Exception as error:                       # raised where training can see it
             self._error = error
 

@@ -1,11 +1,9 @@
 """The run directory: configuration, metrics, TensorBoard events, sample grids, export. Written by the first process."""
 
 import errno
-import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,24 +12,18 @@ from pathlib import Path
 
 import torch
 
-from sidfast.config import build_config
 from sidfast.errors import RunError, UserError
 from sidfast.files import check_folder, write_atomically
 from sidfast.publishing.grid import save_grid
-from sidfast.training.checkpoint import checkpoint_fault, checksum
+from sidfast.training.checkpoint import checkpoint_fault
+from sidfast.training.identity import check_settings, locate_inputs
 from sidfast.training.lock import NAME as LOCK
 from sidfast.training.lock import claim
 from sidfast.training.saver import WRITE_ERRORS, describe
 
 LINES, EVALUATIONS = ("metrics.jsonl", "spikes.jsonl"), "evaluation.json"
-# What may differ when a run goes on: how long, how often and how it runs, not what it computes.
-_FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
-         "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
-         "train.spike", "evaluation", "speed", "deepspeed")
 _UNWRITTEN = ".config.json.partial"                      # what a run killed as it began may leave, beside its lock
 BEGUN = {LOCK, _UNWRITTEN}
-_SHARED = "speed.share_generator_forward"                # a variant of the method
-_BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
 
 
 def open_run(out, config, resume):
@@ -48,7 +40,7 @@ def open_run(out, config, resume):
     if occupied and not previous.is_file():
         raise UserError(f"--out {out}: the folder is not empty and holds no run; choose another")
     if occupied:
-        _check_same(previous, config)
+        check_settings(previous, config)
         _check_kept(out)
         _check_folders(out)
     if occupied and resume != "auto" and resume not in _read_command(previous):
@@ -58,18 +50,6 @@ def open_run(out, config, resume):
     fault = resume not in ("auto", "never") and checkpoint_fault(Path(resume))
     if fault:
         raise UserError(f"--resume {resume}: no complete checkpoint ({fault})")
-
-
-def _check_same(path, config):
-    try:
-        before = build_config(json.loads(path.read_text())["config"], path).model_dump()
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a run's configuration; choose another --out") from None
-    old, new = _flatten(before), _flatten(config.model_dump())
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not _is_free(key):
-            raise UserError(f"--out {path.parent}: holds a run with another configuration ({key} is "
-                            f"{old.get(key)!r} there and {new.get(key)!r} here); choose another --out")
 
 
 def _check_kept(out):
@@ -94,49 +74,10 @@ def _check_folders(out):
                         "--out")
 
 
-def _is_free(key):
-    return not _BOUND.fullmatch(key) and any(key == f or key.startswith(f + ".") for f in _FREE)
-
-
 def _read_command(path):
     """The words of the command that a run was last started with: the same command again goes on."""
     command = json.loads(path.read_text()).get("command") or []
     return [str(word).removeprefix("--resume=") for word in command if word != "never"]
-
-
-def describe_inputs(config, teacher):
-    """{key of the configuration: fingerprint of what it names}: of the Teacher as loaded, and of a file of prompts."""
-    prompts = Path(config.data.prompts)
-    return {"model.teacher": teacher.fingerprint()} | (
-        {"data.prompts": checksum(prompts)} if prompts.is_file() else {})
-
-
-def check_inputs(out, inputs):
-    """Raise UserError if a run in `out` began with other inputs (of `describe_inputs`) under the same names."""
-    path = Path(out) / "config.json"
-    before = json.loads(path.read_text()).get("inputs", {}) if path.is_file() else {}
-    for key, fingerprint in inputs.items():
-        if before.get(key, fingerprint) != fingerprint:
-            raise UserError(f"--out {out}: {key} is not what it was when that run began, though its name is the same; "
-                            "put it back, or choose another --out")
-
-
-def _flatten(values, prefix=""):
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def describe_distillation(config, step):
-    """What an export says of where it comes from: `sidfast.publishing.export.read_distillation`."""
-    values = config.model_dump()
-    seed = values["train"].pop("seed")
-    rest = {key: value for key, value in _flatten(values).items()
-            if not _is_free(key) and not key.startswith("guidance.") and (key, value) != (_SHARED, False)}
-    settings = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    return {"teacher": config.model.teacher, "guidance": values["guidance"], "seed": seed, "step": step,
-            "settings": settings}
 
 
 class RunDirectory:
@@ -147,7 +88,7 @@ class RunDirectory:
 
         `facts`: JSON values that config.json keeps beside the configuration. Raises RunError if the disk is full.
         """
-        self.out, self.lost = Path(out), []
+        self.out, self.lost, self.inputs = Path(out), [], facts.get("inputs")
         about = json.dumps(_describe(config) | facts, indent=2) + "\n"
         try:
             self._open(about, step)
@@ -288,8 +229,8 @@ def _describe(config):
     """The resolved configuration, and what it runs on."""
     packages = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "safetensors", "sidfast")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"config": config.model_dump(), "command": sys.argv, "python": platform.python_version(),
-            "versions": {name: _version(name) for name in packages}, "git": _git_commit(),
+    return {"config": config.model_dump(), "paths": locate_inputs(config), "command": sys.argv,
+            "python": platform.python_version(), "versions": {name: _version(name) for name in packages}, "git": _git_commit(),
             "hardware": {"gpus": gpus, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
             "processes": int(os.environ.get("WORLD_SIZE", 1))}
 

@@ -28,11 +28,12 @@ _FILES_AT_ONCE = 4                                       # writing and checksums
 class Saver:
     """Writes the checkpoints of a run into `folder`, one at a time, and keeps the newest `keep`."""
 
-    def __init__(self, folder, keep, channel, timeout, warn, begun=None):
+    def __init__(self, folder, keep, channel, timeout, warn, begun=None, run=None):
         """A collective call. `timeout`: seconds that one process waits for the others' files; `warn(message)`: told, on
         the first process, what could not be saved; `begun`: the checkpoint that training goes on from. Newer ones were
-        damaged: they go once there is a good one again."""
-        self.folder, self.keep, self.warn = Path(folder), keep, warn
+        damaged: they go once there is a good one again. `run`: what checkpoints say of their run (`describe_run`; of
+        the first process)."""
+        self.folder, self.keep, self.warn, self._run_of = Path(folder), keep, warn, run
         found = checkpoint.by_age(folder)
         self._lost = found[:found.index(Path(begun))] if begun is not None and Path(begun) in found else []
         self.rank, self.ranks = channel.rank, channel.ranks
@@ -60,7 +61,8 @@ class Saver:
         """
         self.wait()
         tensors = checkpoint.snapshot(engines, ema, further)
-        state = {"format": FORMAT, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines)}
+        state = {"format": FORMAT, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines),
+                 "run": self._run_of}
         self._saves += 1
         self._thread = threading.Thread(target=self._run, args=(self._saves, step, tensors, state), daemon=True)
         self._thread.start()

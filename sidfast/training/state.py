@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -42,12 +42,18 @@ class _Progress(_Part):                                  # of progress.py
     in_a_row: dict[Literal[ENGINES], _Count]
 
 
+class _Run(_Part):                                       # of identity.py; absent in checkpoints of older versions
+    settings: dict[str, Any]
+    inputs: dict[str, Any]
+
+
 class _State(_Part):
     format: Literal[FORMAT]
     step: _Count
     extra: _Progress
     engines: dict[Literal[ENGINES], _Engine]
     files: dict[str, _File]
+    run: _Run | None = None
 
     @model_validator(mode="after")
     def _whole(self):

@@ -30,11 +30,12 @@ from sidfast.training.engines import (
     zero_stages,
 )
 from sidfast.training.footprint import count_flops
+from sidfast.training.identity import describe_inputs, describe_run
 from sidfast.training.loop import Beside, Loop
 from sidfast.training.observe import Observer, Profiler
 from sidfast.training.preview import Preview
 from sidfast.training.progress import Progress
-from sidfast.training.run import RunDirectory, describe_inputs
+from sidfast.training.run import RunDirectory
 from sidfast.training.saver import Saver, last_good
 from sidfast.training.speed import decide_speed, largest_pass
 from sidfast.training.spikes import Spikes
@@ -118,7 +119,8 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
         for name, update in updates.items():             # (all of them before the first capture takes memory for good)
             update.warm_up(batches(progress.step, name)[0])
     beside = Beside(
-        stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint),
+        stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint,
+                           describe_run(config, inputs) if rank == 0 else None),
         Spikes(config.train.spike, batches),
         Observer(engines, teacher.text_encoder, device, dtype, config.train.batch_size, processes, flops,
                  config.speed.tf32),
