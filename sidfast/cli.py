@@ -9,7 +9,7 @@ from sidfast.environment import check_environment, prepare_environment
 from sidfast.errors import INTERRUPTED, Parser, UserError, check_paths, one_line, say, speaks
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
-          "folder", "out")
+          "folder", "checkpoint", "teacher", "out")
 _CALLED = {"study": "STUDY.json", "folder": "--run"}
 
 
@@ -127,6 +127,9 @@ def _parser():
     export.add_argument("--run", required=True, dest="folder", metavar="RUN", help="run directory")
     export.add_argument("--checkpoint", metavar="PATH", help="a folder of RUN/checkpoints (the newest)")
     export.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="of the weights (fp16)")
+    export.add_argument("--teacher", metavar="DIR", help="where the run's teacher is now, if it was moved")
+    export.add_argument("--single-file", action="store_true",
+                        help="write one .safetensors for ComfyUI and A1111; --out is its name")
     export.add_argument("--out", required=True, metavar="DIR", help="gets the pipeline; an export there is replaced")
     export.set_defaults(run=_export)
 
@@ -259,8 +262,9 @@ def _export(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
     from sidfast.training.export import export_checkpoint
 
-    step = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype)
-    say(f"{args.out}: the generator after {step} updates")
+    step, sigma = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype, args.teacher, args.single_file)
+    say(f"{args.out}: the generator after {step} updates" + (
+        f"; sample it in one step from sigma {sigma:.4f}, with cfg 1" if args.single_file else ""))
 
 
 def _demo(args):

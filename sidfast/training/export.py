@@ -20,7 +20,7 @@ from sidfast.training.identity import (
     TEACHER,
     check_origin,
     describe_distillation,
-    describe_inputs,
+    describe_teacher,
     teacher_change,
 )
 from sidfast.training.state import read_state
@@ -43,7 +43,7 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
     checkpoint, option = _find(run, checkpoint), "" if checkpoint is None else "--checkpoint "
     step = read_state(checkpoint)["step"]
     teacher = _open_teacher(run, config, described, teacher)
-    inputs = described.get("inputs") or describe_inputs(config, teacher)
+    inputs = described.get("inputs") or describe_teacher(teacher)
     check_origin(checkpoint, config, inputs, option)
     try:
         unet = student_unet(teacher, read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
@@ -51,11 +51,12 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
         raise UserError(f"--checkpoint {checkpoint}: is not of this run's teacher, {config.model.teacher}") from None
     pipe = one_step_pipeline(teacher, unet, config.noise.t_init)
     sigma = teacher.schedule.log_sigma[config.noise.t_init].exp().item()
+    about = describe_distillation(config, step, inputs)
     if single_file:
-        write_single_file(pipe, out, DTYPES[dtype])
+        write_single_file(pipe, out, DTYPES[dtype], about | {"t_init": config.noise.t_init, "sigma": sigma})
     else:
-        write_export(pipe, out, DTYPES[dtype], describe_distillation(config, step, inputs))
-        write_card(run, out, title)
+        write_export(pipe, out, DTYPES[dtype], about)
+        write_card(run, out, title, str(teacher.folder))
     return step, sigma
 
 
@@ -75,11 +76,12 @@ def _open_teacher(run, config, described, option):
         raise UserError(f"--run {run}: its teacher is not at {name} any more; give the folder that it is in now as "
                         "--teacher DIR")
     teacher = load_teacher(name, f"--teacher {name}" if option else TEACHER)
-    change = teacher_change(described.get("inputs") or {}, describe_inputs(config, teacher))
+    change = teacher_change(described.get("inputs") or {}, describe_teacher(teacher))
     if change and option:
-        raise UserError(f"--teacher {name}: is not the teacher of {run}: {change}")
+        raise UserError(f"--teacher {name}: is not the teacher of {run} ({change})")
     if change:
-        raise UserError(f"--run {run}: {change}; put back what was in {name}, or give its folder as --teacher DIR")
+        raise UserError(f"--run {run}: its teacher, {name}, is not what it was when that run began ({change}); put it "
+                        "back, or give its folder as --teacher DIR")
     return teacher
 
 

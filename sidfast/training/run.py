@@ -230,9 +230,9 @@ def _describe(config):
     packages = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "safetensors", "sidfast")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"config": config.model_dump(), "paths": locate_inputs(config), "command": sys.argv,
-            "python": platform.python_version(), "versions": {name: _version(name) for name in packages}, "git": _git_commit(),
-            "hardware": {"gpus": gpus, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-            "processes": int(os.environ.get("WORLD_SIZE", 1))}
+            "python": platform.python_version(), "versions": {name: _version(name) for name in packages},
+            "git": _git_commit(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "hardware": {"gpus": gpus, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}}
 
 
 def _version(package):
