@@ -12,8 +12,9 @@ KINDS = (("generator", "weights"), ("generator", "exp_avg_sq"), ("generator", "e
          ("fake_score", "exp_avg_sq"))
 
 
-def write_checkpoint(folder, step, tensors, ranks=1):
-    """A whole one, as `ranks` processes leave it, with the same tensors for all that it holds."""
+def write_checkpoint(folder, step, tensors, ranks=1, run=None):
+    """A whole one, as `ranks` processes leave it, with the same tensors for all that it holds; `run`: of
+    `describe_run`, or None as in older versions."""
     partial, names = step_folder(folder, step, partial=True), sorted(tensors)
     partial.mkdir(parents=True)
     for network, kind in KINDS:
@@ -21,5 +22,5 @@ def write_checkpoint(folder, step, tensors, ranks=1):
             save_file({name: tensors[name] for name in names[rank::ranks]},
                       partial / file_name(network, kind, rank, ranks))
     files = {f.name: {"bytes": f.stat().st_size, "sha256": checksum(f)} for f in partial.iterdir()}
-    complete(folder, step, STATE | {"step": step, "extra": EXTRA | {"step": step}, "files": files}, keep=9)
+    complete(folder, step, STATE | {"step": step, "extra": EXTRA | {"step": step}, "files": files, "run": run}, keep=9)
     return step_folder(folder, step)

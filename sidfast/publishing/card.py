@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sidfast.errors import one_line
 from sidfast.files import write_atomically
+from sidfast.networks.fingerprint import TEACHER
 from sidfast.networks.loading import find_readme
 from sidfast.publishing.export import read_distillation
 
@@ -39,7 +40,8 @@ def write_card(run, export, title, teacher=None):
     # (those of the teacher and of the start, whose steps are None and 0, and of this generator; of no other)
     numbers = {name: n for name, n in numbers.items() if step is None or n.get("step", step) in (None, 0, step)}
     config = described["config"]
-    place = teacher or (described.get("paths") or {}).get("model.teacher", config["model"]["teacher"])
+    paths = described.get("paths")
+    place = teacher or str((paths if isinstance(paths, dict) else {}).get(TEACHER, config["model"]["teacher"]))
     text = _card(config, described.get("versions", {}), numbers, distillation, grid is not None, title, place)
     write_atomically(export / "README.md", text)
 

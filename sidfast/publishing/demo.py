@@ -1,5 +1,7 @@
 """`sidfast demo`: a page on this machine, with the student beside its teacher and their times. Nothing leaves it."""
 
+import contextlib
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -8,6 +10,8 @@ from pathlib import Path
 import torch
 
 from sidfast.errors import UserError
+from sidfast.networks.fingerprint import TEACHER, describe_teacher, teacher_change
+from sidfast.networks.loading import load_teacher
 from sidfast.publishing.export import find_pipeline, load_pipeline, read_distillation
 
 _HOST = "127.0.0.1"
@@ -43,11 +47,10 @@ def open_models(model, teacher, device):
     """The Model asked for, and that of its teacher, or None where there is none.
 
     `teacher`: a folder or hub id; None for the one that the model's export names, if it is a folder here. Raises
-    UserError for what cannot be loaded.
+    UserError for what cannot be loaded, and for one that has changed since.
     """
-    named = read_distillation(find_pipeline(model)).get("teacher")
-    if teacher is None and isinstance(named, str) and Path(named).is_dir():
-        teacher = named
+    if teacher is None:
+        teacher = _named_teacher(model, find_pipeline(model))
     student = _open(model, device)
     if teacher is not None and student.one_step:
         return student, _open(teacher, device, "--teacher")
@@ -115,6 +118,21 @@ def run_demo(model, teacher, port, device):
         raise UserError(f"--port {port}: {str(error).splitlines()[0]}") from None
     print(f"sidfast: http://{_HOST}:{port} (Ctrl-C ends it)", flush=True)
     page.block_thread()
+
+
+def _named_teacher(model, folder):
+    """The folder of the teacher that an export names, where its run found it or under that name here, or None."""
+    about, known = read_distillation(folder), {}
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        known = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))["paths"]
+    places = (known.get(TEACHER) if isinstance(known, dict) else None, about.get("teacher"))
+    place = next((name for name in places if isinstance(name, str) and Path(name).is_dir()), None)
+    if place and isinstance(about.get("inputs"), dict):
+        change = teacher_change(about["inputs"], describe_teacher(load_teacher(place)))
+        if change:
+            raise UserError(f"--model {model}: its teacher, {place}, is not what it was distilled from ({change}); "
+                            "name the folder to show as --teacher DIR")
+    return place
 
 
 def _bind(run, model):

@@ -97,9 +97,12 @@ class OneStepPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompts):
         """Text embeddings [N, L, D] of N prompts."""
-        ids = self.tokenizer(prompts, padding="max_length", truncation=True,
-                             max_length=self.tokenizer.model_max_length, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self._execution_device)).last_hidden_state.to(self.unet.dtype)
+        device = self._execution_device
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True,
+                                max_length=self.tokenizer.model_max_length, return_tensors="pt").to(device)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask if masked else None
+        return self.text_encoder(tokens.input_ids, attention_mask=mask)[0].to(self.unet.dtype)
 
     def denoise(self, z, text):
         """x_g = x_hat(s z, t_init): noise z [N, C, H, W] of variance 1 to latents, in one pass of the network."""
@@ -114,10 +117,12 @@ class OneStepPipeline(DiffusionPipeline):
     def _latent_shape(self, images, height, width, latents):
         """[images, C, H, W] of the noise. Raises ValueError for sizes that do not fit the networks or each other."""
         factor, channels, side = self.vae_scale_factor, self.unet.config.in_channels, self.unet.config.sample_size
+        rows, columns = (side, side) if isinstance(side, int) else side
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"height and width must be multiples of {factor}: {name} is {pixels}")
-        shape = [images, channels, (height or side * factor) // factor, (width or side * factor) // factor]
+        shape = [images, channels, (height or rows * factor) // factor,
+                 (width or columns * factor) // factor]
         if latents is None:
             return tuple(shape)
         if latents.ndim == 4:                            # (they may decide about a size that was not given)

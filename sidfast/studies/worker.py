@@ -132,11 +132,13 @@ class Worker:
 
     def _train(self, run):
         """Train, or go on training; the final metrics."""
+        from sidfast.networks.fingerprint import describe_teacher
         from sidfast.networks.loading import load_teacher
         from sidfast.studies.record import COST, RESULT, has_other_config
         from sidfast.training.checkpoint import choose_checkpoint
+        from sidfast.training.identity import check_inputs, check_origin, describe_inputs
         from sidfast.training.lock import claim
-        from sidfast.training.run import BEGUN, check_inputs, describe_inputs, open_run
+        from sidfast.training.run import BEGUN, open_run
         from sidfast.training.stop import Stop
         from sidfast.training.trainer import train
 
@@ -149,7 +151,12 @@ class Worker:
         checkpoint = choose_checkpoint(folder, "auto", lambda text: print(f"sidfast: {text}", file=sys.stderr))
         if self.teacher is None:
             self.teacher = load_teacher(run.config.model.teacher)
-        check_inputs(folder, describe_inputs(run.config, self.teacher))
+        inputs = describe_inputs(run.config, self.teacher)
+        check_inputs(folder, inputs)
+        for other in self.study.runs:                    # (a table of two teachers' students would not say so)
+            check_inputs(self.out / other.folder, describe_teacher(self.teacher))
+        if checkpoint:
+            check_origin(checkpoint, run.config, inputs, f"--out {self.out}: ")
         stop = Stop()
         try:
             result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop, self.memo)

@@ -11,18 +11,13 @@ from sidfast.config import build_config
 from sidfast.errors import UserError
 from sidfast.evaluation.metrics import title
 from sidfast.files import check_file
+from sidfast.networks.fingerprint import TEACHER, describe_teacher, teacher_change
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import holds_export, one_step_pipeline, student_unet, write_export
 from sidfast.publishing.single_file import write_single_file
 from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_tensors
-from sidfast.training.identity import (
-    TEACHER,
-    check_origin,
-    describe_distillation,
-    describe_teacher,
-    teacher_change,
-)
+from sidfast.training.identity import check_origin, describe_distillation, recorded
 from sidfast.training.state import read_state
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -43,7 +38,7 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
     checkpoint, option = _find(run, checkpoint), "" if checkpoint is None else "--checkpoint "
     step = read_state(checkpoint)["step"]
     teacher = _open_teacher(run, config, described, teacher)
-    inputs = described.get("inputs") or describe_teacher(teacher)
+    inputs = recorded(described, "inputs") or describe_teacher(teacher)
     check_origin(checkpoint, config, inputs, option)
     try:
         unet = student_unet(teacher, read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
@@ -71,12 +66,12 @@ def _read_run(run):
 
 def _open_teacher(run, config, described, option):
     """The Teacher that a run began with, from where it was then, or from `option`."""
-    name = option or (described.get("paths") or {}).get(TEACHER, config.model.teacher)
+    name = option or str(recorded(described, "paths").get(TEACHER, config.model.teacher))
     if not option and os.path.isabs(name) and not os.path.isdir(name):
         raise UserError(f"--run {run}: its teacher is not at {name} any more; give the folder that it is in now as "
                         "--teacher DIR")
     teacher = load_teacher(name, f"--teacher {name}" if option else TEACHER)
-    change = teacher_change(described.get("inputs") or {}, describe_teacher(teacher))
+    change = teacher_change(recorded(described, "inputs"), describe_teacher(teacher))
     if change and option:
         raise UserError(f"--teacher {name}: is not the teacher of {run} ({change})")
     if change:

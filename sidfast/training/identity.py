@@ -6,31 +6,26 @@ else is noticed, and a teacher or a prompts file that was only moved is accepted
 """
 
 import hashlib
-import inspect
 import json
 import os
 import re
 from pathlib import Path
 
-import torch
-
 from sidfast.config import build_config
 from sidfast.errors import UserError
+from sidfast.networks.fingerprint import TEACHER, describe_teacher, teacher_change
 from sidfast.training.checkpoint import checksum
 from sidfast.training.state import read_state
 
-TEACHER, PROMPTS, _PARTS = "model.teacher", "data.prompts", "model.teacher.parts"
+PROMPTS = "data.prompts"
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
          "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
          "train.spike", "evaluation", "speed", "deepspeed")
 _SHARED = "speed.share_generator_forward"                # a variant of the method
+_LATER = ((_SHARED, False), *((f"model.{key}", None) for key in ("variant", "revision", "prediction_type")))
+# (keys that older runs do not have, at their defaults)
 _BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
-_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "tokenizer": "tokenizer",
-          "scheduler": "scheduler"}
-_SOME = 16                                               # values of a weight that are kept in order
-_NEUTRAL = ("transformers_version", "architectures", "dtype", "torch_dtype", "attn_implementation", "model_type")
-_PROBES = ("a photo of a cat", "A Red CIRCLE, 42%; it's small-ish.", "über naïve 東京 🙂", "")
 
 
 def check_settings(path, config):
@@ -43,7 +38,7 @@ def check_settings(path, config):
         before = build_config(described["config"], path).model_dump()
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is not a run's configuration; choose another --out") from None
-    old, new, known = flatten(before), flatten(config.model_dump()), described.get("inputs") or {}
+    old, new, known = flatten(before), flatten(config.model_dump()), recorded(described, "inputs")
     moved = {TEACHER} & known.keys() | ({PROMPTS} & known.keys() if Path(config.data.prompts).is_file() else set())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not is_free(key) and key not in moved:
@@ -64,10 +59,16 @@ def locate_inputs(config):
             for key, name in ((TEACHER, config.model.teacher), (PROMPTS, config.data.prompts))}
 
 
+def recorded(described, key):
+    """A section, "inputs" or "paths", of a run's config.json as a dictionary; {} in older ones."""
+    value = described.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def check_inputs(out, inputs):
     """Raise UserError if a run in `out` began with other inputs (of `describe_inputs`)."""
     path = Path(out) / "config.json"
-    change = input_change(json.loads(path.read_text()).get("inputs") or {}, inputs) if path.is_file() else None
+    change = input_change(recorded(json.loads(path.read_text()), "inputs"), inputs) if path.is_file() else None
     if change:
         raise UserError(f"--out {out}: {change}; put it back, or choose another --out")
 
@@ -80,16 +81,6 @@ def input_change(before, now):
     if before.get(PROMPTS, now.get(PROMPTS)) != now.get(PROMPTS, before.get(PROMPTS)):
         return f"{PROMPTS} is not what it was when that run began"
     return None
-
-
-def teacher_change(before, now):
-    """Which parts of two teachers differ, in a few words, or None."""
-    old, new = before.get(_PARTS), now.get(_PARTS)
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [_NAMES[part] for part in _NAMES if old.get(part, new.get(part)) != new.get(part)]
-        return f"its {' and '.join(names)} {'differ' if len(names) > 1 else 'differs'}" if names else None
-    same = before.get(TEACHER, now.get(TEACHER)) == now.get(TEACHER, before.get(TEACHER))
-    return None if same else "its weights or noise levels differ"
 
 
 def describe_run(config, inputs):
@@ -119,7 +110,7 @@ def _run_around(checkpoint):
     path = Path(checkpoint).absolute().parents[1] / "config.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        return describe_run(build_config(described["config"], path), described.get("inputs") or {})
+        return describe_run(build_config(described["config"], path), recorded(described, "inputs"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return {"settings": {}, "inputs": {}}
 
@@ -129,63 +120,10 @@ def describe_distillation(config, step, inputs=None):
     values = config.model_dump()
     seed = values["train"].pop("seed")
     rest = {key: value for key, value in flatten(values).items()
-            if not is_free(key) and not key.startswith("guidance.") and (key, value) != (_SHARED, False)}
+            if not is_free(key) and not key.startswith("guidance.") and (key, value) not in _LATER}
     settings = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return {"teacher": config.model.teacher, "guidance": values["guidance"], "seed": seed, "step": step,
             "settings": settings} | ({"inputs": inputs} if inputs else {})
-
-
-def describe_teacher(teacher):
-    """Fingerprints of a Teacher as loaded: the one that runs of older versions have, and {part: hash}.
-
-    A part's is of every weight (the sum of its bits, and its first values), and of those settings that are not the
-    libraries' defaults, so that it stays the same in other versions of them.
-    """
-    networks = {name: _hash(_settings(getattr(teacher, name)), _weights(getattr(teacher, name)))
-                for name in ("unet", "vae", "text_encoder")}
-    levels = [f"{level:.4f}" for level in teacher.schedule.log_sigma.tolist()]
-    return {TEACHER: teacher.fingerprint(), _PARTS: networks | {
-        "tokenizer": _hash(_words(teacher.tokenizer)),
-        "scheduler": _hash(teacher.prediction_type, levels, _settings(teacher.sampler()))}}
-
-
-def _hash(*values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _weights(module):
-    found = []
-    for name, tensor in module.state_dict().items():
-        flat = tensor.detach().to("cpu", torch.float32).flatten()
-        flat = flat.clone() if flat.storage_offset() % 2 else flat               # (for the view below)
-        pairs = len(flat) // 2 * 2
-        total = flat[:pairs].view(torch.int64).sum().item() if pairs else 0      # (whole numbers: in any order)
-        found.append((name, tuple(tensor.shape), total, flat[pairs:].tolist(), flat[:_SOME].tolist()))
-    return found
-
-
-def _settings(part):
-    """{key: value} of a part's configuration as far as it differs from the defaults."""
-    if hasattr(part.config, "to_diff_dict"):
-        values = part.config.to_diff_dict()
-    else:
-        usual = {name: p.default for name, p in inspect.signature(type(part).__init__).parameters.items()}
-        values = {key: value for key, value in part.config.items()
-                  if key in usual and _plain(value) != _plain(usual[key])}
-    return {key: value for key, value in values.items() if key not in _NEUTRAL and not key.startswith("_")}
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _words(tokenizer):
-    """What a tokenizer makes of texts: its vocabulary, merges and lengths, and the tokens of some texts."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = json.loads(backend.to_str())["model"] if backend else {}
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
-    ids = tokenizer(list(_PROBES), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-    return [sorted(tokenizer.get_vocab().items()), merges, tokenizer.model_max_length, ids["input_ids"]]
 
 
 def flatten(values, prefix=""):
