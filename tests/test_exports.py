@@ -248,3 +248,21 @@ def test_demo_shows_the_teacher_of_the_model_alone(begun, capsys, tmp_path, monk
     edit("vae/config.json", scaling_factor=0.5)(tmp_path / "assets" / "teacher")
     with pytest.raises(UserError, match=r"is not what it was distilled from \(its VAE differs\); name the"):
         open_models(str(run), None, torch.device("cpu"))
+
+
+def test_study_whose_teacher_was_changed_between_its_runs(tiny_config, tiny_teacher, fingerprints, tmp_path):
+    """One run is done, of another teacher of that name: a table of both would not say so."""
+    from sidfast.studies.study import read_study
+    from sidfast.studies.worker import Worker
+
+    (tmp_path / "base.json").write_text(json.dumps(tiny_config))
+    (tmp_path / "study.json").write_text(json.dumps({
+        "question": "?", "base": "base.json", "images": 8, "seeds": [0, 1], "variants": {"base": {}},
+        "evaluation": {"images": 130, "points": 1, "samples": 2}}))
+    study = read_study(tmp_path / "study.json")
+    done = tmp_path / "out" / study.runs[0].folder
+    done.mkdir(parents=True)
+    (done / "config.json").write_text(json.dumps({
+        "config": study.runs[0].config.model_dump(), "inputs": {TEACHER: "0", PARTS: fingerprints[PARTS] | {"vae": "0"}}}))
+    with pytest.raises(UserError, match=rf"--out {done}: model\.teacher is not what .* \(its VAE differs\)"):
+        Worker(study, tmp_path / "out", 1, torch.device("cpu"))._train(study.runs[1])
