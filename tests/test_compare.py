@@ -88,10 +88,12 @@ def test_intervals_are_shown_as_they_are(value, interval, text):
 
 @pytest.mark.parametrize("others, rows", [
     ([("b", student(1.5, 0), 100)], 1), ([("b", student(1.5, 0), 50)], 2), ([("b", student(2.0, 1), 100)], 2),
-    ([("b", student(1.5, 1, step=8), 0)], 2), ([("b", student(1.5, 1, settings="y"), 0)], 2),
+    ([("b", student(1.5, 1, inputs={"model.teacher": "other"}), 0)], 2), ([("b", student(1.5, 1, step=8), 0)], 2),
+    ([("b", student(1.5, 1, settings="y"), 0)], 2),
     ([("b", {"sha256": "x"}, 0), ("c", {"sha256": "x"}, 100)], 2), ([("b", {"sha256": "x", "guidance": 2.0}, 0),
      ("c", {"sha256": "x"}, 100)], 3)],
-    ids=["other noise", "noise shared in part", "guidance", "step", "settings", "plain model", "its guidance"])
+    ids=["other noise", "noise shared in part", "guidance", "changed teacher", "step", "settings",
+         "plain model", "its guidance"])
 def test_what_is_taken_together(tmp_path, others, rows):
     """Only results that differ in seeds, and share no image."""
     write(tmp_path / "r", "a", 1.0, 0.3, student(1.5, 0))

@@ -16,10 +16,18 @@ from tiny import write_tiny_teacher
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sidfast.config import load_config
+from sidfast.errors import UserError
 from sidfast.evaluation.metrics import title
+from sidfast.files import drop_lock, take_lock
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing import card, pipeline
-from sidfast.publishing.export import load_pipeline, one_step_pipeline, write_export
+from sidfast.publishing.export import (
+    load_pipeline,
+    one_step_pipeline,
+    recover_export,
+    save_tokenizer,
+    write_export,
+)
 from sidfast.publishing.grid import image_grid, save_grid
 
 OLD = os.environ.get("SIDFAST_OLD_LIBRARIES")            # folders of `pip install --target`, with colons between them
@@ -159,6 +167,39 @@ def test_callback(pipe):
 def test_arguments_without_effect(pipe, args, options, words):
     with pytest.raises(ValueError, match=words):
         pipe(*args, **options)
+
+
+def test_two_processes_do_not_mix_their_files(pipe, tmp_path):
+    """Neither writes into the folder of the other, nor takes it for what a killed process left."""
+    lock, partial = take_lock(tmp_path / ".export.lock"), tmp_path / ".export.partial"
+    partial.mkdir()
+    with pytest.raises(BlockingIOError, match="another process is writing an export"):
+        write_export(pipe, tmp_path / "export")
+    recover_export(tmp_path / "export")
+    assert partial.is_dir() and not (tmp_path / "export").exists()
+    drop_lock(lock)
+    recover_export(tmp_path / "export")
+    assert not partial.exists()
+
+
+def test_weights_that_fp16_cannot_hold(pipe, tmp_path):
+    teacher = load_teacher(str(write_tiny_teacher(tmp_path / "teacher")))
+    teacher.unet.conv_in.bias[0] = 1e5
+    large = one_step_pipeline(teacher, teacher.unet, T_INIT)
+    with pytest.raises(UserError, match=r"weights of the unet, as float16, are not finite \(conv_in\.bias\)"):
+        write_export(large, tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    write_export(large, tmp_path / "export", torch.bfloat16)
+    assert load_pipeline(tmp_path / "export", "cpu")[0].unet.conv_in.bias[0] == pytest.approx(1e5, rel=0.01)
+
+
+def test_tokenizer_files_do_not_depend_on_its_last_call(pipe, tmp_path):
+    written = []
+    for n, call in enumerate((lambda: None, lambda: pipe.tokenizer("x", padding="max_length", truncation=True))):
+        call()
+        save_tokenizer(pipe.tokenizer, tmp_path / str(n))
+        written.append({path.name: path.read_bytes() for path in (tmp_path / str(n)).iterdir()})
+    assert written[0] == written[1] and json.loads(written[0]["tokenizer.json"])["padding"] is None
 
 
 # ---- the model card

@@ -250,7 +250,7 @@ def test_demo_shows_the_teacher_of_the_model_alone(begun, capsys, tmp_path, monk
         open_models(str(run), None, torch.device("cpu"))
 
 
-def test_study_whose_teacher_was_changed_between_its_runs(tiny_config, tiny_teacher, fingerprints, tmp_path):
+def test_study_whose_teacher_was_changed_between_its_runs(group, tiny_config, fingerprints, tmp_path):
     """One run is done, of another teacher of that name: a table of both would not say so."""
     from sidfast.studies.study import read_study
     from sidfast.studies.worker import Worker
@@ -262,7 +262,7 @@ def test_study_whose_teacher_was_changed_between_its_runs(tiny_config, tiny_teac
     study = read_study(tmp_path / "study.json")
     done = tmp_path / "out" / study.runs[0].folder
     done.mkdir(parents=True)
-    (done / "config.json").write_text(json.dumps({
-        "config": study.runs[0].config.model_dump(), "inputs": {TEACHER: "0", PARTS: fingerprints[PARTS] | {"vae": "0"}}}))
+    inputs = {TEACHER: "0", PARTS: fingerprints[PARTS] | {"vae": "0"}}
+    (done / "config.json").write_text(json.dumps({"config": study.runs[0].config.model_dump(), "inputs": inputs}))
     with pytest.raises(UserError, match=rf"--out {done}: model\.teacher is not what .* \(its VAE differs\)"):
         Worker(study, tmp_path / "out", 1, torch.device("cpu"))._train(study.runs[1])

@@ -122,7 +122,7 @@ def _identity(result):
     """All that a result depends on but seeds, as text: those of the images, and that of a student's training."""
     model = result["model"]
     distilled = {k: v for k, v in model.get("distillation", {}).items()
-                 if k in ("teacher", "guidance", "step", "settings")}
+                 if k in ("teacher", "inputs", "guidance", "step", "settings")}
     same = distilled or [model.get("sha256"), None if model.get("sha256") else model.get("path")]
     hashes = [result.get(key, {}).get("sha256") for key in ("prompts", "reference", "features", "clip")]
     return json.dumps([same, *(model.get(key) for key in ("steps", "guidance", "dtype")), result["images"], hashes,

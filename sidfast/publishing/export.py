@@ -1,7 +1,9 @@
 """Writing a finished generator as a diffusers pipeline folder, and loading any folder that can make images."""
 
+import contextlib
 import copy
 import ctypes
+import errno
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from tokenizers.models import BPE
 from torch import nn
 
 from sidfast.errors import UserError
-from sidfast.files import flush
+from sidfast.files import drop_lock, flush, take_lock
 from sidfast.networks.loading import README, first_reason, load_network, load_teacher
 from sidfast.networks.untrusted import check_parts, read_index, refuse_code, refuse_pickles
 from sidfast.publishing import pipeline as pipeline_module
@@ -54,17 +56,21 @@ def write_export(pipe, folder, dtype=torch.float16, distillation=None):
     """Write a one-step pipeline to `folder` in safetensors, replacing an earlier export only once it is complete.
 
     The folder holds the pipeline's code, so diffusers loads it with trust_remote_code and without this package.
-    `distillation` (JSON values) says where the generator comes from; see `read_distillation`.
+    `distillation` (JSON values) says where the generator comes from; see `read_distillation`. Raises OSError where
+    nothing can be written, or another process is writing there; UserError for weights that `dtype` cannot hold.
     """
     folder = Path(folder)
-    recover_export(folder)
-    partial = _partial(folder)
-    try:
-        _write(pipe, partial, dtype, distillation)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    replace_folder(partial, folder)
+    with _writing(folder) as alone:
+        if not alone:
+            raise BlockingIOError(errno.EWOULDBLOCK, f"another process is writing an export to {folder}")
+        _recover(folder)
+        partial = _partial(folder)
+        try:
+            _write(pipe, partial, dtype, distillation)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        replace_folder(partial, folder)
 
 
 def holds_export(folder):
@@ -75,7 +81,26 @@ def holds_export(folder):
 def recover_export(folder):
     """Undo what a process that was killed while it wrote an export left: nothing half-written, and an export if there
     was one."""
-    folder = Path(folder)
+    with _writing(Path(folder)) as alone:
+        if alone:                                        # (or else nothing was left: it is being written)
+            _recover(Path(folder))
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    """Whether this process alone writes an export to a folder: two at once would mix their files."""
+    if not folder.parent.is_dir():
+        yield True
+        return
+    lock = take_lock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            drop_lock(lock)
+
+
+def _recover(folder):
     old = _old(folder)
     if old.is_dir() and not folder.exists():
         old.rename(folder)
@@ -149,12 +174,21 @@ def read_distillation(folder):
 def save_module(module, folder, dtype=torch.float16):
     """Write a diffusers or transformers module in `dtype`, in a way that loads in the type that the caller asks for."""
     module = nn.Module.to(copy.deepcopy(module), "cpu", dtype)                  # (diffusers' own `to` warns of fp16)
+    check_finite_weights(module.state_dict(), f"{Path(folder).name}, as {dtype}".replace("torch.", ""))
     module.save_pretrained(folder)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
     if "dtype" in config:                                # transformers loads in this type, or else as stored, unasked
         config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check_finite_weights(weights, what):
+    """Raise UserError for {name: tensor} with values that are not finite, such as those beyond 65504 in fp16."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"export: weights of the {what}, are not finite ({name}); if they are in another type, "
+                            "take that: --dtype bf16 or fp32")
 
 
 def save_text_encoder(module, folder, dtype=torch.float16):
@@ -174,8 +208,12 @@ def save_tokenizer(tokenizer, folder):
     """Write a CLIP tokenizer with the files of transformers 5 (tokenizer.json) and those of 4 (vocab.json, merges.txt,
     special_tokens_map.json, added_tokens.json)."""
     folder = Path(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:                              # (its last call left these, and files would differ by it)
+        backend.no_padding()
+        backend.no_truncation()
+    tokenizer.save_pretrained(folder)
     if not isinstance(getattr(backend, "model", None), BPE):
         return                                           # not a CLIP tokenizer
     backend.model.save(str(folder))

@@ -18,6 +18,7 @@ from sidfast.publishing.export import holds_export, one_step_pipeline, student_u
 from sidfast.publishing.single_file import write_single_file
 from sidfast.training.checkpoint import checkpoint_fault, content_fault, find_checkpoint, read_tensors
 from sidfast.training.identity import check_origin, describe_distillation, recorded
+from sidfast.training.saver import WRITE_ERRORS, describe
 from sidfast.training.state import read_state
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -47,11 +48,14 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
     pipe = one_step_pipeline(teacher, unet, config.noise.t_init)
     sigma = teacher.schedule.log_sigma[config.noise.t_init].exp().item()
     about = describe_distillation(config, step, inputs)
-    if single_file:
-        write_single_file(pipe, out, DTYPES[dtype], about | {"t_init": config.noise.t_init, "sigma": sigma})
-    else:
-        write_export(pipe, out, DTYPES[dtype], about)
-        write_card(run, out, title, str(teacher.folder))
+    try:
+        if single_file:
+            write_single_file(pipe, out, DTYPES[dtype], about | {"t_init": config.noise.t_init, "sigma": sigma})
+        else:
+            write_export(pipe, out, DTYPES[dtype], about)
+            write_card(run, out, title, str(teacher.folder))
+    except WRITE_ERRORS as error:                        # (a full disk, or another process that writes there)
+        raise UserError(f"--out {out}: cannot be written ({describe(error)})") from None
     return step, sigma
 
 

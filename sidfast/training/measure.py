@@ -84,7 +84,8 @@ class Measuring:
         if math.isfinite(value) and better:
             about = describe_distillation(self.config, step, self.run.inputs)
             about |= {"best_by": self.best_by, "evaluation": result}
-            write_export(pipe, folder, distillation=about)
+            with self.run.attempt("the best export"):
+                write_export(pipe, folder, distillation=about)
 
     def _once(self, *what):
         """The result of a function, the last argument, kept under the other arguments and what is measured."""
