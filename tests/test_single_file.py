@@ -2,6 +2,8 @@
 file's sigma makes the image of the export."""
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from sidfast.errors import UserError
 from sidfast.publishing.export import write_export
 from sidfast.publishing.pipeline import OneStepPipeline
-from sidfast.publishing.single_file import check_convertible, write_single_file
+from sidfast.publishing.single_file import check_convertible, original_layout, write_single_file
+from sidfast.teacher.random_init import build_networks
 
 IDS = {"a": 320, "photo": 1125, "of": 539, "cat": 2368}
 V1 = {"unet": {"attention_head_dim": 8, "use_linear_projection": False, "block_out_channels": (32, 32, 64, 64)},
@@ -94,6 +97,31 @@ def test_diffusers_reads_it_back(architecture, tmp_path):
     assert torch.allclose(x, want, rtol=1e-4, atol=1e-4)
 
 
+KNOWN = [                                                # of the published checkpoints; diffusers takes other names too
+    "model.diffusion_model.output_blocks.2.1.conv.weight", "model.diffusion_model.output_blocks.5.2.conv.weight",
+    "model.diffusion_model.output_blocks.8.2.conv.bias", "model.diffusion_model.input_blocks.9.0.op.weight",
+    "model.diffusion_model.input_blocks.11.0.out_layers.3.weight",
+    "model.diffusion_model.middle_block.2.in_layers.0.bias",
+    "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_out.0.bias",
+    "model.diffusion_model.time_embed.2.weight", "model.diffusion_model.out.2.bias",
+    "first_stage_model.encoder.down.2.downsample.conv.weight", "first_stage_model.decoder.up.1.upsample.conv.bias",
+    "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
+    "first_stage_model.decoder.mid.attn_1.proj_out.weight",
+    "first_stage_model.encoder.mid.block_2.conv2.weight", "first_stage_model.post_quant_conv.weight"]
+TEXT = {"sd15": "cond_stage_model.transformer.text_model.encoder.layers.11.self_attn.out_proj.bias",
+        "sd21": "cond_stage_model.model.transformer.resblocks.22.mlp.c_proj.weight"}
+
+
+@pytest.mark.parametrize("name, count", [("sd15", 196), ("sd21", 280)])
+def test_names_of_the_real_architectures(name, count):
+    with torch.device("meta"):
+        pipe = SimpleNamespace(**build_networks(name))
+    names = original_layout(pipe).keys()
+    assert {*KNOWN, TEXT[name]} <= names
+    parts = Counter(key.split(".")[0] for key in names)
+    assert parts == {"model": 686, "first_stage_model": 248, "cond_stage_model": count}
+
+
 def changed(part, **values):
     def change(pipe):
         if part == "text_encoder":
@@ -138,3 +166,36 @@ def test_another_tokenizer(sd1):
 
     with pytest.raises(UserError, match="the tokenizer makes"):
         check_convertible(pipeline(V1, tokenizer=build_tokenizer()))
+
+
+def test_command(monkeypatch, capsys, tmp_path, sd1, tiny_config):
+    """`sidfast export --single-file`: one file, and the sigma to start from; what it refuses leaves nothing behind."""
+    from helpers_checkpoint import write_checkpoint
+    from helpers_input import fails
+
+    from sidfast import cli
+    from sidfast.config import build_config
+    from sidfast.networks.loading import load_teacher
+
+    write_export(sd1, tmp_path / "teacher", torch.float32)
+    index = tmp_path / "teacher" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionPipeline"}))
+    run, out = tmp_path / "run", tmp_path / "student.safetensors"
+    run.mkdir()
+    config = build_config(tiny_config | {"model": {"teacher": str(tmp_path / "teacher")}}, "test")
+    (run / "config.json").write_text(json.dumps({"config": config.model_dump()}))
+    weights = load_teacher(str(tmp_path / "teacher")).unet.state_dict()
+    write_checkpoint(run / "checkpoints", 7, {name: value + 0.5 for name, value in weights.items()})
+    arguments = ["export", "--run", str(run), "--single-file", "--dtype", "fp32"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    assert "after 7 updates; sample it in one step from sigma 2.5017, with cfg 1" in capsys.readouterr().out
+    with safe_open(out, "pt") as f:
+        assert torch.equal(f.get_tensor("model.diffusion_model.out.2.bias"), weights["conv_out.bias"] + 0.5)
+        assert json.loads(f.metadata()["sidfast"])["step"] == 7
+    assert out.stat().st_mode & 0o777 == (run / "config.json").stat().st_mode & 0o777
+    before = sorted(tmp_path.iterdir())
+    assert "must end in .safetensors" in fails(capsys, cli.main, *arguments, "--out", tmp_path / "x")
+    config = build_config(tiny_config, "test")
+    (run / "config.json").write_text(json.dumps({"config": config.model_dump()}))
+    line = fails(capsys, cli.main, *arguments, "--out", tmp_path / "x.safetensors")
+    assert "is not of this run's teacher" in line and sorted(tmp_path.iterdir()) == before
