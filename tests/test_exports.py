@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sidfast import cli, train
 from sidfast.config import load_config
 from sidfast.errors import UserError
+from sidfast.files import drop_lock, take_lock
 from sidfast.networks.fingerprint import PARTS, TEACHER, describe_teacher, teacher_change
 from sidfast.networks.loading import load_teacher
 from sidfast.publishing.export import read_distillation
@@ -166,6 +167,14 @@ def test_export_from_another_folder(begun, capsys, tmp_path, monkeypatch):
     there = str(tmp_path / "assets2" / "teacher")
     assert cli.main(["export", "--run", str(run), "--teacher", there, "--out", str(tmp_path / "again")]) == 0
     assert read_distillation(tmp_path / "again")["inputs"] == describe_inputs_of(run)
+
+
+def test_export_that_another_process_is_writing(begun, capsys, tmp_path):
+    lock = take_lock(tmp_path / ".out.lock")
+    line = fails(capsys, cli.main, "export", "--run", begun[1], "--out", tmp_path / "out")
+    assert f"--out {tmp_path}/out: cannot be written (another process is writing an export to {tmp_path}/out)" in line
+    drop_lock(lock)
+    assert not (tmp_path / "out").exists()
 
 
 def describe_inputs_of(run):
