@@ -166,6 +166,12 @@ def test_layers_that_are_not_used(folder, tiny_teacher):
     plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).text_encoder
     ids = torch.arange(24)[None]
     assert torch.equal(ours.text_encoder(ids)[0], plain(ids)[0]) and ours.text_encoder.config.num_hidden_layers == 2
+    [path] = (folder / "text_encoder").glob("*.safetensors")
+    tensors = load_file(path)
+    save_file(tensors | {"encoder.layers.0.more.weight": torch.zeros(1)}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="does not know, 1 of"):
+        load_teacher(folder)
+    save_file(tensors, path, {"format": "pt"})
     edit("text_encoder/config.json", num_hidden_layers=4)(folder)
     with pytest.raises(UserError, match="lacks 16 of the network's tensors"):
         load_teacher(folder)
