@@ -82,6 +82,15 @@ def write_config(tmp_path, tiny_config):
     return write
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """Training in this process ignores signals once it has ended; the next test gets them again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_group_left():
     """Whatever a file's tests join (training in this process, for example) is over with the file."""

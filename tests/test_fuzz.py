@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import environment, free_port
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sidfast.kernels import backend
@@ -164,7 +164,7 @@ class Tally:
 def alone(monkeypatch, tmp_path):
     """The environment of one process; nothing that a case does to it stays, nor what DeepSpeed's monitors write."""
     monkeypatch.chdir(tmp_path)
-    for name, value in (environment(30011) | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}).items():     # one thread
+    for name, value in (environment(free_port()) | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}).items():     # one thread
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for module in (backend, speed):                      # plain PyTorch, as on any machine without a GPU

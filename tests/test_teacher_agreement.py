@@ -1,6 +1,5 @@
 """Training, exports and the teacher's own images agree with StableDiffusionPipeline of diffusers, flag by flag."""
 
-import dataclasses
 import json
 import shutil
 
@@ -19,9 +18,8 @@ from sidfast.method.synthetic import Source, TeacherShare
 from sidfast.networks.loading import load_teacher
 from sidfast.networks.schedulers import check_steps
 from sidfast.publishing.export import one_step_pipeline, write_export
-from sidfast.publishing.load import load_pipeline
+from sidfast.publishing.load import load_pipeline, teacher_pipeline
 from sidfast.training.batches import TextEncoder
-from sidfast.training.preview import Preview
 from sidfast.training.teacher_checks import check_teacher_fits
 
 PROMPTS = ["a small red circle", "", "a large blue square above a small green cross on a white background"]
@@ -106,7 +104,7 @@ def test_images_of_the_teacher(folder, flags):
     options = {"num_inference_steps": 4, "guidance_scale": 1.5, "output_type": "latent"}
     want = pipe(PROMPTS, latents=z, **options).images
     assert want.isfinite().all()
-    shown = Preview._teacher_pipeline(dataclasses.make_dataclass("Shown", ["teacher"])(teacher))
+    shown = teacher_pipeline(teacher)
     shown.set_progress_bar_config(disable=True)
     torch.testing.assert_close(shown(PROMPTS, latents=z, **options).images, want)
     text, null = embed(teacher)

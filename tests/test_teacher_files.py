@@ -16,8 +16,8 @@ from sidfast.config import load_config
 from sidfast.errors import UserError
 from sidfast.networks.loading import load_teacher
 from sidfast.networks.teacher_files import find_teacher
+from sidfast.training.identity import describe_distillation
 from sidfast.training.planner import load_shapes
-from sidfast.training.run import describe_distillation
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 

@@ -41,6 +41,7 @@ def scheduler(**changes):
     return edit("scheduler/scheduler_config.json", **changes)
 
 
+OTHER = "describes another network than the weights next to it hold: "
 REFUSED = {
     "unclip": (unet(class_embed_type="identity"), "unCLIP"),
     "noise-levels": (unet(num_class_embeds=1000), "num_class_embeds is 1000"),
@@ -75,15 +76,15 @@ REFUSED = {
     "code": (text(auto_map={"AutoModel": "evil.Evil"}), "code of its own (auto_map)"),
     "many-layers": (text(num_hidden_layers=10**7), "asks for 1e+07 layers (num_hidden_layers)"),
     "many-blocks": (unet(layers_per_block=[3000, 2], transformer_layers_per_block=2), "3000 layers"),
-    "large": (unet(block_out_channels=[2**20]), "describes a network of "),
-    "wide": (text(intermediate_size=10**12), "describes a network of "),
+    "large": (unet(block_out_channels=[2**20]), OTHER),
+    "wide": (text(intermediate_size=10**12), OTHER),
     "scheduler": (scheduler(_class_name="Evil"), "scheduler Evil is not supported"),
     "other-levels": (scheduler(_class_name="PNDMScheduler", rescale_betas_zero_snr=True),
                      "PNDMScheduler has other levels of noise"),
     "steps": (scheduler(num_train_timesteps=10**9), "num_train_timesteps must be a whole number up to 100000"),
     "steps-in-words": (scheduler(num_train_timesteps="1000"), "not '1000'"),
     "spacing": (scheduler(timestep_spacing="odd"), "scheduler_config.json cannot be loaded (odd is not supported"),
-    "other-shapes": (unet(resnet_time_scale_shift="scale_shift"), "does not fit the weights next to it: "),
+    "other-shapes": (unet(resnet_time_scale_shift="scale_shift"), OTHER),
     "groups": (vae(norm_num_groups=0), "vae cannot be loaded"),
     "factor": (vae(scaling_factor=10**12), "scaling_factor"),
     "other-file": (text(transformers_weights="../vae/x.safetensors"), "weights under another name"),

@@ -4,7 +4,6 @@ Whatever of a configuration changes latents, texts or images is applied here as 
 applies it, or is refused with a line that says why.
 """
 
-import re
 from dataclasses import dataclass
 
 from sidfast.errors import UserError
@@ -115,11 +114,6 @@ def _check_sizes(folder, unet, vae, text, what):
     if None not in blocks[::2] and "CrossAttn" not in str(blocks):
         raise UserError(f"{what}: {folder}/unet has no cross-attention, so the text does not reach its images; {_KIND}")
     size, factor = unet.get("sample_size"), vae.get("scaling_factor", 0.18215)
-    written = re.match(r"0\.(\d+)\.", str(unet.get("_diffusers_version")))
-    if written and int(written[1]) < 9 and type(size) is int and size < 64:
-        raise UserError(f"{what}: {folder}/unet/config.json is of diffusers {unet['_diffusers_version'][:20]}, for "
-                        f"which StableDiffusionPipeline takes a sample_size of 64 in place of {size}: write 64 there, "
-                        "or 0.9.0 as _diffusers_version")
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 1 <= side <= 2048 for side in sides):
         raise UserError(f"{what}: {folder}/unet/config.json: sample_size must be the side of its latents, or [height, "
