@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 
     interpreter.patch_once()
 ROOT = Path(__file__).parents[1]
+_HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
 
 
@@ -84,10 +85,9 @@ def write_config(tmp_path, tiny_config):
 
 @pytest.fixture(autouse=True)
 def _signals_as_before():
-    """Training in this process ignores signals once it has ended; the next test gets them again."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
+    """Training in this process ignores signals once it has ended; the next test gets them again, also where a fixture
+    of its file has trained."""
+    for number, handler in _HANDLERS.items():
         signal.signal(number, handler)
 
 

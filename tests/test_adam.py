@@ -15,7 +15,7 @@ from sidfast.networks.loading import load_teacher
 from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 from sidfast.training.checkpoint import _share, check_fits, engine_states, read_tensors, restore, snapshot
 from sidfast.training.ema import Ema
-from sidfast.training.engines import ENGINES, build_engine, engine_config, gather, masters
+from sidfast.training.engines import ENGINES, build_engine, engine_config, gather, masters, optimizer_step
 from sidfast.training.state import seal
 
 # A flat shard, parameters of a UNet, and what vectors and blocks do not divide.
@@ -111,26 +111,42 @@ def test_a_gradient_that_is_not_finite(kind, options):
 
 # ---- in DeepSpeed's engines: what checkpoints hold, and who goes on from them
 
-def engine_of(teacher, beta1, stage, device, weights=None, offload=False, prepare=lambda unet: unet):  # noqa: F811
+def engine_of(teacher, beta1, stage, device, weights=None, offload=False, prepare=lambda unet: unet,  # noqa: F811
+              precision="fp32"):
     """A generator's engine, of given weights."""
     zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
     config = build_config({"model": {"teacher": "x"}, "data": {"prompts": "shapes:train"},
                            "train": {"steps": 1, "batch_size": 2, "micro_batch": 2},
-                           "deepspeed": {"zero_optimization": zero}}, "test")
+                           "deepspeed": {"zero_optimization": zero, "bf16": {"enabled": precision == "bf16"},
+                                         "fp16": {"enabled": precision == "fp16"}}}, "test")
     unet = load_teacher(teacher).unet
     unet.load_state_dict(weights or unet.state_dict())
     return build_engine(prepare(unet), Adam(lr=1e-3, beta1=beta1), engine_config(config, "generator", 1), device)
 
 
-def take_steps(engine, count):
+def take_steps(engine, count, dtype=torch.float32):
     for i in range(count):
         torch.manual_seed(i)
-        x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
+        x, text = torch.randn(2, 4, 8, 8, dtype=dtype), torch.randn(2, 77, 16, dtype=dtype)
         optimize(engine, lambda unet, x, text: unet(x, 5, text).sample.square().mean(), [(x, text)])
 
 
 def whole_weights(engine):
     return torch.cat([v.flatten() for v in gather(engine, masters(engine)).values()])
+
+
+@pytest.mark.parametrize("beta1", (0, 0.5))
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_the_first_update(tiny_teacher, device, precision, stage, beta1):  # noqa: F811
+    """It is the engine's first, and moves most weights by the learning rate, as Adam's first update does."""
+    engine = engine_of(tiny_teacher, beta1, stage, device, precision=precision)
+    before = whole_weights(engine)
+    assert optimizer_step(engine) == 0
+    take_steps(engine, 1, torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert optimizer_step(engine) == 1
+    assert (whole_weights(engine) - before).abs().median().item() == pytest.approx(1e-3, rel=0.01)
+    engine.destroy()
 
 
 def save(folder, engine, networks=("generator",)):

@@ -94,6 +94,8 @@ def build_engine(unet, adam, section, device):
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
+    if hasattr(engine.optimizer, "fp32_groups"):         # ZeRO 0 in bf16 or fp16 has stepped Adam, on zeros, to make
+        engine.basic_optimizer.state.clear()             # its state; the first update would then be sqrt(2) too large
     if module.flat:
         module.flat.bind()                               # DeepSpeed has moved and cast the chunks
     return engine
