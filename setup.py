@@ -8,7 +8,8 @@ setup(
     description="One-step text-to-image generators distilled from Stable Diffusion, without data, fast",
     python_requires=">=3.10",
     packages=["sidfast", "sidfast.kernels", *(f"sidfast.{name}" for name in (
-        "data", "evaluation", "method", "networks", "publishing", "studies", "teacher", "training"))],
+        "accel", "checkpoints", "common", "config", "data", "engines", "evaluation", "method", "monitoring", "planning",
+        "publishing", "runs", "studies", "teachers", "toy", "training"))],
     package_data={"sidfast.evaluation": ["templates/*.html"], "sidfast.studies": ["templates/*.html"]},
     package_dir={"sidfast": "sidfast", "sidfast.kernels": "kernels"},
     install_requires=[

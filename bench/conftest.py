@@ -10,8 +10,8 @@ import pytest
 import torch
 from harness import GATES, check_gates, find_machine, free, load_gates, missing, repeated
 
-from sidfast.environment import hide_checkout
-from sidfast.files import write_atomically
+from sidfast.common.environment import hide_checkout
+from sidfast.common.files import write_atomically
 
 _KEY, _RAN, _PARTIAL, _SKIPPED = (pytest.StashKey() for _ in range(4))
 # (results; files of which tests ran, files of which not all were asked for, and {file: ids of skipped tests})

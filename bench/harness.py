@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sidfast.networks.graphs import GraphedStep
+from sidfast.accel.graphs import GraphedStep
 
 GATES = Path(__file__).with_name("gates.json")
 

@@ -5,7 +5,7 @@ from unittest import mock
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from sidfast.teacher.tokenizer import build_tokenizer
+from sidfast.teachers.tokenizer import build_tokenizer
 
 
 def write_inception(path):

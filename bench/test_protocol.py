@@ -15,9 +15,9 @@ import pytest
 from random_judges import write_clip, write_inception
 
 from sidfast.data.prompts import open_prompts
-from sidfast.networks.loading import load_teacher
 from sidfast.publishing.export import one_step_pipeline, write_export
-from sidfast.teacher.random_init import write_random_teacher
+from sidfast.teachers.load import load_teacher
+from sidfast.teachers.random_init import write_random_teacher
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,19 +10,19 @@ import torch
 from diffusers import DDIMScheduler
 from harness import free, seconds
 
+from sidfast.accel.pipeline import fuse_pipeline
 from sidfast.evaluation.evaluate import pipeline_generator
-from sidfast.networks.fused_pipeline import fuse_pipeline
 from sidfast.publishing.export import one_step_pipeline
 from sidfast.publishing.pipeline import OneStepPipeline
-from sidfast.teacher.random_init import build_networks
-from sidfast.teacher.tokenizer import build_tokenizer
+from sidfast.teachers.random_init import build_networks
+from sidfast.teachers.tokenizer import build_tokenizer
 
 TEACHER = Path(__file__).parents[1] / "assets" / "teacher"
 
 
 def pipeline(machine):
     if not machine.gpu:
-        from sidfast.networks.loading import load_teacher
+        from sidfast.teachers.load import load_teacher
 
         teacher = load_teacher(str(TEACHER))
         return one_step_pipeline(teacher, teacher.unet, 625)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training import ROOT, median_speed, run_training
 
-from sidfast.teacher.random_init import write_random_teacher
+from sidfast.teachers.random_init import write_random_teacher
 
 TFLOP_PER_IMAGE = 18 * 0.803                             # 18 forward passes of SD 1.5 at kappas that are not 1
 PLAIN = {"speed": {"fused": False, "cuda_graphs": False}}

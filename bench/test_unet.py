@@ -6,9 +6,9 @@ from diffusers import UNet2DConditionModel
 from harness import compiled_blocks
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidfast.networks.fused import fuse, unfuse
-from sidfast.networks.packed import repack
-from sidfast.training.speed import compile_regions
+from sidfast.accel.plan import compile_regions
+from sidfast.accel.prepacked import repack
+from sidfast.accel.unet import fuse, unfuse
 
 IMPLEMENTATIONS = ("fused", "eager", "eager channels_last", "compiled")
 ROLES = ("forward", "forward and backward", "input gradient")

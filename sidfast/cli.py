@@ -5,8 +5,18 @@ import os
 import sys
 from pathlib import Path
 
-from sidfast.environment import check_environment, prepare_environment, use_utf8
-from sidfast.errors import INTERRUPTED, Parser, RunError, UserError, check_paths, one_line, say, tell, unfailing_streams
+from sidfast.common.environment import check_environment, prepare_environment, use_utf8
+from sidfast.common.errors import (
+    INTERRUPTED,
+    Parser,
+    RunError,
+    UserError,
+    check_paths,
+    one_line,
+    say,
+    tell,
+    unfailing_streams,
+)
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "checkpoint", "teacher", "out")
@@ -171,14 +181,14 @@ def _device():
 
 
 def _random_teacher(args):
-    from sidfast.teacher.random_init import write_random_teacher
+    from sidfast.teachers.random_init import write_random_teacher
 
     _check_architecture(args.architecture)
     write_random_teacher(args.architecture, args.out, _device())
 
 
 def _check_architecture(name):
-    from sidfast.teacher.random_init import ARCHITECTURES
+    from sidfast.teachers.random_init import ARCHITECTURES
 
     if name not in ARCHITECTURES:
         raise UserError(f"--architecture {name}: must be one of {', '.join(ARCHITECTURES)}")
@@ -194,8 +204,8 @@ def _sample(args):
 def _teacher(args):
     from dataclasses import replace
 
-    from sidfast.teacher.build import build_teacher
-    from sidfast.teacher.train import Recipe
+    from sidfast.toy.build import build_teacher
+    from sidfast.toy.train import Recipe
 
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2^63, not {args.seed}")
@@ -241,10 +251,10 @@ def _ablate(args):
 
 def _plan(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
-    from sidfast.config import load_config
+    from sidfast.config.schema import load_config
+    from sidfast.planning.plan import parse_memory, plan
+    from sidfast.planning.planner import load_shapes
     from sidfast.studies.study import is_study, load_study
-    from sidfast.training.plan import parse_memory, plan
-    from sidfast.training.planner import load_shapes
 
     if args.architecture is not None:
         _check_architecture(args.architecture)
@@ -271,7 +281,7 @@ def _report(args):
 
 def _export(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
-    from sidfast.training.export import export_checkpoint
+    from sidfast.runs.export import export_checkpoint
 
     step, sigma = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype, args.teacher, args.single_file)
     say(f"{args.out}: the generator after {step} updates" + (

@@ -17,12 +17,12 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 def main(argv=None):
     """Parse, build, loop. Returns the exit code: 0 done or stopped in order, 1 the run failed, 2 the user's input is at
     fault (one line on stderr)."""
-    from sidfast.environment import check_environment, prepare_environment, use_utf8
+    from sidfast.common.environment import check_environment, prepare_environment, use_utf8
 
     if argv is None:
         use_utf8()
     prepare_environment()
-    from sidfast.errors import INTERRUPTED, RunError, UserError, one_line, tell, unfailing_streams
+    from sidfast.common.errors import INTERRUPTED, RunError, UserError, one_line, tell, unfailing_streams
 
     with unfailing_streams():
         try:
@@ -39,8 +39,8 @@ def main(argv=None):
 
 def run(args):
     """Check what can be checked without the run directory, then claim that and train in it."""
-    from sidfast.config import load_config
-    from sidfast.errors import UserError, check_paths, one_line, say, tell
+    from sidfast.common.errors import UserError, check_paths, one_line, say, tell
+    from sidfast.config.schema import load_config
 
     check_paths({"--config": args.config, "--out": args.out, "--resume": args.resume})
     if re.search("[\ud800-\udfff]", args.out or ""):     # how Python reads bytes that it cannot decode
@@ -65,8 +65,8 @@ def run(args):
 
     if not torch.cuda.is_available():                    # said once, in the run's config.json, not by each library
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from sidfast.training.engines import compute_dtype, engine_config
-    from sidfast.training.lock import claimed
+    from sidfast.engines.engine import compute_dtype, engine_config
+    from sidfast.runs.lock import claimed
 
     engine_config(config, "generator", processes)
     compute_dtype(config.deepspeed)
@@ -84,14 +84,14 @@ def _check(config, out, args, first, prompts):
     written yet."""
     import torch
 
+    from sidfast.accel.plan import check_speed
+    from sidfast.engines.engine import zero_stages
     from sidfast.method.synthetic import cannot_capture
-    from sidfast.networks.loading import load_teacher
-    from sidfast.training.engines import zero_stages
-    from sidfast.training.identity import check_inputs, describe_inputs
-    from sidfast.training.measure import check_measures
-    from sidfast.training.run import open_run
-    from sidfast.training.speed import check_speed
-    from sidfast.training.teacher_checks import check_teacher_fits
+    from sidfast.runs.directory import open_run
+    from sidfast.runs.evaluate import check_measures
+    from sidfast.runs.identity import check_inputs, describe_inputs
+    from sidfast.teachers.fit import check_teacher_fits
+    from sidfast.teachers.load import load_teacher
 
     open_run(out, config, args.resume)
     teacher = load_teacher(config.model.teacher, **config.model.loading)
@@ -110,14 +110,14 @@ def _train(config, out, args, teacher, inputs, device):
     """Start the run or go on with it, with all processes. Returns the final measures on the first one, or None."""
     from deepspeed import comm
 
-    from sidfast.errors import tell
-    from sidfast.training.checkpoint import check_fits, choose_checkpoint
-    from sidfast.training.engines import ENGINES, engine_section, offloads
-    from sidfast.training.fit import with_micro_batch
-    from sidfast.training.identity import check_origin
-    from sidfast.training.probe import check_sections, probe_engines
-    from sidfast.training.state import read_state
-    from sidfast.training.stop import Stop
+    from sidfast.checkpoints.format import read_state
+    from sidfast.checkpoints.store import check_fits, choose_checkpoint
+    from sidfast.common.errors import tell
+    from sidfast.engines.engine import ENGINES, engine_section, offloads
+    from sidfast.engines.validate import check_sections, probe_engines
+    from sidfast.monitoring.shutdown import Stop
+    from sidfast.planning.fit import with_micro_batch
+    from sidfast.runs.identity import check_origin
     from sidfast.training.trainer import train
 
     processes = comm.get_world_size()
@@ -145,9 +145,9 @@ def _train(config, out, args, teacher, inputs, device):
 
 def _tell_cut(prompts, teacher):
     """A line if the text encoder does not take all of the prompts, of which it looks at some."""
+    from sidfast.common.errors import tell
     from sidfast.data.diversity import some_prompts
     from sidfast.data.lengths import LOOKED_AT, cut_note, most_tokens
-    from sidfast.errors import tell
 
     some, total = some_prompts(prompts, LOOKED_AT)
     note = cut_note(teacher.tokenizer, some, most_tokens(teacher.tokenizer, teacher.text_encoder.config), total)
@@ -161,7 +161,7 @@ def join():
     import deepspeed
     import torch
 
-    from sidfast.errors import UserError
+    from sidfast.common.errors import UserError
 
     alone = os.environ.setdefault("WORLD_SIZE", "1") == "1"
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
@@ -205,7 +205,7 @@ def _meet(backend, device):
 def _cpu_threads():
     """Threads of this process: OMP_NUM_THREADS, or its share of the cores (DeepSpeed's launcher sets LOCAL_SIZE,
     torchrun LOCAL_WORLD_SIZE). More of them than cores wait for each other for ever."""
-    from sidfast.environment import omp_threads
+    from sidfast.common.environment import omp_threads
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return omp_threads() or max(1, os.cpu_count() // local)
@@ -213,7 +213,7 @@ def _cpu_threads():
 
 def _report(out, end):
     """Where things are, after the measures before and after (if there are any), on standard output."""
-    from sidfast.errors import say
+    from sidfast.common.errors import say
     from sidfast.evaluation.metrics import title
 
     if end:
@@ -228,8 +228,8 @@ def _report(out, end):
 
 
 def _measured_at_start(out):
-    from sidfast.errors import UserError, one_line, tell
-    from sidfast.records import read_evaluations
+    from sidfast.common.errors import UserError, one_line, tell
+    from sidfast.common.records import read_evaluations
 
     try:
         return read_evaluations(out).get("start", {})    # (a full disk may have left it out)
@@ -239,7 +239,7 @@ def _measured_at_start(out):
 
 
 def _parser():
-    from sidfast.errors import Parser
+    from sidfast.common.errors import Parser
 
     parser = Parser(prog="sidfast/train.py", description="Distil a one-step generator (SiD-LSG).")
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
@@ -255,7 +255,7 @@ def _parser():
 
 
 if __name__ == "__main__":
-    from sidfast.errors import INTERRUPTED
+    from sidfast.common.errors import INTERRUPTED
 
     code = main()
     if code == INTERRUPTED:                              # at once: threads may still be writing

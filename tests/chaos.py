@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
+from sidfast.common.environment import prepare_environment
 
 prepare_environment()
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -30,8 +30,8 @@ from forks import fork  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tiny import write_tiny_teacher  # noqa: E402
 
-from sidfast.training.checkpoint import by_age, checkpoint_fault, checksum, read_tensors  # noqa: E402
-from sidfast.training.state import STATE, read_state  # noqa: E402
+from sidfast.checkpoints.format import STATE, read_state  # noqa: E402
+from sidfast.checkpoints.store import by_age, checkpoint_fault, checksum, read_tensors  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, PATIENCE = 24, 4, 300                      # of a run; seconds that anything may take

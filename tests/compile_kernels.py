@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
+from sidfast.common.environment import prepare_environment
 
 prepare_environment()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sidfast.environment import prepare_environment
+from sidfast.common.environment import prepare_environment
 
 prepare_environment()
 if "PYTEST_XDIST_WORKER" in os.environ:                  # read as PyTorch loads: the workers share the cores

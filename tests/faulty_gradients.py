@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
+from sidfast.common.environment import prepare_environment
 
 prepare_environment()
 
@@ -19,10 +19,10 @@ import torch  # noqa: E402
 from deepspeed import comm  # noqa: E402
 from helpers_engine import optimize  # noqa: E402
 
-from sidfast.config import Adam, build_config  # noqa: E402
-from sidfast.networks.loading import load_teacher  # noqa: E402
+from sidfast.config.schema import Adam, build_config  # noqa: E402
+from sidfast.engines.engine import build_engine, compute_dtype, engine_config, gather, masters  # noqa: E402
+from sidfast.teachers.load import load_teacher  # noqa: E402
 from sidfast.train import join  # noqa: E402
-from sidfast.training.engines import build_engine, compute_dtype, engine_config, gather, masters  # noqa: E402
 
 
 def weights(engine):

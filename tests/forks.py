@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-from sidfast.environment import prepare_environment  # noqa: E402
+from sidfast.common.environment import prepare_environment  # noqa: E402
 
 prepare_environment()
 

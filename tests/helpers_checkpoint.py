@@ -1,9 +1,9 @@
-"""Checkpoints (sidfast/training/checkpoint.py) without a run."""
+"""Checkpoints (sidfast/checkpoints/store.py) without a run."""
 
 from safetensors.torch import save_file
 
-from sidfast.training.checkpoint import checksum, complete, step_folder
-from sidfast.training.state import FORMAT, file_name
+from sidfast.checkpoints.format import FORMAT, file_name
+from sidfast.checkpoints.store import checksum, complete, step_folder
 
 NETWORKS = ("generator", "fake_score")
 EXTRA = {"images": 0, "logged": 0, "sums": [[0.0, 0.0, 0.0]], "skipped": 0, "in_a_row": dict.fromkeys(NETWORKS, 0)}

@@ -2,7 +2,7 @@
 
 import torch
 
-from sidfast.networks.summed import SummedLoss
+from sidfast.engines.accumulate import SummedLoss
 
 
 def optimize(engine, loss_of, micro_batches, factors=None):

@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from sidfast.engines.module import Trained
 from sidfast.method.distill import Batch, Networks, Objective
 from sidfast.method.noise import NoiseSchedule
-from sidfast.networks.trained import Trained
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 KAPPAS = {

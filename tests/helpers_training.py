@@ -7,9 +7,9 @@ from conftest import process_alone
 from sidfast.kernels import backend
 
 from sidfast import train
-from sidfast.training import speed
+from sidfast.accel import plan as speed
+from sidfast.monitoring.shutdown import _SIGNALS
 from sidfast.training.loop import Loop
-from sidfast.training.stop import _SIGNALS
 
 
 def train_here(config, out, *options, code=0, patches=()):

@@ -7,19 +7,19 @@ import json
 import sys
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
+from sidfast.common.environment import prepare_environment
 
 prepare_environment()
 
 import torch  # noqa: E402
 
-from sidfast.config import build_config  # noqa: E402
-from sidfast.networks.loading import load_teacher  # noqa: E402
+from sidfast.checkpoints.store import choose_checkpoint  # noqa: E402
+from sidfast.config.schema import build_config  # noqa: E402
+from sidfast.monitoring.shutdown import Stop  # noqa: E402
+from sidfast.runs.directory import open_run  # noqa: E402
+from sidfast.runs.lock import claimed  # noqa: E402
+from sidfast.teachers.load import load_teacher  # noqa: E402
 from sidfast.train import join  # noqa: E402
-from sidfast.training.checkpoint import choose_checkpoint  # noqa: E402
-from sidfast.training.lock import claimed  # noqa: E402
-from sidfast.training.run import open_run  # noqa: E402
-from sidfast.training.stop import Stop  # noqa: E402
 from sidfast.training.trainer import train  # noqa: E402
 
 device = join()

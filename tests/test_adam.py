@@ -8,15 +8,15 @@ from helpers_engine import optimize
 from safetensors.torch import save_file
 from test_plan import device  # noqa: F401
 
-from sidfast.config import Adam, build_config
-from sidfast.errors import UserError
-from sidfast.networks.fused import fuse
-from sidfast.networks.loading import load_teacher
-from sidfast.training.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
-from sidfast.training.checkpoint import _share, check_fits, engine_states, read_tensors, restore, snapshot
-from sidfast.training.ema import Ema
-from sidfast.training.engines import ENGINES, build_engine, engine_config, gather, masters, optimizer_step
-from sidfast.training.state import seal
+from sidfast.accel.unet import fuse
+from sidfast.checkpoints.format import seal
+from sidfast.checkpoints.store import _share, check_fits, engine_states, read_tensors, restore, snapshot
+from sidfast.common.errors import UserError
+from sidfast.config.schema import Adam, build_config
+from sidfast.engines.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
+from sidfast.engines.ema import Ema
+from sidfast.engines.engine import ENGINES, build_engine, engine_config, gather, masters, optimizer_step
+from sidfast.teachers.load import load_teacher
 
 # A flat shard, parameters of a UNet, and what vectors and blocks do not divide.
 SHAPES = ((1_000_003,), (64, 32, 3, 3), (320, 77), (7,), (1,), ())

@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, fork_training
 from helpers_input import fails
 
-from sidfast import cli, errors, train
-from sidfast.environment import check_environment, omp_threads, prepare_environment
-from sidfast.training import speed
+from sidfast import cli, train
+from sidfast.accel import plan as speed
+from sidfast.common import errors
+from sidfast.common.environment import check_environment, omp_threads, prepare_environment
 
 
 @pytest.mark.parametrize("setting, words", [

@@ -7,14 +7,15 @@ import pytest
 from helpers_input import edit, fails
 from test_full_disk import files_up_to
 
-from sidfast import files, train
-from sidfast.config import load_config
-from sidfast.errors import RunError
-from sidfast.networks.loading import load_teacher
-from sidfast.training import run as run_module
-from sidfast.training.identity import describe_inputs
-from sidfast.training.lock import NAME as LOCK
-from sidfast.training.run import RunDirectory, open_run
+from sidfast import train
+from sidfast.common import files
+from sidfast.common.errors import RunError
+from sidfast.config.schema import load_config
+from sidfast.runs import directory as run_module
+from sidfast.runs.directory import RunDirectory, open_run
+from sidfast.runs.identity import describe_inputs
+from sidfast.runs.lock import NAME as LOCK
+from sidfast.teachers.load import load_teacher
 
 
 def test_folder_of_another_run(capsys, write_config, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
 from sidfast.evaluation.attributes import AttributeChecker
-from sidfast.teacher import build
+from sidfast.toy import build
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ import pytest
 import torch
 from helpers_method import objective_of
 
-from sidfast.config import Synthetic, build_config
+from sidfast.common.errors import UserError
+from sidfast.config.schema import Synthetic, build_config
 from sidfast.data.diversity import fixed_z, some_prompts, training_prompts
 from sidfast.data.lengths import count_cut, cut_note, most_tokens
 from sidfast.data.prompts import open_prompts
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
-from sidfast.training.batches import Batches, TextEncoder, noise_levels
+from sidfast.teachers.fit import noise_levels
+from sidfast.teachers.load import load_teacher
+from sidfast.training.batches import Batches, TextEncoder
 
 
 class Words:

@@ -151,9 +151,9 @@ def test_what_is_live_at_the_peak():
     def alloc(place, size, *names):
         return {"action": "alloc", "addr": place, "size": size, "frames": frames(*names)}
 
-    ours = "sidfast/networks/fused"
+    ours = "sidfast/accel/unet"
     trace = [alloc(1, 10, "torch/nn", ours), alloc(2, 50, "torch/nn"), {"action": "free_completed", "addr": 2},
              alloc(2, 45, ours), alloc(3, 9, "other"), {"action": "free_requested", "addr": 2},
              {"action": "free_completed", "addr": 2}, alloc(4, 20, "deepspeed/engine", ours)]
     most, sizes = peak.live_at_peak(trace)
-    assert most == 64 and sizes == {"networks/fused.py:7 f": 55, "elsewhere": 9}
+    assert most == 64 and sizes == {"accel/unet.py:7 f": 55, "elsewhere": 9}

@@ -7,11 +7,11 @@ from helpers_method import objective_of, random_batch, setting
 from sidfast.kernels.backend import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidfast.config_data import Synthetic
+from sidfast.accel.prepacked import repack
+from sidfast.accel.unet import fuse
+from sidfast.config.sections import Synthetic
 from sidfast.method.distill import fake_score_update, generator_update
 from sidfast.method.synthetic import build_source, cannot_capture
-from sidfast.networks.fused import fuse
-from sidfast.networks.packed import repack
 
 # A constant from a Python list (on a GPU: a copy from host memory), a value read by the host, a size that depends on
 # values, a random number (of another generator state each time).

@@ -16,7 +16,7 @@ from random_judges import write_inception
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 from sidfast.evaluation.attributes import load_checker
 from sidfast.evaluation.features import load_clip, load_features
 from sidfast.evaluation.judge import Judge

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sidfast.config import Config, build_config, load_config
-from sidfast.config_deepspeed import _INSTEAD, DEEPSPEED_KEYS
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.config.deepspeed import _INSTEAD, DEEPSPEED_KEYS
+from sidfast.config.schema import Config, build_config, load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))

@@ -12,11 +12,11 @@ from helpers_checkpoint import write_checkpoint
 from PIL import Image
 
 from sidfast import cli
-from sidfast.config import build_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
+from sidfast.common.errors import UserError
+from sidfast.config.schema import build_config
 from sidfast.publishing.export import one_step_pipeline, read_distillation, write_export
 from sidfast.publishing.load import load_pipeline
+from sidfast.teachers.load import load_teacher
 
 CPU = torch.device("cpu")
 

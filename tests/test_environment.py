@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sidfast
-from sidfast.environment import hide_checkout
+from sidfast.common.environment import hide_checkout
 
 CHECKOUT = Path(sidfast.__file__).parents[1]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 from sidfast.evaluation.reference import open_reference
 
 ASSETS = ROOT / "assets"

@@ -8,19 +8,19 @@ import torch
 from helpers_evaluate import ASSETS, arguments, run, shapes_judge
 
 from sidfast import cli
-from sidfast.errors import INTERRUPTED
+from sidfast.common.errors import INTERRUPTED
+from sidfast.common.files import drop_lock, take_lock
 from sidfast.evaluation.command import Request, evaluate_model
 from sidfast.evaluation.evaluate import evaluate, held_out_captions, pipeline_generator
 from sidfast.evaluation.images import sized
 from sidfast.evaluation.rows import FolderRows, collect
-from sidfast.files import drop_lock, take_lock
 
 
 @pytest.fixture(scope="module")
 def export(tiny_teacher, tmp_path_factory):
     """A one-step pipeline of 16 x 16 images, as a training run exports it."""
-    from sidfast.networks.loading import load_teacher
     from sidfast.publishing.export import one_step_pipeline, write_export
+    from sidfast.teachers.load import load_teacher
 
     teacher, folder = load_teacher(str(tiny_teacher)), tmp_path_factory.mktemp("export") / "export"
     write_export(one_step_pipeline(teacher, teacher.unet, 625), folder)

@@ -15,15 +15,15 @@ from safetensors import safe_open
 from tiny import write_tiny_teacher
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sidfast.config import load_config
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.files import drop_lock, take_lock
+from sidfast.config.schema import load_config
 from sidfast.evaluation.metrics import title
-from sidfast.files import drop_lock, take_lock
-from sidfast.networks.loading import load_teacher
 from sidfast.publishing import card, pipeline
 from sidfast.publishing.export import one_step_pipeline, recover_export, save_tokenizer, write_export
 from sidfast.publishing.grid import image_grid, save_grid
 from sidfast.publishing.load import load_pipeline
+from sidfast.teachers.load import load_teacher
 
 OLD = os.environ.get("SIDFAST_OLD_LIBRARIES")            # folders of `pip install --target`, with colons between them
 PROMPTS = ["a small red circle", "A RED-ish  café's 42 cats; it's über", ""]

@@ -12,15 +12,15 @@ from helpers_input import edit, fails
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
-from sidfast.config import load_config
-from sidfast.errors import UserError
-from sidfast.files import drop_lock, take_lock
-from sidfast.networks.fingerprint import PARTS, TEACHER, describe_teacher, teacher_change
-from sidfast.networks.loading import load_teacher
+from sidfast.checkpoints.format import read_state
+from sidfast.common.errors import UserError
+from sidfast.common.files import drop_lock, take_lock
+from sidfast.config.schema import load_config
 from sidfast.publishing.export import read_distillation
-from sidfast.training.identity import check_inputs, check_origin, describe_inputs, describe_run, locate_inputs
-from sidfast.training.run import open_run
-from sidfast.training.state import read_state
+from sidfast.runs.directory import open_run
+from sidfast.runs.identity import check_inputs, check_origin, describe_inputs, describe_run, locate_inputs
+from sidfast.teachers.fingerprint import PARTS, TEACHER, describe_teacher, teacher_change
+from sidfast.teachers.load import load_teacher
 
 
 @pytest.fixture

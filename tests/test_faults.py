@@ -12,13 +12,13 @@ import torch
 from conftest import ROOT, Forked, environment, fork_training, losses, process_alone, run_jobs, wait_for_lines
 from tiny import NO_MIDDLE, write_tiny_teacher
 
-from sidfast.config import Train
-from sidfast.errors import Diverged, RunError
+from sidfast.common.errors import Diverged, RunError
+from sidfast.config.schema import Train
+from sidfast.monitoring.spikes import Spikes
+from sidfast.monitoring.watchdog import judge
 from sidfast.train import join
 from sidfast.training import progress as progress_module
 from sidfast.training.progress import Progress
-from sidfast.training.spikes import Spikes
-from sidfast.training.watch import judge
 
 # ---- hanging processes
 

@@ -11,13 +11,13 @@ import torch
 from helpers_checkpoint import write_checkpoint
 from PIL import Image
 
-from sidfast import files
-from sidfast.errors import tell_once
+from sidfast.checkpoints import store as checkpoint
+from sidfast.common import files
+from sidfast.common.errors import tell_once
+from sidfast.common.files import remove, replacing, sweep, temporary_folder, write_atomically
 from sidfast.evaluation.rows import FolderRows
-from sidfast.files import remove, replacing, sweep, temporary_folder, write_atomically
 from sidfast.publishing import export
-from sidfast.training import checkpoint
-from sidfast.training.run import RunDirectory
+from sidfast.runs.directory import RunDirectory
 
 TOKEN = "0123456789abcdef"
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import fork_training, free_port, losses
 
-from sidfast.config import build_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
-from sidfast.training import fit
-from sidfast.training.planner import Planner, load_shapes
+from sidfast.common.errors import UserError
+from sidfast.config.schema import build_config
+from sidfast.planning import fit
+from sidfast.planning.planner import Planner, load_shapes
+from sidfast.teachers.load import load_teacher
 
 CPU = torch.device("cpu")
 

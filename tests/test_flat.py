@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sidfast.networks import flat as module
-from sidfast.networks.flat import Flat
-from sidfast.networks.packed import joined, pass_layout
-from sidfast.networks.trained import Trained
+from sidfast.accel.prepacked import joined, pass_layout
+from sidfast.engines import flat as module
+from sidfast.engines.flat import Flat
+from sidfast.engines.module import Trained
 
 
 def build():

@@ -14,15 +14,15 @@ import pytest
 import torch
 from helpers_checkpoint import EXTRA, KINDS, STATE
 
-from sidfast.errors import Unfailing
+from sidfast.checkpoints import saver as saving
+from sidfast.checkpoints import store as checkpoint
+from sidfast.checkpoints.format import file_name
+from sidfast.checkpoints.saver import Saver
+from sidfast.common.channel import Channel
+from sidfast.common.errors import Unfailing
 from sidfast.publishing import export
-from sidfast.training import checkpoint
-from sidfast.training import saver as saving
-from sidfast.training.channel import Channel
+from sidfast.runs.directory import LineFile
 from sidfast.training.progress import diverged
-from sidfast.training.run import LineFile
-from sidfast.training.saver import Saver
-from sidfast.training.state import file_name
 
 
 @contextmanager

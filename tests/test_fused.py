@@ -11,10 +11,10 @@ from helpers_kernels import DEVICES, DTYPES, random_tensors
 from helpers_latents import error
 from torch import nn
 
-from sidfast.networks.attention import IMPLEMENTATIONS, choose_attention
-from sidfast.networks.fused import cannot_fuse, fuse, unfuse
-from sidfast.networks.fused_ops import add
-from sidfast.networks.packed import Packed, packed_bytes, pass_layout, repack
+from sidfast.accel.attention import IMPLEMENTATIONS, choose_attention
+from sidfast.accel.prepacked import Packed, packed_bytes, pass_layout, repack
+from sidfast.accel.unet import cannot_fuse, fuse, unfuse
+from sidfast.accel.unet_ops import add
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 ARCHITECTURES = {

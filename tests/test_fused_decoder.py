@@ -12,11 +12,11 @@ from helpers_kernels import DEVICES
 from helpers_latents import error
 
 from sidfast import cli
-from sidfast.errors import UserError
-from sidfast.networks import fused_pipeline
-from sidfast.networks.fused_decoder import cannot_fuse_decoder, fuse_decoder
-from sidfast.networks.fused_pipeline import Replayed, fuse_pipeline
-from sidfast.networks.packed import repack
+from sidfast.accel import pipeline as fused_pipeline
+from sidfast.accel.decoder import cannot_fuse_decoder, fuse_decoder
+from sidfast.accel.pipeline import Replayed, fuse_pipeline
+from sidfast.accel.prepacked import repack
+from sidfast.common.errors import UserError
 from sidfast.publishing.load import load_pipeline
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sidfast.kernels import backend
 
 from sidfast import train
-from sidfast.config import Config
-from sidfast.config_faults import _keys
-from sidfast.training import speed
+from sidfast.accel import plan as speed
+from sidfast.common.explain import _keys
+from sidfast.config.schema import Config
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
                  suppress_health_check=list(HealthCheck))

@@ -12,11 +12,13 @@ from PIL import Image, PngImagePlugin
 from test_fuzz import QUICK
 
 from sidfast import cli
-from sidfast.config import load_config
-from sidfast.errors import UserError, one_line
+from sidfast.common.errors import UserError, one_line
+from sidfast.common.records import Line, read_lines, read_metrics
+from sidfast.config.schema import load_config
 from sidfast.evaluation.report import write_report
+from sidfast.planning import plan
 from sidfast.publishing.grid import image_grid, read_grid, save_grid
-from sidfast.records import Line, read_lines, read_metrics
+from sidfast.runs.directory import open_run
 from sidfast.studies import worker
 from sidfast.studies.plots import plots
 from sidfast.studies.record import write_outcome, write_record
@@ -24,8 +26,6 @@ from sidfast.studies.report import page
 from sidfast.studies.results import collect, costs
 from sidfast.studies.study import read_study
 from sidfast.studies.table import markdown
-from sidfast.training import plan
-from sidfast.training.run import open_run
 
 NESTED = [1]
 for _ in range(70):

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, losses, run_jobs
 from helpers_method import micro_batches, objective_of, setting, small_unet
 
+from sidfast.accel.graphs import Graphs, side_by_side
 from sidfast.method.distill import fake_score_update, generator_update
-from sidfast.networks.graphs import Graphs, side_by_side
 
 pytestmark = pytest.mark.gpu
 STEPS = 200                                              # of the embedded teacher's curves

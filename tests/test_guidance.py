@@ -7,12 +7,12 @@ from helpers_method import TinyUNet, assert_close, objective_of, random_batch
 from sidfast.kernels.guidance import denoise, guide
 from sidfast.kernels.noising import add_noise
 
+from sidfast.accel.unet import fuse
 from sidfast.method.denoise import denoise_coefficients, predict, prediction_target
 from sidfast.method.distill import generate
 from sidfast.method.guidance import copies, predict_guided
 from sidfast.method.guidance import passes as passes_of
 from sidfast.method.noise import NoiseSchedule
-from sidfast.networks.fused import fuse
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEPS = (1, 20, 400, 979)

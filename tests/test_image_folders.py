@@ -11,7 +11,7 @@ from helpers_input import fails
 from PIL import Image
 
 from sidfast import cli
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 from sidfast.evaluation.images import ImageFolder
 from sidfast.evaluation.reference import open_reference
 

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 
 from sidfast import cli
-from sidfast.errors import INTERRUPTED
+from sidfast.common.errors import INTERRUPTED
 from sidfast.evaluation import metrics
 from sidfast.evaluation.images import sized
 from sidfast.evaluation.intervals import of_mean, of_repeats, of_share

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_fused import inputs_of, run, unet_of
 
-from sidfast.networks.fused import fuse
-from sidfast.networks.fused_blocks import FusedResnet
-from sidfast.networks.joined import Joined, join_blocks, places
+from sidfast.accel.unet import fuse
+from sidfast.accel.unet_blocks import FusedResnet
+from sidfast.engines.blocks import Joined, join_blocks, places
 
 
 def joined_of(name, checkpointing=False):

@@ -9,7 +9,7 @@ from helpers_method import assert_close
 from helpers_training import train_here
 from tiny import NO_MIDDLE, write_tiny_teacher
 
-from sidfast.training.checkpoint import read_tensors
+from sidfast.checkpoints.store import read_tensors
 
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 1, "hysteresis": 1}}
 BF16 = {"bf16": {"enabled": True}}

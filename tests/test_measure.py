@@ -15,15 +15,15 @@ from conftest import ROOT, fork_training
 from PIL import Image
 
 from sidfast import cli, train
-from sidfast.config import load_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
+from sidfast.common.errors import UserError
+from sidfast.config.schema import load_config
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.load import load_pipeline
+from sidfast.runs.directory import RunDirectory
+from sidfast.runs.evaluate import Measuring, check_measures
+from sidfast.runs.preview import Preview
+from sidfast.teachers.load import load_teacher
 from sidfast.training.loop import is_measured
-from sidfast.training.measure import Measuring, check_measures
-from sidfast.training.preview import Preview
-from sidfast.training.run import RunDirectory
 
 CLIP = ROOT / "assets" / "clip"
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPModel
 
 from sidfast import cli
+from sidfast.accel.precision import allow_tf32, tf32
+from sidfast.common.errors import INTERRUPTED
 from sidfast.data import shapes
-from sidfast.errors import INTERRUPTED
 from sidfast.evaluation.evaluate import held_out_captions
 from sidfast.evaluation.features import load_clip
 from sidfast.evaluation.images import ImageFolder, sized
@@ -25,12 +26,11 @@ from sidfast.evaluation.metrics import lower_is_better
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.reference import measure_reference, open_reference
 from sidfast.evaluation.rows import FolderRows
-from sidfast.networks.loading import load_teacher
-from sidfast.networks.precision import allow_tf32, tf32
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import load_pipeline
-from sidfast.training.preview import Preview
+from sidfast.runs.preview import Preview
+from sidfast.teachers.load import load_teacher
 
 CLIP, CPU = ASSETS / "clip", torch.device("cpu")
 

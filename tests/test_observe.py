@@ -14,12 +14,12 @@ from test_full_disk import files_up_to
 from test_plan import LATENT, TEXT, device  # noqa: F401 (a fixture)
 
 from sidfast import train
-from sidfast.config import build_config, load_config
-from sidfast.teacher.networks import build_unet
-from sidfast.training import speed
-from sidfast.training.engines import ENGINES, build_engine, engine_config
-from sidfast.training.observe import Clock, Observer, Profiler, peak_tflops
-from sidfast.training.run import RunDirectory
+from sidfast.accel import plan as speed
+from sidfast.config.schema import build_config, load_config
+from sidfast.engines.engine import ENGINES, build_engine, engine_config
+from sidfast.monitoring.observe import Clock, Observer, Profiler, peak_tflops
+from sidfast.runs.directory import RunDirectory
+from sidfast.toy.networks import build_unet
 
 CPU = torch.device("cpu")
 

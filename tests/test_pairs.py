@@ -10,7 +10,7 @@ from conftest import Forked, free_port, losses, run_jobs
 from helpers_method import assert_close
 from tiny import NO_MIDDLE, write_tiny_teacher
 
-from sidfast.training.checkpoint import by_age, read_tensors
+from sidfast.checkpoints.store import by_age, read_tensors
 
 STAGES = (0, 2)
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sidfast import cli
-from sidfast.config import load_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
+from sidfast.common.errors import UserError
+from sidfast.config.schema import load_config
 from sidfast.publishing.generate import make_images
 from sidfast.publishing.load import load_pipeline, loading_notes, sampler_options
 from sidfast.publishing.pipeline_class import text_to_image_class
-from sidfast.training import preview as preview_module
+from sidfast.runs import preview as preview_module
+from sidfast.teachers.load import load_teacher
 
 TEXT = "a small red circle"
 

@@ -12,13 +12,13 @@ from helpers_engine import optimize
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidfast import train
-from sidfast.config import Adam, build_config
+from sidfast.config.schema import Adam, build_config
+from sidfast.engines.engine import build_engine, engine_config
 from sidfast.method.distill import Objective
 from sidfast.method.noise import NoiseSchedule
-from sidfast.networks.loading import load_teacher
-from sidfast.training import footprint, memory
-from sidfast.training.engines import build_engine, engine_config
-from sidfast.training.planner import load_shapes
+from sidfast.planning import footprint, memory
+from sidfast.planning.planner import load_shapes
+from sidfast.teachers.load import load_teacher
 
 SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
 LATENT, TEXT = (4, 8, 8), (32, 128)

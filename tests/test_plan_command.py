@@ -9,11 +9,11 @@ from conftest import ROOT
 from helpers_input import fails
 
 from sidfast import cli
-from sidfast.config import build_config, load_config
-from sidfast.training import memory, plan_text, planner
-from sidfast.training.engines import ENGINES, engine_section, offloads, zero_stage
-from sidfast.training.plan import measured_throughput, parse_memory, parse_throughput
-from sidfast.training.planner import GIB, Option, Planner, load_shapes, recommend
+from sidfast.config.schema import build_config, load_config
+from sidfast.engines.engine import ENGINES, engine_section, offloads, zero_stage
+from sidfast.planning import memory, plan_text, planner
+from sidfast.planning.plan import measured_throughput, parse_memory, parse_throughput
+from sidfast.planning.planner import GIB, Option, Planner, load_shapes, recommend
 
 MEASURE = Planner._measure
 
@@ -191,7 +191,7 @@ def test_throughput():
     (["--set", "train.images=" + "9" * 400], "train.images"),
 ], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
 def test_bad_input(capsys, write_config, monkeypatch, args, words):
-    monkeypatch.setattr("sidfast.training.plan.Planner", lambda *_: pytest.fail("nothing is to be counted"))
+    monkeypatch.setattr("sidfast.planning.plan.Planner", lambda *_: pytest.fail("nothing is to be counted"))
     assert words in fails(capsys, cli.main, "plan", "--config", write_config(), *args)
 
 

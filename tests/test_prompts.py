@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
 from sidfast.data.lines import find_lines
 from sidfast.data.prompts import PromptFile, ShapesPrompts, open_prompts, read_prompts
-from sidfast.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
 

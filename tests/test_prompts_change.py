@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import Forked, fork_training, free_port, losses
 
+from sidfast.checkpoints.store import checkpoint_fault
 from sidfast.data.lines import PromptsChanged
 from sidfast.data.prompts import PromptFile
-from sidfast.training.checkpoint import checkpoint_fault
 
 TEXT = b"".join(b"prompt %d of the file\n" % i for i in range(49)) + b"a longer prompt" * 40 + b"\n"
 

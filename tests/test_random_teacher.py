@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sidfast import cli
-from sidfast.networks.loading import load_teacher
-from sidfast.teacher import random_init
+from sidfast.teachers import random_init
+from sidfast.teachers.load import load_teacher
 
 UNET = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

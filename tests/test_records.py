@@ -12,13 +12,13 @@ from PIL import Image, PngImagePlugin
 from test_fuzz import alone  # noqa: F401 (a fixture)
 
 from sidfast import cli, train
-from sidfast.config import load_config
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.records import parse, read_evaluations, read_lines, read_metrics
+from sidfast.config.schema import load_config
 from sidfast.evaluation.report import _data, _samples, write_report
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import image_grid, read_grid
-from sidfast.records import parse, read_evaluations, read_lines, read_metrics
-from sidfast.training.run import open_run
+from sidfast.runs.directory import open_run
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_report_that_fails_costs_a_run_nothing(write_config, tmp_path, capsys,
     def card(run, export, title):
         raise KeyError(f"a fault of ours in {export.name}")
 
-    monkeypatch.setattr("sidfast.training.preview.write_card", card)
+    monkeypatch.setattr("sidfast.runs.preview.write_card", card)
     capsys.readouterr()
     assert train.main([*args, "--set", "train.steps=2"]) == 0
     said = capsys.readouterr().err

@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 
 from sidfast import cli
-from sidfast.config import load_config
+from sidfast.config.schema import load_config
 from sidfast.evaluation.charts import line_chart
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.report import _samples
@@ -260,8 +260,8 @@ def test_licence_of_a_hub_teacher(run, tmp_path, monkeypatch, teacher, readme, w
 
 
 def test_a_download_brings_the_licence(monkeypatch, tmp_path):
-    from sidfast.networks.loading import find_teacher
     from sidfast.publishing.load import find_pipeline
+    from sidfast.teachers.load import find_teacher
 
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, **options: (

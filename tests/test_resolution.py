@@ -9,12 +9,12 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from helpers_input import edit
 
 from sidfast import cli, train
-from sidfast.config import load_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
+from sidfast.common.errors import UserError
+from sidfast.config.schema import load_config
+from sidfast.planning.footprint import count_flops
+from sidfast.planning.planner import Planner, load_shapes
 from sidfast.publishing.grid import read_grid
-from sidfast.training.footprint import count_flops
-from sidfast.training.planner import Planner, load_shapes
+from sidfast.teachers.load import load_teacher
 
 SIZE = (16, 24)                                          # height, width in pixels; latents 8 x 12
 

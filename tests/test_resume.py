@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, environment, fork_training, losses, start_launcher
 from helpers_checkpoint import write_checkpoint
 
-from sidfast.errors import UserError
-from sidfast.training.checkpoint import checkpoint_fault, choose_checkpoint, find_checkpoint, read_tensors
-from sidfast.training.state import read_state, seal
+from sidfast.checkpoints.format import read_state, seal
+from sidfast.checkpoints.store import checkpoint_fault, choose_checkpoint, find_checkpoint, read_tensors
+from sidfast.common.errors import UserError
 
 STEPS = 24
 
@@ -233,7 +233,7 @@ def test_average_equals_its_definition(config, tmp_path):
     run = tmp_path / "run"
     finish(fork_training(config, run, 29724, "--set", "train.steps=4", "--set", "train.save_every=1", "--set",
                          "train.keep=9", "--set", "train.samples=0", "--set", "ema.half_life=9"))
-    from sidfast.networks.loading import load_teacher
+    from sidfast.teachers.load import load_teacher
 
     folder = json.loads(config.read_text())["model"]["teacher"]
     average = {k: v.double() for k, v in load_teacher(folder).unet.state_dict().items()}

@@ -7,10 +7,10 @@ import torch
 from helpers_evaluate import ASSETS
 from transformers import AutoTokenizer
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
-from sidfast.errors import UserError
 from sidfast.evaluation.features import tokenize
-from sidfast.teacher.tokenizer import MAX_TOKENS, build_tokenizer, words
+from sidfast.teachers.tokenizer import MAX_TOKENS, build_tokenizer, words
 
 EXAMPLES = {
     "a large pink cross on a brown background": (0, "single", 0, "brown", [("large", "pink", "cross")]),

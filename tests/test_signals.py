@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, environment, wait_for_lines
 
-from sidfast.training import stop as stop_module
-from sidfast.training.stop import Stop
+from sidfast.monitoring import shutdown as stop_module
+from sidfast.monitoring.shutdown import Stop
 
 
 def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
@@ -73,7 +73,7 @@ def test_signal_after_the_end_leaves_the_exit_code(tmp_path):
     script = tmp_path / "end.py"
     script.write_text("import os, subprocess\n"
                       "import torch\n"
-                      "from sidfast.training.stop import Stop\n"
+                      "from sidfast.monitoring.shutdown import Stop\n"
                       "torch.distributed.get_world_size = lambda: 1\n"
                       "stop = Stop()\n"
                       "stop.ignore()\n"

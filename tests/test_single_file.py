@@ -17,11 +17,11 @@ from diffusers import (
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 from sidfast.publishing.export import write_export
 from sidfast.publishing.pipeline import OneStepPipeline
 from sidfast.publishing.single_file import check_convertible, original_layout, write_single_file
-from sidfast.teacher.random_init import build_networks
+from sidfast.teachers.random_init import build_networks
 
 IDS = {"a": 320, "photo": 1125, "of": 539, "cat": 2368}
 V1 = {"unet": {"attention_head_dim": 8, "use_linear_projection": False, "block_out_channels": (32, 32, 64, 64)},
@@ -162,7 +162,7 @@ def sd1():
 
 
 def test_another_tokenizer(sd1):
-    from sidfast.teacher.tokenizer import build_tokenizer
+    from sidfast.teachers.tokenizer import build_tokenizer
 
     with pytest.raises(UserError, match="the tokenizer makes"):
         check_convertible(pipeline(V1, tokenizer=build_tokenizer()))
@@ -174,8 +174,8 @@ def test_command(monkeypatch, capsys, tmp_path, sd1, tiny_config):
     from helpers_input import fails
 
     from sidfast import cli
-    from sidfast.config import build_config
-    from sidfast.networks.loading import load_teacher
+    from sidfast.config.schema import build_config
+    from sidfast.teachers.load import load_teacher
 
     write_export(sd1, tmp_path / "teacher", torch.float32)
     index = tmp_path / "teacher" / "model_index.json"

@@ -8,11 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from harness import compiled_blocks
 
-from sidfast.config import Config, Speed
-from sidfast.errors import UserError
-from sidfast.networks.fused import FusedUNet, fuse
-from sidfast.networks.loading import load_teacher
-from sidfast.training import speed
+from sidfast.accel import plan as speed
+from sidfast.accel.unet import FusedUNet, fuse
+from sidfast.common.errors import UserError
+from sidfast.config.schema import Config, Speed
+from sidfast.teachers.load import load_teacher
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,11 @@ from conftest import Forked, environment, losses
 from helpers_input import fails
 
 from sidfast import train
-from sidfast.errors import UserError, tell_once
-from sidfast.files import drop_lock, take_lock
+from sidfast.common.errors import UserError, tell_once
+from sidfast.common.files import drop_lock, take_lock
+from sidfast.runs import lock
 from sidfast.studies.record import reserved
 from sidfast.studies.study import Run
-from sidfast.training import lock
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_two_starts_of_different_runs_at_once(write_config, tmp_path):
 
 
 def test_second_job_waits_then_says_who_is_there(tmp_path, capsys):
-    script = ("import sys, time\nfrom sidfast.training.lock import claimed\nwith claimed(sys.argv[1], True):\n"
+    script = ("import sys, time\nfrom sidfast.runs.lock import claimed\nwith claimed(sys.argv[1], True):\n"
               "    print('held', flush=True)\n    time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
@@ -112,7 +112,7 @@ def test_a_start_interrupted_early_leaves_nothing_and_a_late_one_its_lock(tmp_pa
 def test_waiting_start_survives_that_the_other_is_refused(tmp_path):
     """The folder it waits in is removed; it makes it again."""
     out = tmp_path / "run"
-    script = ("import sys, time\nfrom sidfast.errors import UserError\nfrom sidfast.training.lock import claimed\n"
+    script = ("import sys, time\nfrom sidfast.common.errors import UserError\nfrom sidfast.runs.lock import claimed\n"
               "with claimed(sys.argv[1], True):\n    print('held', flush=True)\n    input()\n    raise UserError")
     holder = subprocess.Popen([sys.executable, "-c", script, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True, cwd=tmp_path, env=environment(0))
@@ -190,7 +190,7 @@ def test_no_locks_anywhere(no_locks, capsys):
 
 SPEAKER = """
 import sys
-from sidfast.errors import say, tell, unfailing_streams
+from sidfast.common.errors import say, tell, unfailing_streams
 with unfailing_streams():
     with open(sys.argv[1], "w") as file:                 # a number that is free is the next file's
         say("é" * 10_000)

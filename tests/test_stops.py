@@ -14,17 +14,17 @@ from conftest import ROOT, losses
 from helpers_checkpoint import EXTRA, STATE, write_checkpoint
 from helpers_training import train_here
 
-from sidfast.config import load_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
-from sidfast.training import lock
+from sidfast.checkpoints.format import read_state
+from sidfast.checkpoints.store import by_age, complete, content_fault, step_folder
+from sidfast.common.errors import UserError
+from sidfast.config.schema import load_config
+from sidfast.monitoring.spikes import Spikes
+from sidfast.runs import lock
+from sidfast.runs.directory import open_run
+from sidfast.teachers.load import load_teacher
 from sidfast.training import progress as progress_module
-from sidfast.training.checkpoint import by_age, complete, content_fault, step_folder
 from sidfast.training.loop import Loop
 from sidfast.training.progress import Progress
-from sidfast.training.run import open_run
-from sidfast.training.spikes import Spikes
-from sidfast.training.state import read_state
 
 
 def signal_in_step(number, which):
@@ -65,7 +65,7 @@ def test_a_signal_in_the_last_step_is_too_late(write_config, tmp_path, capsys):
 
 CLAIM = """
 import sys
-from sidfast.training.lock import claimed
+from sidfast.runs.lock import claimed
 with claimed(sys.argv[1], sys.argv[2] == "first", 0.3):
     print("held", flush=True)
     sys.stdin.read()

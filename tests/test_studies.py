@@ -10,7 +10,9 @@ from conftest import ROOT
 from scipy import stats
 
 from sidfast import cli
-from sidfast.errors import UserError
+from sidfast.accel import plan as speed
+from sidfast.common.errors import UserError
+from sidfast.runs import evaluate as measure
 from sidfast.studies import ablate
 from sidfast.studies.plots import plots
 from sidfast.studies.record import is_final, read_record, reserved
@@ -18,7 +20,6 @@ from sidfast.studies.results import interval, metric_names
 from sidfast.studies.study import Run, load_study, read_study
 from sidfast.studies.table import label, markdown
 from sidfast.studies.worker import Worker
-from sidfast.training import measure, speed
 
 STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
 

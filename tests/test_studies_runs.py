@@ -12,7 +12,7 @@ from scipy import stats
 from test_studies import fails
 
 from sidfast import cli
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_documented_extensions_work(tiny_config, known_again):
     from test_batches import batches, joined
     from test_synthetic import source_of
 
-    from sidfast.config import build_config
+    from sidfast.config.schema import build_config
     from sidfast.method import noise, synthetic
 
     (density, density_line), (source, source_line) = examples()

@@ -14,16 +14,16 @@ from PIL import Image
 from sidfast.kernels import backend
 from test_stops import signal_in_step
 
+from sidfast.accel import plan as speed
 from sidfast.evaluation.evaluate import pipeline_generator
-from sidfast.networks.loading import load_teacher
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.load import load_pipeline
 from sidfast.studies import worker as module
 from sidfast.studies.record import STRIP, is_final
 from sidfast.studies.study import read_study
 from sidfast.studies.worker import Worker
+from sidfast.teachers.load import load_teacher
 from sidfast.train import join
-from sidfast.training import speed
 from sidfast.training.loop import Loop
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import torch
 from helpers_method import micro_batches, objective_of, poison, setting
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidfast.errors import NothingFinite
+from sidfast.common.errors import NothingFinite
+from sidfast.engines import accumulate as summed_module
+from sidfast.engines import flat as flat_module
+from sidfast.engines.accumulate import GradientSums, SummedLoss
+from sidfast.engines.module import Trained
 from sidfast.method.distill import fake_score_update, generator_update
-from sidfast.networks import flat as flat_module
-from sidfast.networks import summed as summed_module
-from sidfast.networks.summed import GradientSums, SummedLoss
-from sidfast.networks.trained import Trained
 
 UPDATES = {"generator": generator_update, "fake_score": fake_score_update}
 OBJECTIVE = objective_of(1.5, 2, 0.5, 1.5, alpha=0.5)

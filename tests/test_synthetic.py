@@ -21,11 +21,11 @@ from helpers_method import (
 )
 from scipy import ndimage
 
-from sidfast.config import Synthetic, build_config
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.config.schema import Synthetic, build_config
 from sidfast.method.distill import Batch, fake_score_update, generate, generator_update, leave_out
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, TeacherShare, build_source, cannot_capture
-from sidfast.networks.loading import load_teacher
+from sidfast.teachers.load import load_teacher
 from sidfast.training.loop import with_images
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import losses, run_jobs
 
-from sidfast.training.checkpoint import read_tensors
+from sidfast.checkpoints.store import read_tensors
 
 SHARED = ({"degradation": "noise", "strength": 0.2}, {"speed": {"share_generator_forward": True}})
 STALE, EMA = ({"source": "stale", "stale_by": 2}, {}), ({"source": "ema"}, {"ema": {"half_life": 8}})

@@ -11,8 +11,8 @@ import pytest
 from helpers_input import fails
 
 from sidfast import cli, train
+from sidfast.common.errors import UserError
 from sidfast.data.prompts import PromptFile, open_lines, read_prompts
-from sidfast.errors import UserError
 
 CAPTIONS = ["a red circle, on white", 'a "blue" square', "猫 and a café", "a\u2028b"]
 ROWS = [{"id": i, "caption": text, "url": "http://x/y,z"} for i, text in enumerate(CAPTIONS)]

@@ -10,17 +10,17 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from helpers_input import edit, fails
 
 from sidfast import cli, train
-from sidfast.config import load_config
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.config.schema import load_config
 from sidfast.method.distill import Batch, Objective, generate
 from sidfast.method.noise import DENSITIES, NoiseLevels
 from sidfast.method.synthetic import Source, TeacherShare
-from sidfast.networks.loading import load_teacher
-from sidfast.networks.schedulers import check_steps
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.load import load_pipeline, teacher_pipeline
+from sidfast.teachers.fit import check_teacher_fits
+from sidfast.teachers.load import load_teacher
+from sidfast.teachers.schedulers import check_steps
 from sidfast.training.batches import TextEncoder
-from sidfast.training.teacher_checks import check_teacher_fits
 
 PROMPTS = ["a small red circle", "", "a large blue square above a small green cross on a white background"]
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

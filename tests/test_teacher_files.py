@@ -12,12 +12,12 @@ from helpers_input import edit, fails
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
-from sidfast.config import load_config
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
-from sidfast.networks.teacher_files import find_teacher
-from sidfast.training.identity import describe_distillation
-from sidfast.training.planner import load_shapes
+from sidfast.common.errors import UserError
+from sidfast.config.schema import load_config
+from sidfast.planning.planner import load_shapes
+from sidfast.runs.identity import describe_distillation
+from sidfast.teachers.folders import find_teacher
+from sidfast.teachers.load import load_teacher
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 

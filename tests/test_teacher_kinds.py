@@ -11,9 +11,9 @@ from helpers_input import edit, fails
 from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
-from sidfast.errors import UserError
-from sidfast.networks.loading import load_teacher
-from sidfast.training.planner import load_shapes
+from sidfast.common.errors import UserError
+from sidfast.planning.planner import load_shapes
+from sidfast.teachers.load import load_teacher
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from helpers_input import fails
 from safetensors.torch import save_file
 
 from sidfast import cli, train
-from sidfast.errors import UserError
-from sidfast.training.checkpoint import checkpoint_fault, content_fault, read_tensors
-from sidfast.training.state import read_state, seal
+from sidfast.checkpoints.format import read_state, seal
+from sidfast.checkpoints.store import checkpoint_fault, content_fault, read_tensors
+from sidfast.common.errors import UserError
 
 CLIP = ROOT / "assets" / "clip"
 NETWORKS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

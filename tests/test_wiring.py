@@ -24,16 +24,16 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 
 from sidfast import cli
-from sidfast.config import build_config
+from sidfast.accel.plan import Speed
+from sidfast.accel.prepacked import Packed
+from sidfast.checkpoints.store import read_tensors
+from sidfast.config.schema import build_config
 from sidfast.data import shapes
 from sidfast.method.distill import Batch
-from sidfast.networks.loading import load_teacher
-from sidfast.networks.packed import Packed
 from sidfast.publishing.grid import read_grid
 from sidfast.publishing.load import load_pipeline
+from sidfast.teachers.load import load_teacher
 from sidfast.training import trainer
-from sidfast.training.checkpoint import read_tensors
-from sidfast.training.speed import Speed
 
 KAPPAS, ALPHA, T_INIT, FACTOR = (1.2, 1.7, 2.3, 3.1), 0.7, 500, 0.5
 ADAM = {"generator": {"lr": 1e-2, "beta2": 0.9, "eps": 1e-5, "warmup": 4},

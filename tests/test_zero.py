@@ -9,11 +9,12 @@ from conftest import free_port, losses, run_jobs, start_launcher, wait_for_all
 from helpers_method import assert_close, in_float64, naive_fake_score_update, naive_generator_update, objective_of
 from tiny import NO_MIDDLE, write_tiny_teacher
 
-from sidfast.config import build_config
+from sidfast.checkpoints.store import read_tensors
+from sidfast.config.schema import build_config
 from sidfast.data.prompts import open_prompts
-from sidfast.networks.loading import load_teacher
-from sidfast.training.batches import Batches, TextEncoder, noise_levels
-from sidfast.training.checkpoint import read_tensors
+from sidfast.teachers.fit import noise_levels
+from sidfast.teachers.load import load_teacher
+from sidfast.training.batches import Batches, TextEncoder
 
 STAGES = (0, 1, 2, 3)
 

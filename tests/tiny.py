@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sidfast.teacher.tokenizer import build_tokenizer
+from sidfast.teachers.tokenizer import build_tokenizer
 
 MIDDLE = {"down_block_types": ("DownBlock2D",), "mid_block_type": "UNetMidBlock2DCrossAttn"}
 NO_MIDDLE = {"down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None}    # fewer layers

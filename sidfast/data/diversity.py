@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import torch
 
+from sidfast.common.errors import UserError
 from sidfast.data.prompts import PromptFile, open_prompts
-from sidfast.errors import UserError
 
 
 def training_prompts(source, seed, section, column=None, tell=None):

@@ -12,7 +12,7 @@ import unicodedata
 
 import numpy as np
 
-from sidfast.errors import RunError, UserError
+from sidfast.common.errors import RunError, UserError
 
 LIMIT = 100_000                                          # bytes of a prompt
 _CHUNK = 2**24

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
 from sidfast.data.lines import Lines, WatchedFile, find_lines
 from sidfast.data.tables import READERS, Table
-from sidfast.errors import UserError
 
 _BLOCK = 1024
 _KINDS = f"a text file, one prompt a line, or {', '.join(sorted(READERS))} (all of them also as .gz)"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 
 IMAGE_SIZE = 64
 MAX_OBJECTS = 3

@@ -7,8 +7,8 @@ from array import array
 
 import numpy as np
 
+from sidfast.common.errors import UserError
 from sidfast.data.lines import LIMIT, Lines, clean, too_long
-from sidfast.errors import UserError
 
 _USUAL = ("caption", "captions", "prompt", "prompts", "text", "texts", "description")
 _ROW = 2**24                                             # bytes of a line of .jsonl, .csv, .tsv

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
-from sidfast.errors import UserError
-from sidfast.networks.loading import check_finite_weights
+from sidfast.teachers.load import check_finite_weights
 
 ATTRIBUTES = ("count", "layout", "background", "size", "color", "shape")
 _CLASSES = {"count": shapes.MAX_OBJECTS, "layout": len(shapes.LAYOUTS), "background": len(shapes.BACKGROUNDS),

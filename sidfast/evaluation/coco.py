@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from sidfast.common.errors import UserError
+from sidfast.common.files import remove, replacing, write_atomically
 from sidfast.data.lines import clean
 from sidfast.data.prompts import read_prompts
-from sidfast.errors import UserError
-from sidfast.files import remove, replacing, write_atomically
 
 SIDE = 256
 IMAGES = 30_000

@@ -16,8 +16,11 @@ from pathlib import Path
 
 import torch
 
+from sidfast.accel.pipeline import fuse_pipeline
+from sidfast.accel.precision import tf32
+from sidfast.common.errors import UserError, one_line, say, speaks
+from sidfast.common.files import check_file, drop_lock, remove, sweep, take_lock, write_atomically
 from sidfast.data.lengths import count_cut, most_tokens, prompt_limit
-from sidfast.errors import UserError, one_line, say, speaks
 from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
@@ -27,9 +30,6 @@ from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import Measures, Protocol
 from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
-from sidfast.files import check_file, drop_lock, remove, sweep, take_lock, write_atomically
-from sidfast.networks.fused_pipeline import fuse_pipeline
-from sidfast.networks.precision import tf32
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.load import find_pipeline, load_pipeline, loading_notes, sampler_options
 

@@ -5,11 +5,11 @@ import io
 import math
 from pathlib import Path
 
-from sidfast.errors import UserError
-from sidfast.escape import markdown, plot_label, spreadsheet
+from sidfast.common.errors import UserError
+from sidfast.common.escape import markdown, plot_label, spreadsheet
+from sidfast.common.files import check_folder, sweep, write_atomically
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.results import read_groups
-from sidfast.files import check_folder, sweep, write_atomically
 
 _FIRST = ("fid", "clip_score", "accuracy")
 # Zero-shot COCO-2014, 30,000 captions, ViT-g/14 (arXiv 2406.01561; method.md, section 8): kappa, FID, CLIP score.

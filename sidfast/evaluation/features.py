@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
-from sidfast.errors import UserError
 from sidfast.evaluation.preprocessing import Preprocessing, read_preprocessing
-from sidfast.networks.compatibility import check_tokenizer
-from sidfast.networks.loading import check_finite_weights, load_network
-from sidfast.networks.teacher_files import first_reason
-from sidfast.networks.untrusted import read_config, refuse_pickles
+from sidfast.teachers.compatibility import check_tokenizer
+from sidfast.teachers.folders import first_reason
+from sidfast.teachers.load import check_finite_weights, load_network
+from sidfast.teachers.untrusted import read_config, refuse_pickles
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                  "weights-inception-2015-12-05-6726825d.pth")

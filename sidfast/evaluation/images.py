@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as image_ops
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 from sidfast.evaluation.features import hash_files
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

@@ -2,8 +2,8 @@
 
 import torch
 
+from sidfast.common.errors import NonFiniteImage, UserError
 from sidfast.data import shapes
-from sidfast.errors import NonFiniteImage, UserError
 from sidfast.evaluation.attributes import correct
 
 

@@ -9,7 +9,7 @@ import difflib
 import torch
 from torch import nn
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 from sidfast.evaluation.attributes import ATTRIBUTES
 from sidfast.evaluation.intervals import clipped, of_mean, of_repeats, of_share
 

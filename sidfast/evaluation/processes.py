@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from torch import distributed
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 
 
 @dataclass(frozen=True)

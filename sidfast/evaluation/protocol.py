@@ -8,9 +8,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
 from sidfast.data.prompts import read_prompts
-from sidfast.errors import UserError
 from sidfast.evaluation import metrics as numbers
 from sidfast.evaluation.attributes import load_checker
 from sidfast.evaluation.evaluate import held_out_captions

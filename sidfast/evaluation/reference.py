@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sidfast.common.errors import UserError
 from sidfast.data import shapes
-from sidfast.errors import UserError
 from sidfast.evaluation.images import ImageFolder
 from sidfast.evaluation.processes import Group
 from sidfast.evaluation.rows import FolderRows, MemoryRows, collect

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from sidfast.errors import UserError, one_line
+from sidfast.common.errors import UserError, one_line
+from sidfast.common.files import write_atomically
+from sidfast.common.records import Count, Measure, Schema, check, read_evaluations, read_metrics, read_run
 from sidfast.evaluation.charts import line_chart
 from sidfast.evaluation.metrics import lower_is_better, title
-from sidfast.files import write_atomically
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import read_grid
-from sidfast.records import Count, Measure, Schema, check, read_evaluations, read_metrics, read_run
 
 _CHARTS = (("Losses", {"fake_score_loss": "fake score", "generator_loss": "generator"}),
            ("Training speed, images/s", {"images_per_s": "images/s"}),

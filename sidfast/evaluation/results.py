@@ -8,9 +8,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.records import Count, Distillation, Intervals, Measure, Schema, load, read_json
 from sidfast.evaluation.metrics import over_repeats
-from sidfast.records import Count, Distillation, Intervals, Measure, Schema, load, read_json
 
 MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}$")]             # (files are named after metrics)
 

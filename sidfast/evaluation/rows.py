@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.files import remove, temporary_folder, write_atomically
 from sidfast.evaluation.processes import Group
-from sidfast.files import remove, temporary_folder, write_atomically
 
 _KEY = "key.json"
 

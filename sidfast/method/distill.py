@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from sidfast.errors import NothingFinite
+from sidfast.accel.graphs import in_turn
+from sidfast.common.errors import NothingFinite
+from sidfast.engines.accumulate import SummedLoss
 from sidfast.kernels.guidance import denoise
 from sidfast.kernels.noising import add_noise
 from sidfast.method.denoise import denoise_coefficients, predict
 from sidfast.method.guidance import copies, drop_prompts, predict_guided
 from sidfast.method.losses import fake_score_loss, generator_loss
 from sidfast.method.noise import NoiseSchedule
-from sidfast.networks.graphs import in_turn
-from sidfast.networks.summed import SummedLoss
 
 
 class Networks(NamedTuple):
@@ -111,7 +111,7 @@ def fake_score_update(networks, objective, source=None, **options):
 
 def generator_update(networks, objective, run=in_turn, **options):
     """The generator's Update (eqs. 6 to 8). Gradients pass through both denoisers, which stand still; `run`: in_turn or
-    side_by_side (networks/graphs.py) for the passes of the two. `options` of Update."""
+    side_by_side (accel/graphs.py) for the passes of the two. `options` of Update."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
 
     def compute(generator, *tensors):
@@ -143,7 +143,7 @@ class Update:
     (`leave_out`). `agree(all finite)` makes all processes do it together, where a pass is a collective call (ZeRO stage
     3).
 
-    An engine whose Trained is flat does not accumulate: a SummedLoss (networks/summed.py) does, with `sums` and
+    An engine whose Trained is flat does not accumulate: a SummedLoss (engines/accumulate.py) does, with `sums` and
     `capture` as there, and `scale(engine)` the factor that the engine puts on the loss (fp16). `frozen`: a network
     whose parameters take no gradients meanwhile.
     """

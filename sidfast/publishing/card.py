@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
-from sidfast.errors import one_line
-from sidfast.files import write_atomically
-from sidfast.networks.fingerprint import TEACHER
-from sidfast.networks.teacher_files import find_readme
+from sidfast.common.errors import one_line
+from sidfast.common.files import write_atomically
+from sidfast.common.records import read_evaluations, read_run, recorded
 from sidfast.publishing.export import read_distillation
-from sidfast.records import read_evaluations, read_run, recorded
+from sidfast.teachers.fingerprint import TEACHER
+from sidfast.teachers.folders import find_readme
 
 OLDEST = "diffusers 0.30.3 with transformers 4.44.2"     # (the pipeline file says so too)
 _STEP, _LICENCE = re.compile(r"step-(\d+)"), re.compile(r"[\w.+-]+")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from sidfast.errors import UserError
-from sidfast.networks.fingerprint import TEACHER, describe_teacher, teacher_change
-from sidfast.networks.loading import load_teacher
+from sidfast.common.errors import UserError
+from sidfast.common.records import read_run, recorded
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.load import find_pipeline, load_pipeline
-from sidfast.records import read_run, recorded
+from sidfast.teachers.fingerprint import TEACHER, describe_teacher, teacher_change
+from sidfast.teachers.load import load_teacher
 
 _HOST = "127.0.0.1"
 _PROMPT = "a small red circle above a large blue square on a white background"

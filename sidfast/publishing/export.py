@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from tokenizers.models import BPE
 from torch import nn
 
-from sidfast.errors import UserError
-from sidfast.files import drop_lock, flush, remove, take_lock
-from sidfast.networks.untrusted import read_index
+from sidfast.common.errors import UserError
+from sidfast.common.files import drop_lock, flush, remove, take_lock
+from sidfast.common.records import Distillation, load
 from sidfast.publishing import pipeline as pipeline_module
 from sidfast.publishing.pipeline import OneStepPipeline
-from sidfast.records import Distillation, load
+from sidfast.teachers.untrusted import read_index
 
 _CODE = "pipeline.py"
 _OLD_PREFIX = "text_model."                              # of a text encoder's weights in transformers 4

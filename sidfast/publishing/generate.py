@@ -3,9 +3,9 @@
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from sidfast.errors import NonFiniteImage, UserError
-from sidfast.networks.teacher_files import first_reason
+from sidfast.common.errors import NonFiniteImage, UserError
 from sidfast.publishing.pipeline import OneStepPipeline
+from sidfast.teachers.folders import first_reason
 
 _FAULTS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError)
 

@@ -7,9 +7,9 @@ from typing import Annotated
 from PIL import Image, ImageDraw, PngImagePlugin
 from pydantic import Field, model_validator
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.records import Schema, check, parse
 from sidfast.publishing.labels import LINE, Label
-from sidfast.records import Schema, check, parse
 
 _TILE = 128                                              # pixels, at least
 _GAP, _LABEL = 6, 120

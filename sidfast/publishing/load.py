@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sidfast.errors import UserError
-from sidfast.networks.compatibility import check_tokenizer
-from sidfast.networks.loading import load_network, load_teacher
-from sidfast.networks.schedulers import check_steps
-from sidfast.networks.teacher_files import check_hub_id, download, first_reason
-from sidfast.networks.untrusted import check_parts, library_of, read_index, refuse_code, refuse_pickles
+from sidfast.common.errors import UserError
 from sidfast.publishing.export import is_one_step, one_step_pipeline
 from sidfast.publishing.pipeline_class import check_unet, text_to_image_class
+from sidfast.teachers.compatibility import check_tokenizer
+from sidfast.teachers.folders import check_hub_id, download, first_reason
+from sidfast.teachers.load import load_network, load_teacher
+from sidfast.teachers.schedulers import check_steps
+from sidfast.teachers.untrusted import check_parts, library_of, read_index, refuse_code, refuse_pickles
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 _MOST_GUIDANCE = 1000

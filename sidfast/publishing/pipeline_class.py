@@ -6,7 +6,7 @@ import json
 import diffusers
 from diffusers.pipelines import auto_pipeline
 
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
 
 _NEEDED = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
 _OF_OTHER_TASKS = ("image", "images", "control_image", "mask_image", "video", "control_video", "num_frames", "frames",

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from sidfast.common.errors import UserError, one_line
+from sidfast.common.files import check_file, check_writable, replacing, sweep
 from sidfast.data.lengths import cut_note, prompt_limit
 from sidfast.data.prompts import read_prompts
-from sidfast.errors import UserError, one_line
-from sidfast.files import check_file, check_writable, replacing, sweep
 from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import load_pipeline, loading_notes, sampler_options

@@ -19,8 +19,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 
-from sidfast.errors import UserError
-from sidfast.files import flush
+from sidfast.common.errors import UserError
+from sidfast.common.files import flush
 from sidfast.publishing.export import check_finite_weights
 
 _UNET = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "act_fn": "silu", "norm_num_groups": 32,

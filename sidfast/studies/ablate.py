@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from sidfast.environment import omp_threads
-from sidfast.errors import UserError
-from sidfast.files import check_folder, sweep, write_atomically
+from sidfast.common.environment import omp_threads
+from sidfast.common.errors import UserError
+from sidfast.common.files import check_folder, sweep, write_atomically
 from sidfast.studies.plots import encode, plots
 from sidfast.studies.record import check_record, is_final, read_record
 from sidfast.studies.report import page
@@ -78,14 +78,14 @@ def _check_inputs(study, path):
     """What a run would otherwise stumble over after hours, or one after the other."""
     import torch
 
+    from sidfast.accel.plan import check_speed
     from sidfast.data.diversity import training_prompts
     from sidfast.data.prompts import open_lines
+    from sidfast.engines.engine import compute_dtype, engine_config, zero_stages
     from sidfast.method.synthetic import cannot_capture
-    from sidfast.networks.loading import load_teacher
-    from sidfast.training.engines import compute_dtype, engine_config, zero_stages
-    from sidfast.training.measure import check_measures
-    from sidfast.training.speed import check_speed
-    from sidfast.training.teacher_checks import check_teacher_fits
+    from sidfast.runs.evaluate import check_measures
+    from sidfast.teachers.fit import check_teacher_fits
+    from sidfast.teachers.load import load_teacher
 
     measures = study.file.evaluation
     features = measures.features.partition(":")[2] if measures.features else None

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sidfast.config import build_config
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.files import drop_lock, take_lock, write_atomically
+from sidfast.common.records import MOST, Count, Measure, RunFile, Schema, load
+from sidfast.config.schema import build_config
 from sidfast.evaluation.results import MetricName
-from sidfast.files import drop_lock, take_lock, write_atomically
-from sidfast.records import MOST, Count, Measure, RunFile, Schema, load
 from sidfast.studies.study import TeacherPoint
 
 RESULT, COST, STRIP, STARTED = "result.json", "cost.json", "images.png", "config.json"

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from sidfast.config import Config, build_config, read_values, set_key
-from sidfast.config_data import Section
-from sidfast.config_faults import explain
-from sidfast.errors import UserError
+from sidfast.common.errors import UserError
+from sidfast.common.explain import explain
+from sidfast.config.schema import Config, build_config, read_values, set_key
+from sidfast.config.sections import Section
 from sidfast.evaluation.metrics import OF_FEATURES, parse_metrics
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")

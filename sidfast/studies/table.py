@@ -2,7 +2,7 @@
 
 import math
 
-from sidfast import escape
+from sidfast.common import escape
 from sidfast.studies.results import metric_names
 
 LABELS = {"fid": "FID", "clip_score": "CLIP score", "accuracy": "accuracy", "kid": "KID", "precision": "precision",

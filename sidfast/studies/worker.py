@@ -15,11 +15,11 @@ import time
 import traceback
 from pathlib import Path
 
-from sidfast.environment import prepare_environment
-from sidfast.errors import UserError, one_line, tell, unfailing_streams
-from sidfast.files import remove, replacing, write_atomically
-from sidfast.training.lock import NAME as LOCK
-from sidfast.training.lock import claimed
+from sidfast.common.environment import prepare_environment
+from sidfast.common.errors import UserError, one_line, tell, unfailing_streams
+from sidfast.common.files import remove, replacing, write_atomically
+from sidfast.runs.lock import NAME as LOCK
+from sidfast.runs.lock import claimed
 
 _SIDE = 192                                              # pixels, of an image in the report
 _PATIENCE = 10                                           # seconds to wait for a lock whose holder may be ending
@@ -115,8 +115,8 @@ class Worker:
 
     def _run(self, run):
         """One run, and its record, whatever comes of it."""
-        from sidfast.errors import Diverged, NonFiniteImage, UserError
-        from sidfast.records import read_metrics
+        from sidfast.common.errors import Diverged, NonFiniteImage, UserError
+        from sidfast.common.records import read_metrics
         from sidfast.studies.record import write_record
 
         tell(run.title)
@@ -153,14 +153,14 @@ class Worker:
 
     def _train(self, run):
         """Train, or go on training; the final metrics."""
-        from sidfast.networks.fingerprint import describe_teacher
-        from sidfast.networks.loading import load_teacher
-        from sidfast.records import read_metrics
+        from sidfast.checkpoints.store import choose_checkpoint
+        from sidfast.common.records import read_metrics
+        from sidfast.monitoring.shutdown import Stop
+        from sidfast.runs.directory import is_unused, open_run
+        from sidfast.runs.identity import check_inputs, check_origin, describe_inputs
         from sidfast.studies.record import COST, RESULT, has_other_config
-        from sidfast.training.checkpoint import choose_checkpoint
-        from sidfast.training.identity import check_inputs, check_origin, describe_inputs
-        from sidfast.training.run import is_unused, open_run
-        from sidfast.training.stop import Stop
+        from sidfast.teachers.fingerprint import describe_teacher
+        from sidfast.teachers.load import load_teacher
         from sidfast.training.trainer import train
 
         folder = self.out / run.folder

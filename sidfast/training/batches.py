@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from sidfast.accel.graphs import warm_up
 from sidfast.data.diversity import fixed_z
 from sidfast.data.lines import PromptsChanged
 from sidfast.evaluation.features import tokenize
 from sidfast.method.distill import Batch
-from sidfast.method.noise import NoiseLevels
-from sidfast.networks.graphs import warm_up
+from sidfast.teachers.fit import UPDATES
 
-UPDATES = ("fake_score", "generator")                    # in the order they take turns
 _AHEAD = 4                                               # global batches whose prompts are tokenised ahead, at once
 
 
@@ -65,15 +64,6 @@ class TextEncoder:
     def _encode(self, ids):
         ids, mask = ids.unbind(1) if self.masked else (ids, None)
         return self.text_encoder(ids, attention_mask=mask)[0].to(self.dtype)
-
-
-def noise_levels(schedule, section):
-    """{update: NoiseLevels} of a configuration's `noise`. Raises ValueError for what the teacher does not have."""
-    levels = {}
-    for update in UPDATES:
-        density, t_min, t_max, options = section.levels(update)
-        levels[update] = NoiseLevels(schedule, density, t_min, t_max, **options)
-    return levels
 
 
 class Batches:

@@ -8,14 +8,14 @@ import torch
 from deepspeed import comm
 from tqdm import tqdm
 
-from sidfast.errors import NothingFinite
-from sidfast.training.engines import ENGINES, set_learning_rate
-from sidfast.training.observe import Observer, Profiler
+from sidfast.checkpoints.saver import Saver
+from sidfast.common.errors import NothingFinite
+from sidfast.engines.engine import ENGINES, set_learning_rate
+from sidfast.monitoring.observe import Observer, Profiler
+from sidfast.monitoring.shutdown import Stop
+from sidfast.monitoring.spikes import Spikes
+from sidfast.monitoring.watchdog import Watch
 from sidfast.training.progress import diverged
-from sidfast.training.saver import Saver
-from sidfast.training.spikes import Spikes
-from sidfast.training.stop import Stop
-from sidfast.training.watch import Watch
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Beside:
 class Loop:
     """Steps of a run until its end, or until a signal; all processes run it alike.
 
-    `engines`: {network: engine}; `copies`: of the generator (training/copies.py); `updates`: {network: Update}, in the
+    `engines`: {network: engine}; `copies`: of the generator (engines/lagged.py); `updates`: {network: Update}, in the
     order they take turns; `run`, `preview`: on the first process, None on others; `out`: the run directory.
     """
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from deepspeed import comm
 
-from sidfast.errors import Diverged
-from sidfast.training.engines import ENGINES
-from sidfast.training.saver import last_good
+from sidfast.checkpoints.saver import last_good
+from sidfast.common.errors import Diverged
+from sidfast.engines.engine import ENGINES
 
 _NETWORKS = ("fake_score", "generator")                  # in the order of `sums`
 

@@ -6,21 +6,18 @@ import sys
 import torch
 from deepspeed import comm
 
+from sidfast.accel.graphs import Graphs, in_turn, side_by_side
+from sidfast.accel.plan import decide_speed, largest_pass
+from sidfast.accel.precision import allow_tf32
+from sidfast.checkpoints.format import read_state
+from sidfast.checkpoints.saver import Saver, last_good
+from sidfast.checkpoints.store import read_tensors, restore
+from sidfast.common.channel import Channel
+from sidfast.common.errors import RunError
 from sidfast.data.diversity import training_prompts
-from sidfast.errors import RunError
-from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
-from sidfast.method.guidance import drops_prompts
-from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
-from sidfast.networks.graphs import Graphs, in_turn, side_by_side
-from sidfast.networks.precision import allow_tf32
-from sidfast.networks.summed import GradientSums
-from sidfast.publishing.export import recover_export
-from sidfast.training.batches import Batches, TextEncoder, noise_levels
-from sidfast.training.channel import Channel
-from sidfast.training.checkpoint import read_tensors, restore
-from sidfast.training.copies import COPIES
-from sidfast.training.ema import Ema
-from sidfast.training.engines import (
+from sidfast.engines.accumulate import GradientSums
+from sidfast.engines.ema import Ema
+from sidfast.engines.engine import (
     ENGINES,
     build_engine,
     compute_dtype,
@@ -29,19 +26,23 @@ from sidfast.training.engines import (
     shard,
     zero_stages,
 )
-from sidfast.training.footprint import count_flops
-from sidfast.training.identity import describe_inputs, describe_run
+from sidfast.engines.lagged import COPIES
+from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
+from sidfast.method.guidance import drops_prompts
+from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
+from sidfast.monitoring.observe import Observer, Profiler
+from sidfast.monitoring.shutdown import FAULT
+from sidfast.monitoring.spikes import Spikes
+from sidfast.monitoring.watchdog import Watch
+from sidfast.planning.footprint import count_flops
+from sidfast.publishing.export import recover_export
+from sidfast.runs.directory import RunDirectory, lacks_checkpoints
+from sidfast.runs.identity import describe_inputs, describe_run
+from sidfast.runs.preview import Preview
+from sidfast.teachers.fit import noise_levels
+from sidfast.training.batches import Batches, TextEncoder
 from sidfast.training.loop import Beside, Loop
-from sidfast.training.observe import Observer, Profiler
-from sidfast.training.preview import Preview
 from sidfast.training.progress import Progress
-from sidfast.training.run import RunDirectory, lacks_checkpoints
-from sidfast.training.saver import Saver, last_good
-from sidfast.training.speed import decide_speed, largest_pass
-from sidfast.training.spikes import Spikes
-from sidfast.training.state import read_state
-from sidfast.training.stop import FAULT
-from sidfast.training.watch import Watch
 
 
 def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):

@@ -1,0 +1,277 @@
+"""Differentiable operations of the fused UNet: `sidfast.kernels` and matrix products, with backward passes by hand.
+
+Images are [N, H, W, C] (channels last in memory), tokens [N, S, C]. What makes them fast:
+
+- A GroupNorm gets its statistics from whoever wrote its input, and a skip connection is never concatenated.
+- A tensor that a norm reads and that goes on beside it comes back from the norm unchanged, so that its gradient is
+  added inside the norm's backward kernel.
+- The bias of a product is added by the norm that reads the product, and gets its gradient there (`bias_of_x`). GEGLU
+  gives the gradient, too, but leaves the adding to the product: it would lose more time than the product gains.
+- Frozen weights (requires_grad False) save no activation for a gradient that nobody wants.
+- What is saved of a weight is the parameter itself: ZeRO stage 3 takes its memory back between the passes.
+
+"Statistics" are those of `add_channel_stats`, fp32 [N, chunks, 2, C]. For shapes or strides that they do not take, the
+kernels raise ValueError.
+"""
+
+import torch
+
+from sidfast.accel.prepacked import channels_last, joined
+from sidfast.kernels.channel_stats import add_channel_stats, column_sums
+from sidfast.kernels.geglu import geglu_backward, geglu_forward
+from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
+from sidfast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from sidfast.kernels.upsample import combine_taps, interleave, separate, separate_taps
+
+_aten = torch.ops.aten
+
+
+def conv(x, weight, packed=None, bias=None, residual=None, stride=1):
+    """y = conv(x) + bias + residual [N, H', W', K], and its statistics for the next GroupNorm.
+
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; `packed`: the same channels last, made in
+    either pass if None; bias [K]; residual like y. `stride` applies to 3x3 kernels alone.
+    """
+    return _Conv.apply(x, weight, packed, bias, residual, stride)
+
+
+def upsample_conv(x, weight, packed, bias):
+    """conv of x at twice the size, nearest neighbour, plus bias; and its statistics for the next GroupNorm.
+
+    x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it, made in either pass if None; bias
+    [K]. The result is [N, 2H, 2W, K].
+    """
+    return _UpsampleConv.apply(x, weight, packed, bias)
+
+
+def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=None):
+    """(y, x, skip): GroupNorm `norm` (a module) of x + shift, with `skip` as further channels, then SiLU or not.
+
+    x [N, H, W, C1], skip [N, H, W, C2]; stats of both from `conv`; shift [N, C1 + C2]; y [N, H, W, C1 + C2]. Use the
+    returned x and skip for whatever else reads them.
+    """
+    return _GroupNorm.apply(x, stats, skip, skip_stats, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def layer_norm(x, norm, bias_of_x=None, residual=None):
+    """(h, y): h = x + bias_of_x + residual, y = LayerNorm `norm` (a module) of h; all [N, S, C], `bias_of_x` [C]."""
+    return _LayerNorm.apply(x, residual, norm.weight, norm.bias, bias_of_x, norm.eps)
+
+
+def geglu(x, bias_in_x):
+    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]. `bias_in_x` [2F]: what x contains already, and
+    what gets its gradient here."""
+    return _Geglu.apply(x, bias_in_x)
+
+
+def add(x, bias_of_x, residual):
+    """x + bias_of_x + residual, all [N, S, C], `bias_of_x` [C]: for what no norm reads next."""
+    return _Add.apply(x, bias_of_x, residual)
+
+
+def linear(x, weight, bias=None):
+    """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K], detached, has its gradient from `geglu`."""
+    return _Linear.apply(x, weight, bias)
+
+
+def joint_linear(x, skip, weight):
+    """x [N, H, W, C1] and skip [N, H, W, C2] (or None), as if concatenated, through weight [K, C1 + C2, 1, 1]."""
+    return _JointLinear.apply(x, skip, weight)
+
+
+def projections(x, packed, *weights):
+    """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]. `packed`: the weights as one,
+    made of them if None."""
+    return _Projections.apply(x, packed, *weights)
+
+
+def _pointwise(weight):
+    return weight.ndim == 2 or weight.shape[2:] == (1, 1)
+
+
+def _weight_gradient(dy, x):
+    """[K, C]: the gradient of a weight between x [..., C] and dy [..., K]."""
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _convolve(x, weight, stride=1):
+    if _pointwise(weight):
+        return x @ weight.flatten(1).t()
+    y = _aten.convolution(x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _convolve_backward(dy, x, x_shape, weight, stride, need_x, need_weight):
+    """(dx, dweight); x may be None without need_weight."""
+    if _pointwise(weight):
+        dx = dy @ weight.flatten(1) if need_x else None
+        return dx, _weight_gradient(dy, x).view_as(weight) if need_weight else None
+    if x is None:
+        x = dy.new_empty(x_shape)                        # its values are not read
+    dx, dweight, _ = _aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1,
+        [need_x, need_weight, False])
+    return dx.permute(0, 2, 3, 1).contiguous() if need_x else None, dweight
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, packed, bias, residual, stride):
+        y = _convolve(x, channels_last(weight) if packed is None else packed, stride)
+        y, stats = add_channel_stats(y, residual, bias, out=y)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, packed)
+        ctx.stride, ctx.x_shape = stride, x.shape
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)                 # (of the statistics: zeros in a launch of their own)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, weight, packed = ctx.saved_tensors
+        need_x, need_weight, _, need_bias, need_residual, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
+        packed = channels_last(weight) if packed is None else packed
+        dx, dweight = _convolve_backward(dy, x, ctx.x_shape, packed, ctx.stride, need_x, need_weight)
+        dbias = column_sums(dy.flatten(0, -2), weight.dtype) if need_bias else None
+        return dx, dweight, None, dbias, dy if need_residual else None, None
+
+
+class _UpsampleConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, packed, bias):
+        y, stats = interleave(_convolve(x, combine_taps(weight) if packed is None else packed), bias)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, packed)
+        ctx.x_shape = x.shape
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, weight, packed = ctx.saved_tensors
+        need_x, need_weight, _, need_bias = ctx.needs_input_grad
+        dy = dy.contiguous()
+        packed = combine_taps(weight) if packed is None else packed
+        dx, dpacked = _convolve_backward(separate(dy), x, ctx.x_shape, packed, 1, need_x, need_weight)
+        dbias = column_sums(dy.flatten(0, -2), packed.dtype) if need_bias else None
+        return dx, separate_taps(dpacked) if need_weight else None, None, dbias
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias_of_x, residual):
+        return add_channel_stats(x, residual, bias_of_x)[0]                  # (the statistics cost no time beside it)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dy = dy.contiguous()
+        return dy, column_sums(dy.flatten(0, -2), dy.dtype) if ctx.needs_input_grad[1] else None, dy
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _aten.linear(x, weight.flatten(1), bias)  # (at stage 3 DeepSpeed's own is in F.linear's place)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dx = dy @ weight.flatten(1) if need_x else None
+        return dx, _weight_gradient(dy, x).view_as(weight) if need_weight else None, None
+
+
+class _JointLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, weight):
+        matrix, C1 = weight.flatten(1), x.shape[-1]
+        y = x @ matrix[:, :C1].t()
+        if skip is not None:
+            y = torch.addmm(y.flatten(0, 2), skip.flatten(0, 2), matrix[:, C1:].t()).view_as(y)
+        ctx.save_for_backward(*((x, skip) if weight.requires_grad else (None, None)), weight)
+        ctx.C1 = C1
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *inputs, weight = ctx.saved_tensors
+        need_x, need_skip, need_weight = ctx.needs_input_grad
+        dy, matrix, dweight = dy.contiguous(), weight.flatten(1), None
+        if need_weight:
+            dweight = torch.cat([_weight_gradient(dy, v) for v in inputs if v is not None], 1).view_as(weight)
+        return (dy @ matrix[:, :ctx.C1] if need_x else None, dy @ matrix[:, ctx.C1:] if need_skip else None, dweight)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, stats, skip, skip_stats, shift, weight, bias, groups, eps, silu):
+        xs, all_stats = ([x], [stats]) if skip is None else ([x, skip], [stats, skip_stats])
+        y, saved = group_norm_forward(xs, all_stats, weight, bias, groups, eps, shift, silu)
+        ctx.save_for_backward(weight, bias, *saved, *xs)
+        ctx.groups, ctx.silu = groups, silu
+        ctx.set_materialize_grads(False)
+        return y, x, skip
+
+    @staticmethod
+    def backward(ctx, dy, *beside):
+        weight, bias, channel, rstd, *xs = ctx.saved_tensors
+        _, _, _, _, shift, need_weight, need_bias, *_ = ctx.needs_input_grad
+        beside = [None if d is None else d.contiguous() for d in beside[:len(xs)]]
+        dxs, dweight, dbias, dshift = group_norm_backward(
+            dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, beside,
+            need_weight or need_bias, shift)
+        dskip = dxs[1] if len(dxs) == 2 else None
+        return dxs[0], None, dskip, None, dshift, dweight, dbias, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, bias_of_x, eps):
+        h, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual, bias_of_x)
+        ctx.save_for_backward(h, mean, rstd, weight)
+        ctx.set_materialize_grads(False)
+        return h, y
+
+    @staticmethod
+    def backward(ctx, dh, dy):
+        h, mean, rstd, weight = ctx.saved_tensors
+        _, need_residual, *need_sums, _ = ctx.needs_input_grad
+        dh, *sums = layer_norm_backward(dy.contiguous(), h, mean, rstd, weight,
+                                        None if dh is None else dh.contiguous(), any(need_sums))
+        return dh, dh if need_residual else None, *(v if need else None for v, need in zip(
+            sums, need_sums, strict=True)), None
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias_in_x):
+        ctx.save_for_backward(x)
+        return geglu_forward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        return geglu_backward(dy.contiguous(), x, x.dtype if ctx.needs_input_grad[1] else None)
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, *weights):
+        ctx.save_for_backward(x if any(w.requires_grad for w in weights) else None, *weights)
+        ctx.x_shape = x.shape
+        packed = joined(weights) if packed is None else packed
+        return (x @ packed.t()).split([len(w) for w in weights], -1)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        dys, dx = [dy.flatten(0, -2) for dy in dys], None                    # (may copy: once, then)
+        if ctx.needs_input_grad[0]:
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight)
+            dx = dx.view(ctx.x_shape)
+        return dx, None, *(_weight_gradient(dy, x) if need else None for dy, need in zip(
+            dys, ctx.needs_input_grad[2:], strict=True))

@@ -1,0 +1,1 @@
+"""Checkpoints: format, reading and choosing, saving in the background."""

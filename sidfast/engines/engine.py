@@ -1,0 +1,289 @@
+"""DeepSpeed engines for generator and fake score, and their full state under any ZeRO stage.
+
+DeepSpeed keeps fp32 master weights in flat shards whose layout depends on the ZeRO stage and the number of processes.
+`gather` and `scatter` translate between any tensors in that layout (master weights, Adam's moments, an average) and
+whole tensors by parameter name. Checkpoints hold the latter, so they need no pickle and fit any stage and any number
+of processes.
+"""
+
+import copy
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+from sidfast.common.errors import UserError
+from sidfast.config.deepspeed import ENGINES
+from sidfast.engines.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
+from sidfast.engines.blocks import join_blocks, places
+from sidfast.engines.module import Trained
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
+
+
+def engine_config(config, name, processes):
+    """DeepSpeed's configuration of one engine: the user's section, with batch sizes filled in.
+
+    Below ZeRO stage 3 an update sums gradients over micro-batches itself (SummedLoss), and hands over the sum of a
+    global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
+    """
+    train = config.train
+    images = train.images_at_once(name)
+    if train.batch_size % (images * processes):
+        factor = " x train.fake_score_factor" if images != train.images_at_once("generator") else ""
+        raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch{factor} x "
+                        f"processes ({images} x {processes} = {images * processes})")
+    share = train.batch_size // processes
+    section = engine_section(config, name)
+    at_once = share if is_flat(section) else images
+    return section | {"train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
+
+
+def engine_section(config, name):
+    """The user's section for one engine, with the defaults that differ from DeepSpeed's."""
+    section = copy.deepcopy({k: v for k, v in config.deepspeed.items() if k not in ENGINES})
+    _merge(section, config.deepspeed.get(name, {}))
+    section.setdefault("steps_per_print", 2**31)         # the trainer prints its own progress
+    section.setdefault("timers", {"throughput": {"enabled": False}})             # it waits for the GPU, twice a step
+    section.setdefault("gradient_clipping", 0.0)         # DeepSpeed clips to norm 1 unless told; the method does not
+    return section
+
+
+def zero_stage(section):
+    """ZeRO's stage in a `deepspeed` section."""
+    zero = section.get("zero_optimization")
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
+
+
+def zero_stages(config):
+    """ZeRO's stage of each engine."""
+    return [zero_stage(engine_section(config, name)) for name in ENGINES]
+
+
+def is_flat(section):
+    """Whether an engine sees its network's parameters as a Flat: stage 3 parts and gathers them one by one."""
+    return zero_stage(section) != 3
+
+
+def _merge(base, extra):
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def compute_dtype(section):
+    """The type that a `deepspeed` section makes networks compute in. Raises UserError if it asks for two."""
+    bf16, fp16 = (section.get(k, {}).get("enabled", False) for k in ("bf16", "fp16"))
+    if bf16 and fp16:
+        raise UserError("deepspeed: bf16 and fp16 are both enabled; choose one")
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def build_engine(unet, adam, section, device):
+    """A DeepSpeed engine with Adam around a UNet in fp32; a collective call.
+
+    `adam`: the configuration's optimizer.NETWORK; `section`: from `engine_config`. DeepSpeed's errors pass through
+    (probe.py asks it first).
+    """
+    flat = is_flat(section)
+    module = Trained((unet if flat else join_blocks(unet)).requires_grad_(True).train(), flat)
+    eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
+    optimizer = _adam(module, adam, eps, section, device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
+    if hasattr(engine.optimizer, "fp32_groups"):         # ZeRO 0 in bf16 or fp16 has stepped Adam, on zeros, to make
+        engine.basic_optimizer.state.clear()             # its state; the first update would then be sqrt(2) too large
+    if module.flat:
+        module.flat.bind()                               # DeepSpeed has moved and cast the chunks
+    return engine
+
+
+def shard(unet, section):
+    """Deal the weights of a frozen network out to the processes, as ZeRO stage 3 does: each block is gathered for its
+    passes. In place; a collective call. `section`: that of an engine at stage 3."""
+    zero = {k: v for k, v in section["zero_optimization"].items() if k != "offload_optimizer"}
+    deepspeed.initialize(model=join_blocks(unet).requires_grad_(False), config=section | {"zero_optimization": zero})
+
+
+def set_learning_rate(engine, adam, step, total):
+    """The learning rate of step 0, 1, 2, ... of `total`: linear warm-up, constant, linear decay."""
+    factor = min(1.0, (step + 1) / max(1, adam.warmup), (total - step) / max(1, adam.decay))
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = adam.lr * factor
+
+
+def offloads(section):
+    """Whether a `deepspeed` section keeps the optimizer's state in host memory, or on a disk."""
+    offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def moments_kept(adam, section):
+    """The kinds of Adam's moments that an engine will keep; DeepSpeed's Adam for the CPU always keeps both."""
+    return MOMENTS if adam.beta1 > 0 or offloads(section) else MOMENTS[1:]
+
+
+def _adam(module, adam, eps, section, device):
+    parameters, both = module.parameters(), {"lr": adam.lr, "betas": (adam.beta1, adam.beta2), "eps": eps}
+    if offloads(section):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, adamw_mode=False, **both)
+    plain = section.get("zero_optimization", {}).get("stage", 0) == 0 and compute_dtype(section) == torch.float32
+    if adam.beta1 == 0:                                  # DeepSpeed's own optimizers check gradients by themselves
+        return (CheckedSecondMomentAdam if plain else SecondMomentAdam)(parameters, adam.lr, adam.beta2, eps)
+    return (CheckedAdam if plain else torch.optim.Adam)(parameters, fused=device.type == "cuda", **both)
+
+
+def masters(engine):
+    """The fp32 tensors of this process that the optimizer steps, as a flat list, in a fixed order."""
+    optimizer = engine.optimizer
+    for name in ("fp32_partitioned_groups_flat",         # ZeRO 3
+                 "single_partition_of_fp32_groups",      # ZeRO 1 and 2
+                 "fp32_groups_flat_partition",           # ZeRO 1, bf16 with fp32 gradients
+                 "fp32_groups"):                         # ZeRO 0 in fp16 or bf16
+        groups = getattr(optimizer, name, None)
+        if groups:
+            return [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def gather(engine, tensors, keep=lambda name: True):
+    """Whole tensors {parameter name: fp32, on the CPU} out of `tensors`, which are laid out like `masters(engine)`.
+
+    Every process must call it; each keeps the names for which keep(name) holds.
+    """
+    return {name: _host_copy(value) for name, value in _each(engine, tensors) if keep(name)}
+
+
+@torch.no_grad()
+def copy_weights(engine, tensors, unet):
+    """Write `tensors`, laid out like `masters(engine)`, into another UNet, which is whole; a collective call."""
+    target = dict(unet.named_parameters())
+    for name, value in _each(engine, tensors):
+        target[name].copy_(value)
+
+
+def _each(engine, tensors):
+    """(name, whole tensor) of each parameter, out of `tensors`; to be gone through to the end."""
+    own = masters(engine)
+    _swap(own, tensors)
+    try:
+        flat = engine.module.flat
+        if not flat:
+            for parameter, found in places(engine.module.unet):
+                whole = safe_get_full_fp32_param(parameter).detach()
+                yield from ((place.name, place.view(whole)) for place in found)
+            return
+        for i, chunk in enumerate(flat.chunks):
+            yield from flat.parts(i, safe_get_full_fp32_param(chunk) if hasattr(chunk, "_hp_mapping") else own[i])
+    finally:
+        _swap(own, tensors)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()    # until then the copies are under way
+
+
+@torch.no_grad()
+def scatter(engine, full, tensors):
+    """The inverse of `gather`: writes this process's part of `full` ({name: tensor}) into `tensors`, in place.
+
+    Raises KeyError for a parameter that `full` lacks.
+    """
+    own = masters(engine)
+    _swap(own, tensors)
+    try:
+        flat, device = engine.module.flat, own[0].device
+        if not flat:
+            for parameter, found in places(engine.module.unet):
+                whole = torch.zeros(parameter.ds_shape, device=device)
+                for place in found:
+                    place.view(whole).copy_(full[place.name])
+                safe_set_full_fp32_param(parameter, whole)
+            return
+        for i, chunk in enumerate(flat.chunks):
+            whole = torch.zeros_like(chunk, dtype=torch.float32, device=device, requires_grad=False)
+            for name, part in flat.parts(i, whole):
+                part.copy_(full[name])
+            if hasattr(chunk, "_hp_mapping"):
+                safe_set_full_fp32_param(chunk, whole)
+            else:                                        # ZeRO 0: one master per chunk, in the same order
+                own[i].copy_(whole)
+    finally:
+        _swap(own, tensors)
+
+
+def _host_copy(value):
+    """An fp32 copy in host memory, contiguous; from a GPU into pinned memory (which PyTorch keeps for the next time),
+    without waiting."""
+    return torch.empty(value.shape, dtype=torch.float32, pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+
+
+def _swap(left, right):
+    """Exchange the contents of two lists of tensors; nothing happens to a list and itself."""
+    for a, b in zip(left, right, strict=True):
+        if a is not b:
+            held = a.detach().clone()
+            a.data.copy_(b)
+            b.data.copy_(held)
+
+
+def moments(engine):
+    """{kind: Adam's moments for each of `masters(engine)`}, of the kinds that it keeps; zeros before the first step."""
+    own, state = masters(engine), engine.basic_optimizer.state
+    return {kind: [state[m][kind] if kind in state.get(m, {}) else torch.zeros_like(m, requires_grad=False)
+                   for m in own] for kind in _kinds(engine)}
+
+
+def _kinds(engine):
+    return MOMENTS[1:] if isinstance(engine.basic_optimizer, SecondMomentAdam) else MOMENTS
+
+
+def optimizer_step(engine):
+    """Steps that Adam has taken (overflows in fp16 not counted)."""
+    steps = {int(s["step"]) for s in engine.basic_optimizer.state.values() if "step" in s}
+    return steps.pop() if steps else 0
+
+
+def restore_moments(engine, full, step):
+    """Set Adam's state from whole moments {kind: {name: tensor}}, {} for a kind that was not kept, after `step` steps.
+
+    A first moment that was not kept is the gradient: an Adam with beta1 = 0 that keeps one may begin with zeros.
+    """
+    own, optimizer = masters(engine), engine.basic_optimizer
+    values = {kind: [torch.zeros_like(m, requires_grad=False) for m in own] for kind in _kinds(engine)}
+    for kind, tensors in values.items():
+        if full[kind] or kind != "exp_avg" or optimizer.param_groups[0]["betas"][0] > 0:
+            scatter(engine, full[kind], tensors)
+    on_device = isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused")
+    for i, master in enumerate(own):
+        counter = step if not isinstance(optimizer, torch.optim.Adam) else torch.tensor(
+            float(step), device=master.device if on_device else "cpu")
+        optimizer.state[master] = {"step": counter, **{kind: tensors[i] for kind, tensors in values.items()}}
+
+
+def loss_scale(engine):
+    """The factor that DeepSpeed puts on the loss: in fp16, 1 otherwise."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def loss_scale_state(engine):
+    """The dynamic loss scaler's counters in fp16 (an empty dictionary otherwise)."""
+    if not engine.fp16_enabled():
+        return {}
+    return {k: v for k, v in vars(_loss_scaler(engine)).items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def restore_loss_scale(engine, state):
+    """Set the loss scaler's counters again."""
+    for key, value in state.items():
+        setattr(_loss_scaler(engine), key, value)
+
+
+def _loss_scaler(engine):
+    optimizer = engine.optimizer                         # (the second: ZeRO stage 0)
+    return optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config

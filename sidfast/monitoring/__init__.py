@@ -1,0 +1,1 @@
+"""Services alongside training: measurements, spikes, watchdog, signals."""

@@ -1,1 +1,0 @@
-"""The embedded teacher: a small latent diffusion model of the shapes world."""

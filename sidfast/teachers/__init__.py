@@ -1,0 +1,1 @@
+"""From a folder of weights to a teacher: checks, loading, random initialisation."""

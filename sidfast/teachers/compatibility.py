@@ -1,0 +1,142 @@
+"""Whether the parts of a teacher fit each other, and make images from text and nothing else: from JSON files alone.
+
+Whatever of a configuration changes latents, texts or images is applied here as StableDiffusionPipeline of diffusers
+applies it, or is refused with a line that says why.
+"""
+
+from dataclasses import dataclass
+
+from sidfast.common.errors import UserError
+from sidfast.teachers.folders import PARTS
+from sidfast.teachers.untrusted import read_config, read_index, refuse_harm
+
+_UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}               # text-to-image runs without them
+_KIND = "a Stable Diffusion 1.x or 2.x pipeline is needed"
+
+# What a UNet must not have: {key: (the values that are fine, what others mean)}.
+_UNET = {
+    "time_cond_proj_dim": ((None,), "takes the guidance scale as an input: it is a latent consistency model, which is "
+                           "a distilled student and not a teacher"),
+    "class_embed_type": ((None,), "needs an embedding of an image or a class with every text (unCLIP, for example)"),
+    "num_class_embeds": ((None,), "needs a class or a noise level with every text (an upscaler, for example)"),
+    "addition_embed_type": ((None,), "needs more than the text (image sizes and a pooled embedding in SDXL)"),
+    "encoder_hid_dim_type": ((None,), "projects its conditions (an IP-Adapter or Kandinsky, which take an image)"),
+    "encoder_hid_dim": ((None,), "projects its conditions (an IP-Adapter or Kandinsky, which take an image)"),
+    "attention_type": (("default",), "has layers for boxes in the image (GLIGEN)"),
+    "time_embedding_type": (("positional",), "has random features of the timestep, which training would change"),
+    "dropout": ((0,), "has dropout, which its own images are drawn without")}
+# The same of a VAE.
+_VAE = {
+    "in_channels": ((3,), "does not take images in RGB"),
+    "out_channels": ((3,), "does not give images in RGB"),
+    "shift_factor": ((None, 0), "shifts its latents, which Stable Diffusion pipelines do not undo"),
+    "latents_mean": ((None,), "normalises its latents, which Stable Diffusion pipelines do not undo"),
+    "latents_std": ((None,), "normalises its latents, which Stable Diffusion pipelines do not undo")}
+
+
+@dataclass(frozen=True)
+class TeacherConfigs:
+    """The configurations of a teacher's folder, as they were checked: JSON objects, and transformers' own of the text
+    encoder."""
+
+    unet: dict
+    vae: dict
+    text_encoder: object
+    scheduler: dict
+
+
+def check_teacher(folder, what):
+    """The TeacherConfigs of a folder. Raises UserError, which `what` opens, for parts that do not fit, and for anything
+    but a text-to-image model with one CLIP as its text encoder."""
+    index = read_index(folder, what)
+    _check_parts(folder, index, what)
+    unet, vae, text, scheduler = (read_config(folder / name, what) for name in (
+        "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"))
+    for name, config in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        refuse_harm(config, what, folder / name / "config.json")
+    for part, config, cls in (("unet", unet, "UNet2DConditionModel"), ("vae", vae, "AutoencoderKL")):
+        if config.get("_class_name", cls) != cls:
+            raise UserError(f"{what}: {folder}/{part} is a {config['_class_name']}, not a {cls}; {_KIND}")
+    for part, config, wrong in (("unet", unet, _UNET), ("vae", vae, _VAE)):
+        for key, (fine, meaning) in wrong.items():
+            if config.get(key, fine[0]) not in fine:
+                raise UserError(f"{what}: {folder}/{part} {meaning}: {key} is {str(config[key])[:60]} in config.json; "
+                                f"{_KIND}")
+    text = _read_text_config(folder, text, index, what)
+    _check_sizes(folder, unet, vae, text, what)
+    return TeacherConfigs(unet, vae, text, scheduler)
+
+
+def _check_parts(folder, index, what):
+    given = {part for part, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    if "text_encoder_2" in given:
+        raise UserError(f"{what}: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
+    for part in PARTS:
+        if part not in index:
+            raise UserError(f"{what}: {folder}/model_index.json has no {part}; {_KIND}")
+        if not (folder / part).is_dir():
+            raise UserError(f"{what}: {folder} has no folder {part}")
+    for part in sorted(given - {*PARTS, *_UNUSED, "_class_name"}):
+        raise UserError(f"{what}: {folder} has a {part} (model_index.json), so its images follow from more than a "
+                        f"text; {_KIND}")
+
+
+def _read_text_config(folder, config, index, what):
+    """transformers' configuration of a CLIP's text encoder, of a whole CLIP's its text half."""
+    from transformers import CLIPTextConfig
+
+    kind, cls = config.get("model_type", "clip_text_model"), index["text_encoder"]
+    if kind not in ("clip_text_model", "clip"):
+        raise UserError(f"{what}: {folder}/text_encoder is a {str(kind)[:60]}, not a CLIP; {_KIND}")
+    if cls in (["transformers", "CLIPTextModelWithProjection"], ["transformers", "CLIPModel"]):
+        raise UserError(f"{what}: {folder}/model_index.json loads the text encoder as {cls[1]}, which gives one vector "
+                        "for a text, and the UNet needs one for each token; write CLIPTextModel there")
+    try:
+        return CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    except Exception as error:                           # the library's own for values that it does not know
+        raise UserError(f"{what}: {folder}/text_encoder/config.json cannot be read "
+                        f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from None
+
+
+def _check_sizes(folder, unet, vae, text, what):
+    channels, out, latent = unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)
+    if channels != out:
+        raise UserError(f"{what}: {folder}/unet takes {channels} channels and gives {out} (a model for inpainting, for "
+                        "example); a text-to-image model is needed")
+    if latent != channels:
+        raise UserError(f"{what}: {folder}/vae has latents of {latent} channels, its unet of {channels}: they are of "
+                        "different models")
+    width = unet.get("cross_attention_dim", 1280)
+    if width != text.hidden_size:
+        raise UserError(f"{what}: {folder}/unet takes texts of width {width} (cross_attention_dim), its text_encoder "
+                        f"gives {text.hidden_size} (hidden_size): they are of different models")
+    blocks = [unet.get(key) for key in ("down_block_types", "mid_block_type", "up_block_types")]
+    if None not in blocks[::2] and "CrossAttn" not in str(blocks):
+        raise UserError(f"{what}: {folder}/unet has no cross-attention, so the text does not reach its images; {_KIND}")
+    size, factor = unet.get("sample_size"), vae.get("scaling_factor", 0.18215)
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and 1 <= side <= 2048 for side in sides):
+        raise UserError(f"{what}: {folder}/unet/config.json: sample_size must be the side of its latents, or [height, "
+                        f"width], in whole numbers up to 2048, not {size!r}")
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < 1e9:
+        raise UserError(f"{what}: {folder}/vae/config.json: scaling_factor must be a number above 0, not {factor!r}")
+
+
+def check_tokenizer(folder, tokenizer, text, what):
+    """Raise UserError for a tokenizer of another model than the text encoder with transformers' configuration
+    `text`."""
+    length, most = tokenizer.model_max_length, text.max_position_embeddings
+    if type(length) is not int or not 3 <= length <= most:                       # (a word between two marks)
+        is_number = isinstance(length, float) or (type(length) is int and abs(length) < 10**300)
+        shown = f"{length:.3g}" if is_number else repr(length)[:20]
+        raise UserError(f"{what}: {folder} gives up to {shown} tokens, its text encoder takes {most}: its files are "
+                        "not all there, or another model's")
+    vocabulary = tokenizer.get_vocab()
+    words = set(vocabulary.values()) - set(tokenizer.all_special_ids)
+    if not words or max(vocabulary.values()) >= text.vocab_size:
+        raise UserError(f"{what}: {folder} knows {len(tokenizer)} tokens, its text encoder "
+                        f"{text.vocab_size}: its files are not all there, or another model's")
+    several = [token for token in tokenizer.added_tokens_encoder if f"{token}_1" in vocabulary]
+    if several:
+        raise UserError(f"{what}: {folder} has a token of several vectors ({several[0]}, textual inversion), "
+                        "which only pipelines of diffusers spell out; give a model without it")
