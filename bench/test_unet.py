@@ -7,7 +7,7 @@ from harness import compiled_blocks
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidfast.accel.plan import compile_regions
-from sidfast.accel.prepacked import repack
+from sidfast.accel.prepacked import refresh
 from sidfast.accel.unet import fuse, unfuse
 
 IMPLEMENTATIONS = ("fused", "eager", "eager channels_last", "compiled")
@@ -77,6 +77,6 @@ def prepare(unet, implementation):
         module._compiled_call_impl = None
     unet.to(memory_format=torch.contiguous_format if implementation == "eager" else torch.channels_last)
     if implementation == "fused":
-        repack(fuse(unet, attention="cudnn"))
+        refresh(fuse(unet, attention="cudnn"))
     if implementation == "compiled":
         compile_regions(unet)

@@ -253,7 +253,7 @@ def _plan(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
     from sidfast.config.schema import load_config
     from sidfast.planning.plan import parse_memory, plan
-    from sidfast.planning.planner import load_shapes
+    from sidfast.planning.planner import load_meta_teacher
     from sidfast.studies.study import is_study, load_study
 
     if args.architecture is not None:
@@ -265,7 +265,7 @@ def _plan(args):
     else:
         configs = [(Path(args.config).stem, load_config(args.config, args.set))]
     model = configs[0][1].model                          # (of all runs of a study)
-    plan(configs, lambda: load_shapes(args.architecture or model.teacher, model), args.gpus,
+    plan(configs, lambda: load_meta_teacher(args.architecture or model.teacher, model), args.gpus,
          None if args.memory is None else parse_memory(args.memory), args.throughput, args.measured, args.bandwidth,
          out=say)
 

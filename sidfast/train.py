@@ -86,7 +86,7 @@ def _check(config, out, args, first, prompts):
 
     from sidfast.accel.plan import check_speed
     from sidfast.engines.engine import zero_stages
-    from sidfast.method.synthetic import cannot_capture
+    from sidfast.method.synthetic import capture_blocker
     from sidfast.runs.directory import open_run
     from sidfast.runs.evaluate import check_measures
     from sidfast.runs.identity import check_inputs, describe_inputs
@@ -99,7 +99,7 @@ def _check(config, out, args, first, prompts):
     check_inputs(out, inputs)
     check_teacher_fits(config, teacher, args.config)
     check_speed(config.speed, teacher, zero_stages(config),
-                torch.device("cuda" if torch.cuda.is_available() else "cpu"), cannot_capture(config.synthetic))
+                torch.device("cuda" if torch.cuda.is_available() else "cpu"), capture_blocker(config.synthetic))
     if first:
         check_measures(config, teacher)
         _tell_cut(prompts, teacher)
@@ -114,9 +114,9 @@ def _train(config, out, args, teacher, inputs, device):
     from sidfast.checkpoints.store import check_fits, choose_checkpoint
     from sidfast.common.errors import tell
     from sidfast.engines.engine import ENGINES, engine_section, offloads
-    from sidfast.engines.validate import check_sections, probe_engines
+    from sidfast.engines.validate import check_sections, validate_deepspeed
     from sidfast.monitoring.shutdown import Stop
-    from sidfast.planning.fit import with_micro_batch
+    from sidfast.planning.fit import find_micro_batch
     from sidfast.runs.identity import check_origin
     from sidfast.training.trainer import train
 
@@ -125,8 +125,8 @@ def _train(config, out, args, teacher, inputs, device):
     if any(offloads(engine_section(config, name)) for name in ENGINES):
         tell("loading DeepSpeed's Adam for the CPU; the first time it is compiled. (If this does not end: remove the "
              "file `lock` that a compilation that was killed has left in ~/.cache/torch_extensions/*/cpu_adam)")
-    probe_engines(config, processes, device)
-    config = with_micro_batch(config, teacher, processes, device)
+    validate_deepspeed(config, processes, device)
+    config = find_micro_batch(config, teacher, processes, device)
     checkpoint = choose_checkpoint(out, args.resume, tell)
     if checkpoint:
         check_fits(checkpoint, teacher.unet, config.optimizer)
@@ -186,7 +186,7 @@ def join():
 
 def _meet(backend, device):
     """Wait for the others, then let collective calls take as long as they need: processes wait in one while the first
-    measures, and one that hangs is Watch's to find, which can name it."""
+    measures, and one that hangs is Watchdog's to find, which can name it."""
     import deepspeed
     import torch
     from torch.distributed import distributed_c10d

@@ -20,13 +20,13 @@ from deepspeed import comm  # noqa: E402
 from helpers_engine import optimize  # noqa: E402
 
 from sidfast.config.schema import Adam, build_config  # noqa: E402
-from sidfast.engines.engine import build_engine, compute_dtype, engine_config, gather, masters  # noqa: E402
+from sidfast.engines.engine import build_engine, compute_dtype, engine_config, gather, master_weights  # noqa: E402
 from sidfast.teachers.load import load_teacher  # noqa: E402
 from sidfast.train import join  # noqa: E402
 
 
 def weights(engine):
-    return torch.cat([v.flatten() for v in gather(engine, masters(engine)).values()])
+    return torch.cat([v.flatten() for v in gather(engine, master_weights(engine)).values()])
 
 
 def updates(unet, stage, dtype, beta1, device):

@@ -2,7 +2,7 @@
 
 import torch
 
-from sidfast.engines.accumulate import SummedLoss
+from sidfast.engines.accumulate import GradientAccumulator
 
 
 def optimize(engine, loss_of, micro_batches, factors=None):
@@ -14,10 +14,10 @@ def optimize(engine, loss_of, micro_batches, factors=None):
             engine.step()
         return
     if not hasattr(engine, "summed"):
-        engine.summed = SummedLoss(engine.module, lambda unet, *tensors: (
+        engine.summed = GradientAccumulator(engine.module, lambda unet, *tensors: (
             engine.loss_of(unet, *tensors), torch.ones(1, dtype=torch.bool)), None)
     engine.loss_of = loss_of
     for k, (tensors, factor) in enumerate(zip(micro_batches, factors, strict=True)):
         engine.summed(factor / len(micro_batches), k == 0, *tensors)
-    engine.backward(engine(engine.summed.hand_over))
+    engine.backward(engine(engine.summed.flush))
     engine.step()

@@ -7,7 +7,7 @@ from pathlib import Path
 from sidfast import cli
 from sidfast.evaluation.attributes import load_checker
 from sidfast.evaluation.features import load_clip
-from sidfast.evaluation.judge import Judge
+from sidfast.evaluation.judge import FeatureExtractors
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -16,7 +16,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 def shapes_judge():
     """A Judge on the CPU with the small CLIP and the checker."""
     clip = load_clip(ASSETS / "clip", "cpu")
-    return Judge(clip, clip, load_checker(ASSETS / "checker"))
+    return FeatureExtractors(clip, clip, load_checker(ASSETS / "checker"))
 
 
 def arguments(values, out):

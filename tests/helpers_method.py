@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from sidfast.engines.module import Trained
+from sidfast.engines.module import EngineModule
 from sidfast.method.distill import Batch, Networks, Objective
 from sidfast.method.noise import NoiseSchedule
 
@@ -196,7 +196,7 @@ class Engine:
     """What the updates need of a DeepSpeed engine. Like DeepSpeed it divides the loss by the accumulation steps."""
 
     def __init__(self, unet, accumulation=1, flat=False):
-        self.module, self.accumulation = Trained(unet, flat), accumulation
+        self.module, self.accumulation = EngineModule(unet, flat), accumulation
         self.passes = self.backwards = self.steps = 0
 
     def __call__(self, compute, *tensors):
@@ -213,7 +213,7 @@ class Engine:
     def gradients(self):
         """{name: gradient}; raises if a parameter has none."""
         flat = self.module.flat
-        return {name: g.clone() for name, g in (flat.named([c.grad for c in flat.chunks]) if flat else [
+        return {name: g.clone() for name, g in (flat.named([c.grad for c in flat.buckets]) if flat else [
             (name, p.grad) for name, p in self.module.unet.named_parameters()])}
 
 
@@ -231,7 +231,7 @@ def objective_of(kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0, alpha=1.0, pred
     return Objective(NoiseSchedule(ALPHAS_CUMPROD), prediction_type, kappa1, kappa2, kappa3, kappa4, alpha, t_init)
 
 
-def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, noises=0):
+def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, num_extra_noise=0):
     """A batch in fp32 with whole and fractional timesteps over the whole range, and a dropped prompt (if n > 1)."""
     g = torch.Generator().manual_seed(seed)
     text, null = (torch.randn(rows, words, text_width, generator=g) for rows in (n, 1))
@@ -239,7 +239,7 @@ def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, noi
     z, eps = (torch.randn(n, *shape, generator=g) for _ in range(2))
     t = torch.linspace(20, 979, n + 2, dtype=torch.float64)[1:-1]
     t[::2] = t[::2].round()
-    noise = torch.randn(n, noises, *shape, generator=g)
+    noise = torch.randn(n, num_extra_noise, *shape, generator=g)
     return Batch(text, null, z, eps, t, torch.arange(n) == 1, noise, torch.rand(n, generator=g))
 
 

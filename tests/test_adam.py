@@ -15,7 +15,7 @@ from sidfast.common.errors import UserError
 from sidfast.config.schema import Adam, build_config
 from sidfast.engines.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 from sidfast.engines.ema import Ema
-from sidfast.engines.engine import ENGINES, build_engine, engine_config, gather, masters, optimizer_step
+from sidfast.engines.engine import ENGINES, build_engine, engine_config, gather, master_weights, optimizer_step
 from sidfast.teachers.load import load_teacher
 
 # A flat shard, parameters of a UNet, and what vectors and blocks do not divide.
@@ -132,7 +132,7 @@ def take_steps(engine, count, dtype=torch.float32):
 
 
 def whole_weights(engine):
-    return torch.cat([v.flatten() for v in gather(engine, masters(engine)).values()])
+    return torch.cat([v.flatten() for v in gather(engine, master_weights(engine)).values()])
 
 
 @pytest.mark.parametrize("beta1", (0, 0.5))
@@ -189,7 +189,7 @@ def test_going_on(tiny_teacher, tmp_path, device, stage, before, after):  # noqa
 def test_processes_write_alike(tiny_teacher, device, stage, prepare):  # noqa: F811
     """Every parameter is written by one process, and no process has much more to write than another."""
     engine = engine_of(tiny_teacher, 0, stage, device, prepare=prepare)
-    sizes = {name: value.numel() for name, value in gather(engine, masters(engine)).items()}
+    sizes = {name: value.numel() for name, value in gather(engine, master_weights(engine)).items()}
     for ranks in (1, 2, 3, 8):
         shares = [_share(engine, rank, ranks) for rank in range(ranks)]
         assert sorted(name for share in shares for name in share) == sorted(sizes)

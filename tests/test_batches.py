@@ -45,13 +45,14 @@ def test_text_is_encoded_by_a_graph(tiny_teacher):
     assert captured == [got[0].shape] and torch.equal(graphed.null, plain.null)
 
 
-def batches(prompts="shapes:train", micro=4, noises=0, rank=0, processes=1, noise=None, shared=False, **synthetic):
+def batches(prompts="shapes:train", micro=4, num_extra_noise=0, rank=0, processes=1, noise=None, shared=False,
+            **synthetic):
     config = build_config({"model": {"teacher": "x"}, "data": {"prompts": prompts}, "noise": noise or {},
                            "train": {"steps": 1, "batch_size": 8, "micro_batch": micro, "seed": 5},
                            "synthetic": synthetic}, "test")
     return Batches(training_prompts(prompts, 5, config.synthetic), Words(),
                    noise_levels(objective_of().schedule, config.noise), (4, 3, 2), config.train, 0.1, config.synthetic,
-                   noises, torch.device("cpu"), rank, processes, shared)
+                   num_extra_noise, torch.device("cpu"), rank, processes, shared)
 
 
 def joined(pieces):
@@ -71,7 +72,7 @@ def test_shared_images_come_with_their_prompts():
 @pytest.mark.parametrize("k, update", enumerate(("fake_score", "generator")))
 def test_base_draws_what_it_always_drew(k, update):
     """z, eps, t, dropped in this order from one generator: whatever sources take comes after."""
-    got = joined(batches(noises=3)(7, update))
+    got = joined(batches(num_extra_noise=3)(7, update))
     seed = np.random.SeedSequence([5, 7, k]).generate_state(1, np.uint64)[0]
     g = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
     assert torch.equal(got["z"], torch.randn(8, 4, 3, 2, generator=g))
@@ -87,9 +88,9 @@ def test_base_draws_what_it_always_drew(k, update):
 @pytest.mark.parametrize("options", [{}, {"z_per_prompt": 2, "unique_prompts": 3, "prompt_repeats": 2},
                                      {"temperature": 0.6}], ids=str)
 def test_data_do_not_depend_on_micro_batches_or_processes(options):
-    want = joined(batches(noises=2, **options)(3, "fake_score"))
-    split = joined(batches(noises=2, micro=2, **options)(3, "fake_score"))
-    shares = [joined(batches(noises=2, rank=r, processes=2, **options)(3, "fake_score")) for r in (0, 1)]
+    want = joined(batches(num_extra_noise=2, **options)(3, "fake_score"))
+    split = joined(batches(num_extra_noise=2, micro=2, **options)(3, "fake_score"))
+    shares = [joined(batches(num_extra_noise=2, rank=r, processes=2, **options)(3, "fake_score")) for r in (0, 1)]
     for name, value in want.items():
         assert torch.equal(split[name], value), name
         assert torch.equal(torch.cat([s[name] for s in shares]), value), name
@@ -99,7 +100,7 @@ def test_data_do_not_depend_on_micro_batches_or_processes(options):
 def test_the_teacher_s_rows_are_dealt_out_evenly(share):
     """No micro-batch has more than are drawn for it, and over many steps each row has its share."""
     stream = batches(teacher_share=share)
-    chances = torch.stack([joined(stream(step, "fake_score"))["chance"] for step in range(300)])
+    chances = torch.stack([joined(stream(step, "fake_score"))["teacher_draw"] for step in range(300)])
     assert (chances >= 0).all() and (chances < 1).all()
     for size in (1, 2, 4, 8):
         counts = (chances < share).unfold(1, size, 1).sum(-1)

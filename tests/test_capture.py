@@ -7,11 +7,11 @@ from helpers_method import objective_of, random_batch, setting
 from sidfast.kernels.backend import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidfast.accel.prepacked import repack
+from sidfast.accel.prepacked import refresh
 from sidfast.accel.unet import fuse
 from sidfast.config.sections import Synthetic
 from sidfast.method.distill import fake_score_update, generator_update
-from sidfast.method.synthetic import build_source, cannot_capture
+from sidfast.method.synthetic import build_source, capture_blocker
 
 # A constant from a Python list (on a GPU: a copy from host memory), a value read by the host, a size that depends on
 # values, a random number (of another generator state each time).
@@ -47,7 +47,7 @@ def small(seed, _):
 def test_passes_can_be_captured(update, engine):
     networks, batch, *_ = setting(n=1, make=small, shape=(4, 4, 4), text_width=12)
     for unet in (networks.generator.module.unet, networks.fake_score.module.unet, networks.teacher):
-        repack(fuse(unet))
+        refresh(fuse(unet))
     step = update(networks, objective_of())
     keep = torch.ones_like(batch.dropped)
     unet = getattr(networks, engine).module.unet
@@ -65,10 +65,10 @@ def test_passes_can_be_captured(update, engine):
     {"teacher_share": 0.3, "teacher_steps": 3, "teacher_guidance": 1.5}], ids=str)
 def test_sources_can_be_captured(options):
     section, objective = Synthetic(**options), objective_of()
-    assert cannot_capture(section) is None
+    assert capture_blocker(section) is None
     networks, *_ = setting(make=small)
     source = build_source(section, networks, objective, {}, lambda: DDIMScheduler(clip_sample=False))
-    batch = random_batch(1, shape=(4, 4, 4), text_width=12, noises=source.noises)
+    batch = random_batch(1, shape=(4, 4, 4), text_width=12, num_extra_noise=source.num_extra_noise)
     for _ in ("warm-up", "capture"):
         with torch.no_grad(), Watch() as watch:
             images = source(batch)

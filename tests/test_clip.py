@@ -19,7 +19,7 @@ from sidfast import cli
 from sidfast.common.errors import UserError
 from sidfast.evaluation.attributes import load_checker
 from sidfast.evaluation.features import load_clip, load_features
-from sidfast.evaluation.judge import Judge
+from sidfast.evaluation.judge import FeatureExtractors
 from sidfast.evaluation.preprocessing import read_preprocessing
 
 ASSETS = ROOT / "assets"
@@ -189,7 +189,7 @@ def test_features_that_are_not_finite(clip):
     """Every weight is finite, and what comes of them is not."""
     weights(lambda t: t.update({"visual_projection.weight": torch.full((128, 128), 3e38)}))(clip)
     with pytest.raises(UserError, match="features that are not finite"):
-        Judge(clip=load_clip(clip, "cpu")).rows(torch.rand(2, 3, 64, 64), TEXTS)
+        FeatureExtractors(clip=load_clip(clip, "cpu")).rows(torch.rand(2, 3, 64, 64), TEXTS)
 
 
 @pytest.mark.parametrize("change, words", [

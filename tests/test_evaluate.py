@@ -21,7 +21,7 @@ from sidfast.evaluation import metrics
 from sidfast.evaluation.evaluate import held_out_captions
 from sidfast.evaluation.features import load_clip, load_features
 from sidfast.evaluation.images import ImageFolder
-from sidfast.evaluation.judge import Judge
+from sidfast.evaluation.judge import FeatureExtractors
 from sidfast.evaluation.metrics import diversity
 from sidfast.evaluation.reference import Reference, drawn_reference
 from sidfast.evaluation.results import read_groups
@@ -212,7 +212,7 @@ def test_statistics_as_reference(stored, result, tmp_path):
 
 def test_true_world_is_near_and_a_shifted_one_far():
     """FID of two disjoint samples of the true world is small and falls with n as 1/n; a shifted world is far."""
-    judge = Judge(load_clip(CLIP, "cpu"))
+    judge = FeatureExtractors(load_clip(CLIP, "cpu"))
     captions, drawn = held_out_captions(1000), torch.from_numpy(draw(1000, 5)).permute(0, 3, 1, 2) / 255
     references = {n: drawn_reference(captions[:n], judge) for n in (200, 1000)}
 
@@ -229,13 +229,13 @@ def test_true_world_is_near_and_a_shifted_one_far():
 def test_tf32_is_asked_for_and_written_down(stored, tmp_path, monkeypatch):
     """fp32 is fp32 unless told; afterwards the process is as it was before, and the results count as different."""
     states, before = [], (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-    measure = Judge.rows
+    measure = FeatureExtractors.rows
 
     def rows(*args):
         states.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         return measure(*args)
 
-    monkeypatch.setattr(Judge, "rows", rows)
+    monkeypatch.setattr(FeatureExtractors, "rows", rows)
     values = options(stored, images=130, batch_size=130, cache=tmp_path / "cache")
     for name, more in (("fp32", []), ("tf32", ["--tf32"])):
         assert cli.main(arguments(values, tmp_path / f"{name}.json") + more) == 0
@@ -265,7 +265,7 @@ def test_inception_equals_torch_fidelity(stored, inception, tmp_path):
         for i in range(6):
             shutil.copy(stored / name / f"{i:05d}.png", tmp_path / name)
         rows = MemoryRows()
-        rows.put(0, Judge(network).reference_rows(ImageFolder(tmp_path / name, "--model")(0, 6), None))
+        rows.put(0, FeatureExtractors(network).reference_rows(ImageFolder(tmp_path / name, "--model")(0, 6), None))
         both.append(rows)
     theirs = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "made"), input2=str(tmp_path / "real"), feature_extractor="inception-v3-compat", fid=True,

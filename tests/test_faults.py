@@ -15,7 +15,7 @@ from tiny import NO_MIDDLE, write_tiny_teacher
 from sidfast.common.errors import Diverged, RunError
 from sidfast.config.schema import Train
 from sidfast.monitoring.spikes import Spikes
-from sidfast.monitoring.watchdog import judge
+from sidfast.monitoring.watchdog import find_stalled
 from sidfast.train import join
 from sidfast.training import progress as progress_module
 from sidfast.training.progress import Progress
@@ -30,7 +30,7 @@ def verdict(*rounds, timeout=10):
     """The last verdict after rounds of (time, {rank: report})."""
     seen = {}
     for now, reports in rounds:
-        result = judge(seen, reports, now, timeout)
+        result = find_stalled(seen, reports, now, timeout)
     return result
 
 
@@ -38,9 +38,9 @@ def test_a_process_that_never_spoke_is_silent():
     start = {"beat": 0, "count": 0, "place": "start", "patient": False}
     seen = dict.fromkeys(range(2), (start, 0.0, 0.0))
     for beat, now in enumerate((4.0, 8.0, 12.0), 1):
-        found = judge(seen, {0: {"beat": beat, "count": 1, "place": "step 2", "patient": False}}, now, 10)
+        found = find_stalled(seen, {0: {"beat": beat, "count": 1, "place": "step 2", "patient": False}}, now, 10)
     assert found == ([1], "has not answered for 10 s", "start")
-    assert judge(dict.fromkeys(range(2), (start, 0.0, 0.0)), {}, 12.0, 10) == (
+    assert find_stalled(dict.fromkeys(range(2), (start, 0.0, 0.0)), {}, 12.0, 10) == (
         [0, 1], "have not answered for 10 s", "start")
 
 

@@ -9,7 +9,7 @@ from conftest import fork_training, free_port, losses
 from sidfast.common.errors import UserError
 from sidfast.config.schema import build_config
 from sidfast.planning import fit
-from sidfast.planning.planner import Planner, load_shapes
+from sidfast.planning.planner import Planner, load_meta_teacher
 from sidfast.teachers.load import load_teacher
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def config_of(tiny_config, batch_size, **sections):
 @pytest.mark.parametrize("batch_size, processes, chosen", [(12, 1, 12), (12, 2, 6), (96, 1, 32), (35, 1, 7)])
 def test_the_largest_that_divides_the_batch(tiny_config, teacher, alone, monkeypatch, batch_size, processes, chosen):
     monkeypatch.setattr(fit, "_memory", lambda device: 1e15)
-    config = fit.with_micro_batch(config_of(tiny_config, batch_size), teacher, processes, CPU)
+    config = fit.find_micro_batch(config_of(tiny_config, batch_size), teacher, processes, CPU)
     assert config.train.micro_batch == chosen and config.train.batch_size == batch_size
 
 
@@ -48,20 +48,20 @@ def test_the_largest_that_fits(tiny_config, teacher, alone, monkeypatch, section
     """Memory between what two sizes need by the planner's count, which comes from shapes alone."""
     config = config_of(tiny_config, 16, **sections)
     plain = config.model_copy(update={"speed": config.speed.model_copy(update={"fused": False})})          # as on a CPU
-    planner = Planner(plain, load_shapes(str(teacher.folder)))
+    planner = Planner(plain, load_meta_teacher(str(teacher.folder)))
     small, middle, large = (planner.option(*planner.configured(), m, config.speed.gradient_checkpointing, 1).bytes
                             for m in (4, 8, 16))
     for memory, chosen in (((small + middle) / 2, 4), ((middle + large) / 2, 8)):
         monkeypatch.setattr(fit, "_memory", lambda device, memory=memory: memory)
-        assert fit.with_micro_batch(config, teacher, 1, CPU).train.micro_batch == chosen
+        assert fit.find_micro_batch(config, teacher, 1, CPU).train.micro_batch == chosen
 
 
 def test_what_does_not_fit(tiny_config, teacher, alone, monkeypatch):
     monkeypatch.setattr(fit, "_memory", lambda device: 1e5)
     with pytest.raises(UserError, match=r"not even 1 fits: it needs .* GiB of .*`sidfast plan`"):
-        fit.with_micro_batch(config_of(tiny_config, 8), teacher, 1, CPU)
+        fit.find_micro_batch(config_of(tiny_config, 8), teacher, 1, CPU)
     with pytest.raises(UserError, match=r"batch_size \(9\) must be a multiple of the number of processes \(2\)"):
-        fit.with_micro_batch(config_of(tiny_config, 9), teacher, 2, CPU)
+        fit.find_micro_batch(config_of(tiny_config, 9), teacher, 2, CPU)
 
 
 def test_a_run(write_config, tmp_path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sidfast.accel.prepacked import joined, pass_layout
+from sidfast.accel.prepacked import concat_rows, pass_layout
 from sidfast.engines import flat as module
-from sidfast.engines.flat import Flat
-from sidfast.engines.module import Trained
+from sidfast.engines.flat import FlatParameters
+from sidfast.engines.module import EngineModule
 
 
 def build():
@@ -18,22 +18,22 @@ def build():
         norm_num_groups=2)
 
 
-@pytest.mark.parametrize("chunk", (1, 700, 2**26))
-def test_views(monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+@pytest.mark.parametrize("bucket", (1, 700, 2**26))
+def test_views(monkeypatch, bucket):
+    monkeypatch.setattr(module, "BUCKET", bucket)
     unet = pass_layout(build())
     before = {name: (p.detach().clone(), p.stride()) for name, p in unet.named_parameters()}
-    flat = Flat(unet)
-    assert (len(flat.chunks) == 1) is (chunk == 2**26)
+    flat = FlatParameters(unet)
+    assert (len(flat.buckets) == 1) is (bucket == 2**26)
     for name, p in unet.named_parameters():
         assert torch.equal(p, before[name][0]) and p.stride() == before[name][1]
         assert p.storage_offset() % 64 == 0 and p.data_ptr() % 16 == 0
     with torch.no_grad():
-        for one in flat.chunks:
+        for one in flat.buckets:
             one.mul_(2)
     assert all(torch.equal(p, 2 * before[name][0]) for name, p in unet.named_parameters())
-    assert {name for name, _ in flat.named(flat.chunks)} == set(before)
-    assert sum(c.count_nonzero() for c in flat.chunks) == sum(p.count_nonzero() for p in unet.parameters())
+    assert {name for name, _ in flat.named(flat.buckets)} == set(before)
+    assert sum(c.count_nonzero() for c in flat.buckets) == sum(p.count_nonzero() for p in unet.parameters())
     flat.bfloat16()
     flat.bind()
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
@@ -43,7 +43,7 @@ def test_views(monkeypatch, chunk):
 def test_hooks_see_where_a_pass_begins(flat):
     """Those of an engine at ZeRO stage 3, also for a pass that is not the engine's own."""
     unet, begun = build(), []
-    trained = Trained(unet, flat)
+    trained = EngineModule(unet, flat)
     trained.register_forward_pre_hook(lambda *_: begun.append(1))
     x, text = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 12)
     got = trained.denoiser(x, 5, encoder_hidden_states=text).sample
@@ -55,7 +55,7 @@ def test_neighbours_are_one_matrix():
     apart = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
     weights = [apart.to_q.weight, apart.to_k.weight, apart.to_v.weight]
     want = torch.cat(weights)
-    assert torch.equal(joined(weights), want) and joined(weights).data_ptr() != weights[0].data_ptr()
-    flat = Flat(unet)
-    assert torch.equal(joined(weights), want) and joined(weights).data_ptr() == weights[0].data_ptr()
-    assert joined(weights[::-1]).data_ptr() != weights[-1].data_ptr() and len(flat.chunks) == 1
+    assert torch.equal(concat_rows(weights), want) and concat_rows(weights).data_ptr() != weights[0].data_ptr()
+    flat = FlatParameters(unet)
+    assert torch.equal(concat_rows(weights), want) and concat_rows(weights).data_ptr() == weights[0].data_ptr()
+    assert concat_rows(weights[::-1]).data_ptr() != weights[-1].data_ptr() and len(flat.buckets) == 1

@@ -12,8 +12,8 @@ from helpers_latents import error
 from torch import nn
 
 from sidfast.accel.attention import IMPLEMENTATIONS, choose_attention
-from sidfast.accel.prepacked import Packed, packed_bytes, pass_layout, repack
-from sidfast.accel.unet import cannot_fuse, fuse, unfuse
+from sidfast.accel.prepacked import Prepacked, pass_layout, prepacked_bytes, refresh
+from sidfast.accel.unet import fuse, fuse_blocker, unfuse
 from sidfast.accel.unet_ops import add
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -158,19 +158,19 @@ def test_add(dtype, device):
 
 
 def test_packed_weights():
-    """Kept or made in each pass: the same bits; after a change of the parameters `repack` brings them up to date."""
+    """Kept or made in each pass: the same bits; after a change of the parameters `refresh` brings them up to date."""
     unet = fuse(unet_of("sd21, half"))
     inputs = inputs_of(unet)
     want = run(unet, *inputs)
-    repack(unet)
-    kept = [(m.kept, [t.data_ptr() for t in m.kept]) for m in unet.modules() if isinstance(m, Packed)]
+    refresh(unet)
+    kept = [(m.cache, [t.data_ptr() for t in m.cache]) for m in unet.modules() if isinstance(m, Prepacked)]
     assert len(kept) > 10
     assert all(torch.equal(a, b) for a, b in zip(want.values(), run(unet, *inputs).values(), strict=True))
     with torch.no_grad():
         for p in unet.parameters():
             p.mul_(1.1)
     want = run(fuse(unfuse(copy.deepcopy(unet))), *inputs)
-    repack(unet)
+    refresh(unet)
     assert all(torch.equal(a, b) for a, b in zip(want.values(), run(unet, *inputs).values(), strict=True))
     assert all([t.data_ptr() for t in tensors] == places for tensors, places in kept)
     assert not any(hasattr(m, "kept") for m in unfuse(unet).modules())
@@ -191,20 +191,20 @@ def test_a_pass_saves_no_copies_of_weights(name, frozen):
         return sum(size for place, size in sizes.items() if place not in taken)
 
     made_in_passes = saved_bytes(())
-    repack(unet)
-    assert made_in_passes == saved_bytes([v for m in unet.modules() if isinstance(m, Packed) for v in m.kept])
+    refresh(unet)
+    assert made_in_passes == saved_bytes([v for m in unet.modules() if isinstance(m, Prepacked) for v in m.cache])
 
 
 def test_pass_layout_saves_the_copies():
     """Of convolutions without an upsampling before them; output and input gradient stay the same."""
     unet, want = fuse(unet_of("small").requires_grad_(False)), result_of("small")
-    repack(unet)
+    refresh(unet)
     of_convolutions = sum(m.weight.nbytes for m in unet.modules() if isinstance(m, nn.Conv2d)
                           and m.kernel_size == (3, 3) and m is not unet.conv_out)
-    copies = packed_bytes(unet)
+    copies = prepacked_bytes(unet)
     laid_out = fuse(pass_layout(unfuse(unet)))
-    repack(laid_out)
-    assert packed_bytes(laid_out) == copies - of_convolutions
+    refresh(laid_out)
+    assert prepacked_bytes(laid_out) == copies - of_convolutions
     got = run(laid_out, *inputs_of(laid_out))
     for name in ("y", "dx"):
         assert error(got[name], want[name]) < 1e-6
@@ -259,7 +259,7 @@ def test_fusing_keeps_the_module():
     ({"act_fn": "gelu"}, "act_fn 'gelu'")], ids=str)
 def test_what_cannot_be_fused(changes, reason):
     unet = UNet2DConditionModel(**({"sample_size": 8, "norm_num_groups": 5} | ARCHITECTURES["small"] | changes))
-    assert reason in cannot_fuse(unet)
+    assert reason in fuse_blocker(unet)
     with pytest.raises(ValueError, match="cannot run on the fused kernels"):
         fuse(unet)
     assert type(unet) is UNet2DConditionModel

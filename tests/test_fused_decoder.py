@@ -13,9 +13,9 @@ from helpers_latents import error
 
 from sidfast import cli
 from sidfast.accel import pipeline as fused_pipeline
-from sidfast.accel.decoder import cannot_fuse_decoder, fuse_decoder
+from sidfast.accel.decoder import decoder_fuse_blocker, fuse_decoder
 from sidfast.accel.pipeline import Replayed, fuse_pipeline
-from sidfast.accel.prepacked import repack
+from sidfast.accel.prepacked import refresh
 from sidfast.common.errors import UserError
 from sidfast.publishing.load import load_pipeline
 
@@ -46,7 +46,7 @@ def test_fused_decoder(options, device, monkeypatch):
     fuse_decoder(vae.to(device))
     got = vae.decode(z.to(device), return_dict=False)[0]
     assert error(got, want) < 1e-5 and list(vae.state_dict()) == names
-    repack(vae)
+    refresh(vae)
     assert torch.equal(vae.decode(z.to(device), return_dict=False)[0], got)
 
 
@@ -66,8 +66,8 @@ def test_fused_decoder_in_bf16():
 
 
 def test_what_is_not_covered():
-    assert cannot_fuse_decoder(vae_of()) is None
-    assert "relu" not in cannot_fuse_decoder(vae_of(act_fn="mish")) and cannot_fuse_decoder(torch.nn.Linear(1, 1))
+    assert decoder_fuse_blocker(vae_of()) is None
+    assert "relu" not in decoder_fuse_blocker(vae_of(act_fn="mish")) and decoder_fuse_blocker(torch.nn.Linear(1, 1))
     vae = vae_of()
     vae.decoder.mid_block.attentions[0].rescale_output_factor = 2
     with pytest.raises(ValueError, match="cannot run on the fused kernels: attention of another kind"):

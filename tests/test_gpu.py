@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, losses, run_jobs
 from helpers_method import micro_batches, objective_of, setting, small_unet
 
-from sidfast.accel.graphs import Graphs, side_by_side
+from sidfast.accel.graphs import Graphs, concurrent
 from sidfast.method.distill import fake_score_update, generator_update
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ CASES = {f"{stage}-{kind}": (stage, kind, {}) for stage in (0, 1, 2) for kind in
 
 
 @pytest.mark.parametrize("update, engine", [
-    (generator_update, "generator"), (functools.partial(generator_update, run=side_by_side), "generator"),
+    (generator_update, "generator"), (functools.partial(generator_update, run=concurrent), "generator"),
     (fake_score_update, "fake_score")], ids=["generator", "side by side", "fake_score"])
 @pytest.mark.parametrize("poisoned", (False, True))
 def test_graphed_update_equals_the_written_one(update, engine, poisoned):

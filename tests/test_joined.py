@@ -6,16 +6,16 @@ from test_fused import inputs_of, run, unet_of
 
 from sidfast.accel.unet import fuse
 from sidfast.accel.unet_blocks import FusedResnet
-from sidfast.engines.blocks import Joined, join_blocks, places
+from sidfast.engines.blocks import FlatBlock, flatten_blocks, param_slices
 
 
 def joined_of(name, checkpointing=False):
-    return join_blocks(fuse(unet_of(name), checkpointing=checkpointing))
+    return flatten_blocks(fuse(unet_of(name), checkpointing=checkpointing))
 
 
 def by_name(unet, tensors):
     """Of tensors shaped like a UNet's parameters: the parts, by the names that these had."""
-    return {place.name: place.view(whole) for (_, found), whole in zip(places(unet), tensors, strict=True)
+    return {place.name: place.view(whole) for (_, found), whole in zip(param_slices(unet), tensors, strict=True)
             for place in found}
 
 
@@ -26,7 +26,7 @@ def test_the_same_passes(name, checkpointing, monkeypatch):
     want, unet = run(plain, *inputs_of(plain)), joined_of(name, checkpointing)
     forward, passes = FusedResnet.forward, []
     monkeypatch.setattr(FusedResnet, "forward", lambda self, *inputs: passes.append(self) or forward(self, *inputs))
-    blocks = [module for module in unet.modules() if isinstance(module, Joined)]
+    blocks = [module for module in unet.modules() if isinstance(module, FlatBlock)]
     assert len(blocks) > 4 and len(list(unet.parameters())) < len(list(plain.parameters())) / 2
     got = run(unet, *inputs_of(unet))
     assert len(passes) == len(set(passes)) * (2 if checkpointing else 1)
@@ -42,7 +42,7 @@ def test_names_and_weights_stay():
     got = by_name(unet, list(unet.parameters()))
     want = dict(plain.named_parameters())
     assert got.keys() == want.keys() and all(torch.equal(got[name], p) for name, p in want.items())
-    starts = [place.view(whole).data_ptr() - whole.data_ptr() for whole, found in places(unet) for place in found]
+    starts = [place.view(whole).data_ptr() - whole.data_ptr() for whole, found in param_slices(unet) for place in found]
     assert all(start % (64 * 4) == 0 for start in starts)                        # (elements of fp32)
 
 
@@ -53,7 +53,7 @@ def test_a_pass_keeps_no_weights_of_blocks(frozen):
     x, t, text, _, dy = inputs_of(unet)
     want = run(unet, x, t, text, {}, dy)
     x = x.requires_grad_()
-    blocks = [module for module in unet.modules() if isinstance(module, Joined)]
+    blocks = [module for module in unet.modules() if isinstance(module, FlatBlock)]
     for place, block in enumerate(blocks):               # (somewhere in memory that is others' as well)
         block.joined.data = within(block.joined.data, 8 * place)
     y = unet(x, t, text).sample

@@ -20,7 +20,7 @@ from sidfast.config.schema import load_config
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.load import load_pipeline
 from sidfast.runs.directory import RunDirectory
-from sidfast.runs.evaluate import Measuring, check_measures
+from sidfast.runs.evaluate import Evaluator, check_measures
 from sidfast.runs.preview import Preview
 from sidfast.teachers.load import load_teacher
 from sidfast.training.loop import is_measured
@@ -55,9 +55,9 @@ def config(write_config, place, tmp_path, monkeypatch):
 
 @pytest.fixture
 def measuring(config, tiny_teacher, tmp_path):
-    """A Measuring of a run that has not trained, and its teacher."""
+    """A Evaluator of a run that has not trained, and its teacher."""
     run = RunDirectory(tmp_path / "run", load_config(config()), 0)
-    yield Measuring(load_config(config()), run, (16, 16), torch.device("cpu"), {}), load_teacher(str(tiny_teacher))
+    yield Evaluator(load_config(config()), run, (16, 16), torch.device("cpu"), {}), load_teacher(str(tiny_teacher))
     run.close()
 
 
@@ -166,7 +166,7 @@ def test_the_record_survives(measuring):
     pipe = Preview(judge.config, teacher, judge.run, {})._pipeline(teacher.unet)
     judge.keep_best(numbers(fid_small_clip=3.0), pipe, 1)
     best.rename(best.with_name(".best.old"))
-    again = Measuring(judge.config, judge.run, (16, 16), torch.device("cpu"), judge.memo)
+    again = Evaluator(judge.config, judge.run, (16, 16), torch.device("cpu"), judge.memo)
     again.keep_best(numbers(fid_small_clip=3.5), pipe, 2)
     assert read_distillation(best)["step"] == 1 and load_pipeline(best, "cpu")[1]
     again.keep_best(numbers("q", fid_small_clip=9.0), pipe, 3)

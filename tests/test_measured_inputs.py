@@ -21,9 +21,9 @@ from sidfast.data import shapes
 from sidfast.evaluation.evaluate import held_out_captions
 from sidfast.evaluation.features import load_clip
 from sidfast.evaluation.images import ImageFolder, sized
-from sidfast.evaluation.judge import Judge
+from sidfast.evaluation.judge import FeatureExtractors
 from sidfast.evaluation.metrics import lower_is_better
-from sidfast.evaluation.protocol import Measures, Protocol
+from sidfast.evaluation.protocol import EvaluationOptions, EvaluationSpec
 from sidfast.evaluation.reference import measure_reference, open_reference
 from sidfast.evaluation.rows import FolderRows
 from sidfast.publishing.export import one_step_pipeline, write_export
@@ -63,7 +63,7 @@ def test_captions_of_an_evaluation_are_held_out():
 
 def test_the_filter_that_was_asked_for(place, tmp_path):
     """Through the command: its CLIP score is that of images which were brought to the size by that filter."""
-    judge, folder = Judge(clip=load_clip(CLIP, CPU)), ImageFolder(place / "images", "--model")
+    judge, folder = FeatureExtractors(clip=load_clip(CLIP, CPU)), ImageFolder(place / "images", "--model")
     prompts, scores = (place / "prompts.txt").read_text().splitlines(), set()
     for name in ("bicubic", "bilinear", "lanczos"):
         got = run({"model": str(place / "images"), "prompts": str(place / "prompts.txt"), "clip": str(CLIP),
@@ -88,7 +88,7 @@ def test_a_clip_sees_what_its_processor_makes(other_clip, side):
 
 def test_a_reference_is_cached_for_each_network(place, other_clip, tmp_path):
     for folder in (CLIP, other_clip, CLIP):
-        judge = Judge(features=load_clip(folder, CPU))
+        judge = FeatureExtractors(features=load_clip(folder, CPU))
         reference, images = open_reference(place / "images")
         got = measure_reference(reference, images, judge, tmp_path, None).rows.all("features")
         assert torch.allclose(got, judge.reference_rows(images(0, 8), None)["features"], atol=1e-5)
@@ -96,8 +96,9 @@ def test_a_reference_is_cached_for_each_network(place, other_clip, tmp_path):
 
 
 def test_images_of_a_prompt_stand_together(place):
-    protocol = Protocol(Measures(prompts=str(place / "prompts.txt"), images=6, seeds_per_prompt=3, clip=str(CLIP),
-                                 metrics="clip,diversity"), CPU)
+    protocol = EvaluationSpec(EvaluationOptions(
+        prompts=str(place / "prompts.txt"), images=6, seeds_per_prompt=3, clip=str(CLIP), metrics="clip,diversity"),
+                              CPU)
     assert protocol.prompts == ["cat number 0"] * 3 + ["cat number 1"] * 3
 
 

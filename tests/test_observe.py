@@ -17,7 +17,7 @@ from sidfast import train
 from sidfast.accel import plan as speed
 from sidfast.config.schema import build_config, load_config
 from sidfast.engines.engine import ENGINES, build_engine, engine_config
-from sidfast.monitoring.observe import Clock, Observer, Profiler, peak_tflops
+from sidfast.monitoring.observe import Monitor, PhaseTimer, Profiler, peak_tflops
 from sidfast.runs.directory import RunDirectory
 from sidfast.toy.networks import build_unet
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_phase_inside_another_is_not_counted_twice():
-    clock, times = Clock(CPU), iter((0, 2, 7, 8, 10, 14))
+    clock, times = PhaseTimer(CPU), iter((0, 2, 7, 8, 10, 14))
     clock._now = lambda: next(times)
     with clock("outer"), clock("inner"):                 # 0 to 8, 2 to 7
         pass
@@ -66,9 +66,9 @@ def test_gradient_norm(device, stage, bf16, clipping):  # noqa: F811
                                          "gradient_clipping": clipping}}, "test")
     engine = build_engine(unet, config.optimizer.generator, engine_config(config, "generator", 1), device)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    observer = Observer({"generator": engine}, torch.nn.Identity(), device, dtype, 4, 1)
+    monitor = Monitor({"generator": engine}, torch.nn.Identity(), device, dtype, 4, 1)
     optimize(engine, loss_of, [(x.to(dtype), text.to(dtype)) for x, text in batches])
-    got = observer.read(1, 1.0)
+    got = monitor.read(1, 1.0)
     assert got["gradient_norm/generator"] == pytest.approx(want, rel=0.03 if bf16 else 1e-4)
     assert got["seconds/generator_optimizer"] > 0
     engine.destroy()

@@ -17,7 +17,7 @@ from sidfast.engines.engine import build_engine, engine_config
 from sidfast.method.distill import Objective
 from sidfast.method.noise import NoiseSchedule
 from sidfast.planning import footprint, memory
-from sidfast.planning.planner import load_shapes
+from sidfast.planning.planner import load_meta_teacher
 from sidfast.teachers.load import load_teacher
 
 SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
@@ -153,9 +153,9 @@ def test_memory_of_an_engine(device, stage, bf16, beta1):
     assert memory.resident(zero, P)["moments"] == (8 if beta1 else 4) * P
     assert kept() == pytest.approx(resident, rel=0.02)
     if stage < 3:
-        engine.backward(engine(engine.summed.hand_over))
+        engine.backward(engine(engine.summed.flush))
         gone = zero.width * 2 * P * (stage == 2 and bf16)                # stage 2 gives both whole gradients back
-        assert kept() == pytest.approx(resident + memory.during_hand_over(zero, P) - gone, rel=0.03)
+        assert kept() == pytest.approx(resident + memory.during_flush(zero, P) - gone, rel=0.03)
     else:
         engine.backward(engine(loss_of))                 # (not at the accumulation boundary: nothing is stepped)
         assert kept() == pytest.approx(resident, rel=0.03)
@@ -190,7 +190,7 @@ def test_communication(stage, sent):
 
 
 def test_shapes_of_a_folder_are_those_of_its_weights(tiny_teacher):
-    shapes, teacher = load_shapes(str(tiny_teacher)), load_teacher(str(tiny_teacher))
+    shapes, teacher = load_meta_teacher(str(tiny_teacher)), load_teacher(str(tiny_teacher))
     for name in ("unet", "vae", "text_encoder"):
         got, want = getattr(shapes, name), getattr(teacher, name)
         assert {k: v.shape for k, v in got.named_parameters()} == {k: v.shape for k, v in want.named_parameters()}

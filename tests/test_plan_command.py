@@ -13,7 +13,7 @@ from sidfast.config.schema import build_config, load_config
 from sidfast.engines.engine import ENGINES, engine_section, offloads, zero_stage
 from sidfast.planning import memory, plan_text, planner
 from sidfast.planning.plan import measured_throughput, parse_memory, parse_throughput
-from sidfast.planning.planner import GIB, Option, Planner, load_shapes, recommend
+from sidfast.planning.planner import GIB, Option, Planner, load_meta_teacher, recommend
 
 MEASURE = Planner._measure
 
@@ -206,7 +206,7 @@ def write_run(folder, config, lines):
 
 def test_measured_run(tmp_path, tiny_teacher, tiny_config):
     """Each line counts for the GPUs that it was written on, as its own numbers tell; those without do not count."""
-    config, shapes = build_config(tiny_config, "test"), load_shapes(str(tiny_teacher))
+    config, shapes = build_config(tiny_config, "test"), load_meta_teacher(str(tiny_teacher))
     tflop = Planner(config, shapes).flops / 1e12
     line = lambda rate, processes: {"images_per_s": rate, "tflops_per_gpu": rate * tflop / processes}  # noqa: E731
     run = write_run(tmp_path, config, [{"images_per_s": 90.0}, line(1.0, 2), line(9.0, 2), line(20.0, 4),
@@ -222,6 +222,6 @@ def test_measured_with_another_teacher(capsys, tmp_path, write_config, tiny_teac
     """One whose images take other work than by the teacher of the plan, at any number of processes."""
     path = write_config()
     config = load_config(path)
-    tflop = 1.37 * Planner(config, load_shapes(str(tiny_teacher))).flops / 1e12
+    tflop = 1.37 * Planner(config, load_meta_teacher(str(tiny_teacher))).flops / 1e12
     run = write_run(tmp_path / "run", config, [{"images_per_s": 8.0, "tflops_per_gpu": 8 * tflop}])
     assert "another architecture" in fails(capsys, cli.main, "plan", "--config", path, "--measured", run)

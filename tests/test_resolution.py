@@ -12,7 +12,7 @@ from sidfast import cli, train
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
 from sidfast.planning.footprint import count_flops
-from sidfast.planning.planner import Planner, load_shapes
+from sidfast.planning.planner import Planner, load_meta_teacher
 from sidfast.publishing.grid import read_grid
 from sidfast.teachers.load import load_teacher
 
@@ -40,7 +40,7 @@ def test_a_run(monkeypatch, write_config, tmp_path, capsys):
     assert {image.size[0] / image.size[1] for row in rows.values() for image in row} == {24 / 16}
     assert json.loads((out / "evaluation.json").read_text())["end"]["clip_score"] > -1
     config = load_config(path)
-    planner = Planner(config, load_shapes(config.model.teacher, config.model))
+    planner = Planner(config, load_meta_teacher(config.model.teacher, config.model))
     assert planner.latent_shape == (4, 8, 12)
     assert planner.flops == count_flops(config, load_teacher(config.model.teacher), planner.latent_shape)
     for folder in (out / "export", tmp_path / "again"):
@@ -53,7 +53,7 @@ def test_a_run(monkeypatch, write_config, tmp_path, capsys):
 
 def test_a_teacher(wide_teacher):
     """Its own size is the default; a resolution of one number is square all the same."""
-    for teacher in (load_teacher(wide_teacher), load_shapes(str(wide_teacher))):
+    for teacher in (load_teacher(wide_teacher), load_meta_teacher(str(wide_teacher))):
         assert teacher.image_size() == SIZE and teacher.latent_shape() == (4, 8, 12)
         assert teacher.latent_shape(16) == (4, 8, 8) and teacher.latent_shape([16, 8]) == (4, 8, 4)
     pipe = StableDiffusionPipeline.from_pretrained(wide_teacher, safety_checker=None)
@@ -63,7 +63,7 @@ def test_a_teacher(wide_teacher):
 def test_flops_follow_the_area(write_config):
     def flops(resolution):
         config = load_config(write_config(), [f"model.resolution={resolution}"])
-        return Planner(config, load_shapes(config.model.teacher)).flops
+        return Planner(config, load_meta_teacher(config.model.teacher)).flops
 
     assert flops([16, 32]) == flops([32, 16]) > 1.9 * flops(16)
 

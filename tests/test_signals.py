@@ -21,10 +21,10 @@ def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)             # (ignored, if run in the background)
     stop = Stop()
     try:
-        assert stop.agreed() is None
+        assert stop.should_stop() is None
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)              # (a launcher sends it after)
-        assert stop.agreed() == "SIGINT"
+        assert stop.should_stop() == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         stop.close()
@@ -42,7 +42,7 @@ def test_control_c_that_is_ignored(monkeypatch, launched):
     stop = Stop()
     try:
         signal.raise_signal(signal.SIGINT)
-        assert stop.agreed() == ("SIGINT" if launched else None)
+        assert stop.should_stop() == ("SIGINT" if launched else None)
         stop.close()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:

@@ -28,7 +28,7 @@ def no_interpreter(monkeypatch):
 
 
 def decide(teacher, stages=(0, 0), device=CPU, **section):
-    return speed.decide_speed(Speed(**section), teacher, (4, 8, 8), 2, stages, torch.float32, device)
+    return speed.resolve_acceleration(Speed(**section), teacher, (4, 8, 8), 2, stages, torch.float32, device)
 
 
 @pytest.mark.parametrize("section, message", [

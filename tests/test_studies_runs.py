@@ -220,7 +220,7 @@ def test_documented_extensions_work(tiny_config, known_again):
     low, high = max(LOG_SIGMA[20], math.log(0.1)), min(LOG_SIGMA[979], math.log(10))
     assert stats.kstest((log_sigma_at(t) - low) / (high - low), "uniform").pvalue > 1e-3
 
-    networks, batch = setting(noises=1)[:2]
+    networks, batch = setting(num_extra_noise=1)[:2]
     mirrored = source_of(networks, **source_line["synthetic"])(batch)
     plain = source_of(networks)(batch)
     assert config.synthetic.source in synthetic.SOURCES

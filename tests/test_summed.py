@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidfast.common.errors import NothingFinite
 from sidfast.engines import accumulate as summed_module
 from sidfast.engines import flat as flat_module
-from sidfast.engines.accumulate import GradientSums, SummedLoss
-from sidfast.engines.module import Trained
+from sidfast.engines.accumulate import GradientAccumulator, GradientBuffers
+from sidfast.engines.module import EngineModule
 from sidfast.method.distill import fake_score_update, generator_update
 
 UPDATES = {"generator": generator_update, "fake_score": fake_score_update}
@@ -69,13 +69,13 @@ def test_sums_are_what_an_engine_accumulates(engine, poisoned, captured):
 
 def test_the_backward_pass_does_not_wait_for_the_host(monkeypatch):
     """The flag is read when the backward pass is on its way."""
-    log, read = [], SummedLoss._all_finite
+    log, read = [], GradientAccumulator._all_finite
 
     def asked(loss):
         log.append("asked")
         return read(loss)
 
-    monkeypatch.setattr(SummedLoss, "_all_finite", asked)
+    monkeypatch.setattr(GradientAccumulator, "_all_finite", asked)
     run("generator", log)
     assert log == [*PASSES, "asked"] * 6
 
@@ -98,7 +98,7 @@ def test_processes_that_must_agree(agreed):
 
 
 def one_weight(kind, bias=False):
-    return Trained(torch.nn.Linear(1, 1, bias=bias).to(kind), flat=True)
+    return EngineModule(torch.nn.Linear(1, 1, bias=bias).to(kind), flat=True)
 
 
 def product(unet, x):
@@ -110,19 +110,20 @@ def product(unet, x):
 def test_sums_are_in_fp32(kind):
     """256 gradients of 1 / 256 and one of 1: in bf16 the sum would stop growing at once."""
     trained = one_weight(kind)
-    loss = SummedLoss(trained, product, None)
+    loss = GradientAccumulator(trained, product, None)
     for k, value in enumerate([1.0] + [1 / 256] * 256):
         loss(1.0, k == 0, torch.full((1,), value, dtype=kind))
-    loss.hand_over().backward()
-    assert trained.flat.chunks[0].grad.dtype == kind and trained.flat.chunks[0].grad[0] == 2
+    loss.flush().backward()
+    assert trained.flat.buckets[0].grad.dtype == kind and trained.flat.buckets[0].grad[0] == 2
 
 
 def test_gradients_are_handed_over_one_chunk_after_the_other(monkeypatch):
     """An engine that takes each away never has two of them."""
-    monkeypatch.setattr(flat_module, "CHUNK", 50)
-    trained, order = Trained(torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4))).bfloat16(), flat=True), []
-    for chunk in trained.flat.chunks:
-        chunk.register_post_accumulate_grad_hook(lambda _: order.append("taken"))
+    monkeypatch.setattr(flat_module, "BUCKET", 50)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4))).bfloat16()
+    trained, order = EngineModule(layers, flat=True), []
+    for bucket in trained.flat.buckets:
+        bucket.register_post_accumulate_grad_hook(lambda _: order.append("taken"))
 
     class Casts(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -130,22 +131,22 @@ def test_gradients_are_handed_over_one_chunk_after_the_other(monkeypatch):
                 order.append("made")
             return function(*args, **(kwargs or {}))
 
-    loss = SummedLoss(trained, lambda net, x: (net(x).float().sum(), x.isfinite().all(1)), None)
+    loss = GradientAccumulator(trained, lambda net, x: (net(x).float().sum(), x.isfinite().all(1)), None)
     loss(1.0, True, torch.ones(2, 6, dtype=torch.bfloat16))
     with Casts():
-        loss.hand_over().backward()
-    assert order == ["made", "taken"] * len(trained.flat.chunks) and len(order) > 2
+        loss.flush().backward()
+    assert order == ["made", "taken"] * len(trained.flat.buckets) and len(order) > 2
 
 
 def test_small_gradients_are_added_together(monkeypatch):
     """So many and so many elements at most; a larger one by itself. A pass that an error ends leaves nothing behind."""
-    monkeypatch.setattr(summed_module._Adder, "_TOGETHER", 3)
-    monkeypatch.setattr(summed_module._Adder, "_SMALL", 12)
+    monkeypatch.setattr(summed_module._BucketedAdd, "_TOGETHER", 3)
+    monkeypatch.setattr(summed_module._BucketedAdd, "_SMALL", 12)
     together, add = [], summed_module.accumulate
     monkeypatch.setattr(summed_module, "accumulate", lambda sums, *rest: (
         together.append([s.numel() for s in sums]), add(sums, *rest)))
     net = torch.nn.ParameterList(torch.zeros(n) for n in (1, 2, 13, 3, 1, 5, 5, 5, 8, 4))
-    trained = Trained(net, flat=True)
+    trained = EngineModule(net, flat=True)
 
     def compute(net, x):
         return sum(k * p.sum() for k, p in enumerate(net)) * x, x.isfinite()
@@ -153,7 +154,7 @@ def test_small_gradients_are_added_together(monkeypatch):
     def fail(_):
         raise RuntimeError("on purpose")
 
-    loss, failing = SummedLoss(trained, compute, None), net[3].register_hook(fail)
+    loss, failing = GradientAccumulator(trained, compute, None), net[3].register_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         loss(1.0, True, torch.ones(()))
     failing.remove()
@@ -162,19 +163,19 @@ def test_small_gradients_are_added_together(monkeypatch):
     assert sorted(n for group in together for n in group) == sorted(p.numel() for p in net)
     assert all(group == [13] or (len(group) <= 3 and sum(group) <= 12) for group in together)
     assert [13] in together and max(map(len, together)) == 3
-    loss.hand_over().backward()
-    for k, (_, gradient) in enumerate(trained.flat.named([c.grad for c in trained.flat.chunks])):
+    loss.flush().backward()
+    for k, (_, gradient) in enumerate(trained.flat.named([c.grad for c in trained.flat.buckets])):
         assert torch.equal(gradient, torch.full_like(gradient, k))
 
 
 def test_weights_and_unused_parameters():
     """A loss counts as often as its weight says; the gradient of a parameter that no loss depends on is 0."""
     trained = one_weight(torch.float32, bias=True)
-    loss = SummedLoss(trained, product, None)
+    loss = GradientAccumulator(trained, product, None)
     for k, weight in enumerate((0.5, 4.0)):
         loss(weight, k == 0, torch.tensor([3.0 + k]))
-    loss.hand_over().backward()
-    assert dict(trained.flat.named([c.grad for c in trained.flat.chunks])) == {"weight": 0.5 * 3 + 4 * 4, "bias": 0}
+    loss.flush().backward()
+    assert dict(trained.flat.named([c.grad for c in trained.flat.buckets])) == {"weight": 0.5 * 3 + 4 * 4, "bias": 0}
 
 
 def test_a_network_that_is_finite_for_nothing():
@@ -198,7 +199,7 @@ def test_all_are_warmed_up_before_the_first_capture():
     """One update after the other, as a trainer does, with one set of sums; what they come to is the same."""
     results = []
     for early in (False, True):
-        log, seen, sums = [], [], GradientSums()
+        log, seen, sums = [], [], GradientBuffers()
         networks, batch, *_ = setting(n=2, flat=True)
         updates = [make(networks, OBJECTIVE, sums=sums, capture=replayed(log)) for make in UPDATES.values()]
         networks.teacher.register_forward_pre_hook(lambda *_, log=log, seen=seen: seen.append(list(log)))

@@ -24,7 +24,7 @@ from scipy import ndimage
 from sidfast.common.errors import UserError
 from sidfast.config.schema import Synthetic, build_config
 from sidfast.method.distill import Batch, fake_score_update, generate, generator_update, leave_out
-from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, TeacherShare, build_source, cannot_capture
+from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, TeacherShare, build_source, capture_blocker
 from sidfast.teachers.load import load_teacher
 from sidfast.training.loop import with_images
 
@@ -92,7 +92,7 @@ def a_and_s(t):
 @pytest.mark.parametrize("steps, levels", [(2, [312]), (4, [469, 312, 156])])
 @torch.no_grad()
 def test_multistep_is_noising_and_denoising_in_turn(steps, levels, prediction_type):
-    networks, batch, networks64, batch64 = setting(noises=steps - 1)
+    networks, batch, networks64, batch64 = setting(num_extra_noise=steps - 1)
     objective = objective_of(prediction_type=prediction_type)
     got = source_of(networks, objective, source="multistep", steps=steps)(batch)
     for n in range(len(batch.z)):
@@ -109,9 +109,9 @@ def teacher(tiny_teacher):
     return load_teacher(str(tiny_teacher))
 
 
-@pytest.mark.parametrize("guidance, chance", [(None, [.1, .5, .3, .9, .6]), (1.0, [.1, .5, .41, .9, .39])])
+@pytest.mark.parametrize("guidance, teacher_draw", [(None, [.1, .5, .3, .9, .6]), (1.0, [.1, .5, .41, .9, .39])])
 @torch.no_grad()
-def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, chance):
+def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, teacher_draw):
     """Rows below the share are what diffusers' own pipeline makes of the same z; the others the generator's."""
     prompts = ["a red circle", "a blue square", "", "two shapes", "x"]
     pipe = StableDiffusionPipeline(
@@ -120,7 +120,7 @@ def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, chance):
         requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     text, null = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, ""))
-    batch = random_batch(5, shape=(4, 8, 8))._replace(text=text, null=null, chance=torch.tensor(chance))
+    batch = random_batch(5, shape=(4, 8, 8))._replace(text=text, null=null, teacher_draw=torch.tensor(teacher_draw))
     generator = copy.deepcopy(teacher.unet)
     with torch.no_grad():
         for p in generator.parameters():
@@ -134,14 +134,14 @@ def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, chance):
     want = pipe(prompts, latents=batch.z, num_inference_steps=4, guidance_scale=guidance or 2.0,
                 output_type="latent").images
     own = generate(generator, batch.z, text, objective)
-    for n, c in enumerate(chance):
+    for n, c in enumerate(teacher_draw):
         assert_close(f"image {n}", got[n], (want if c < 0.4 else own)[n], 1e-4)
 
 
 class Zeros:
     """A source of black images."""
 
-    noises = 0
+    num_extra_noise = 0
 
     def __call__(self, batch):
         return torch.zeros_like(batch.z)
@@ -151,7 +151,7 @@ def test_samples_left_out_take_none_of_the_teacher_s_places(monkeypatch):
     """Whatever is put in their place: all others get the images that they got before."""
     monkeypatch.setattr(TeacherShare, "_sample", lambda self, z, text, null: torch.ones_like(z))
     source = TeacherShare(Zeros(), None, DDIMScheduler(), 0.3, 2, 1.0)
-    batch = random_batch(8)._replace(chance=torch.tensor([.1, .8, .5, .2, .9, .6, .29, 1 - 2**-24]))
+    batch = random_batch(8)._replace(teacher_draw=torch.tensor([.1, .8, .5, .2, .9, .6, .29, 1 - 2**-24]))
     for bad in ([1, 2], [1, 2, 4, 5, 7], [0, 1], [3]):
         finite = torch.ones(8, dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
         *again, keep = leave_out((*batch, torch.ones(8, dtype=torch.bool)), finite)
@@ -162,7 +162,7 @@ def test_samples_left_out_take_none_of_the_teacher_s_places(monkeypatch):
 def test_the_generator_may_be_bad_where_the_teacher_draws():
     """The sample that takes a bad one's place is finite by the teacher's image alone."""
     networks, batch, *_ = setting(4, ("generator",), flat=True)
-    batch = batch._replace(chance=torch.tensor([0.1, 0.9, 0.9, 0.9]))
+    batch = batch._replace(teacher_draw=torch.tensor([0.1, 0.9, 0.9, 0.9]))
     batch.text[[0, 2], :, POISON] = 3e38
     source = TeacherShare(build_source(Synthetic(), networks, objective_of(), {}, None), networks.teacher,
                           DDIMScheduler(clip_sample=False), 0.25, 2, 1.0)
@@ -185,10 +185,10 @@ def test_blur_is_a_gaussian(strength):
 
 
 def test_noise_comes_on_top_of_any_source():
-    networks, batch = setting(noises=2)[:2]
+    networks, batch = setting(num_extra_noise=2)[:2]
     clean = source_of(networks, source="multistep", steps=2)
     noisy = source_of(networks, source="multistep", steps=2, degradation="noise", strength=0.3)
-    assert (clean.noises, noisy.noises) == (1, 2)
+    assert (clean.num_extra_noise, noisy.num_extra_noise) == (1, 2)
     assert_close("noise", noisy(batch) - clean(batch), 0.3 * batch.noise[:, 1])
 
 
@@ -197,7 +197,7 @@ def test_every_source_and_degradation_is_tested():
 
 
 def test_what_cuda_graphs_cannot_hold():
-    assert cannot_capture(Synthetic()) is None and cannot_capture(Synthetic(source="multistep", steps=2)) is None
+    assert capture_blocker(Synthetic()) is None and capture_blocker(Synthetic(source="multistep", steps=2)) is None
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def wilful():
 
 
 def test_a_source_that_cuda_graphs_cannot_hold(wilful, tiny_config):
-    assert "'wilful'" in cannot_capture(Synthetic(source="wilful"))
+    assert "'wilful'" in capture_blocker(Synthetic(source="wilful"))
     with pytest.raises(UserError, match=r"speed\.cuda_graphs.*'wilful'"):
         build_config(tiny_config | {"synthetic": {"source": "wilful"}, "speed": {"cuda_graphs": True}}, "file")
 

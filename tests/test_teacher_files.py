@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sidfast import cli, train
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
-from sidfast.planning.planner import load_shapes
+from sidfast.planning.planner import load_meta_teacher
 from sidfast.runs.identity import describe_distillation
 from sidfast.teachers.folders import find_teacher
 from sidfast.teachers.load import load_teacher
@@ -52,7 +52,7 @@ def assert_equal(a, b):
 def test_a_variant_alone(folder, tiny_teacher):
     as_variant(folder, "fp16")
     assert_equal(weights(load_teacher(folder)), in_half(weights(load_teacher(tiny_teacher))))
-    assert load_shapes(str(folder)).parameters() == load_shapes(str(tiny_teacher)).parameters()
+    assert load_meta_teacher(str(folder)).parameters() == load_meta_teacher(str(tiny_teacher)).parameters()
 
 
 def test_a_variant_of_some_parts(folder, tiny_teacher):
@@ -153,7 +153,7 @@ def test_what_is_downloaded(monkeypatch, folder, tmp_path, change, options, brou
     assert find_teacher("someone/sd", **options) == hub.cache and hub.weights() == brought
     assert hub.revisions == {options.get("revision")} and not [*hub.cache.rglob("*.py"), *hub.cache.rglob("*.bin")]
     load_teacher("someone/sd", **options)
-    load_shapes("someone/sd", None)
+    load_meta_teacher("someone/sd", None)
 
 
 def test_layers_that_are_not_used(folder, tiny_teacher):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
 from sidfast.common.errors import UserError
-from sidfast.planning.planner import load_shapes
+from sidfast.planning.planner import load_meta_teacher
 from sidfast.teachers.load import load_teacher
 
 
@@ -120,7 +120,7 @@ def test_whole_numbers_for_weights(folder):
     """Quantised by someone whose config.json does not say so; diffusers would load them as they are."""
     [path] = (folder / "unet").glob("*.safetensors")
     save_file({name: (50 * value).to(torch.int8) for name, value in load_file(path).items()}, path)
-    for load in (load_teacher, load_shapes):
+    for load in (load_teacher, load_meta_teacher):
         with pytest.raises(UserError, match="holds I8 numbers: quantised weights are not supported"):
             load(str(folder))
 
@@ -148,7 +148,7 @@ def test_more_words(folder):
 def test_accepted(folder, change):
     change(folder)
     assert load_teacher(folder).text_encoder.config._attn_implementation == "sdpa"
-    load_shapes(str(folder))
+    load_meta_teacher(str(folder))
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -179,6 +179,6 @@ def test_an_adapter_that_was_not_merged(folder):
 def test_sizes_of_an_old_unet(folder):
     """Diffusers takes 64 for it, and it was trained so."""
     unet(_diffusers_version="0.6.0")(folder)
-    assert load_teacher(folder).image_size() == load_shapes(str(folder)).image_size() == (128, 128)
+    assert load_teacher(folder).image_size() == load_meta_teacher(str(folder)).image_size() == (128, 128)
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     assert pipe.unet.config.sample_size == 64

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from sidfast import cli
 from sidfast.accel.plan import Speed
-from sidfast.accel.prepacked import Packed
+from sidfast.accel.prepacked import Prepacked
 from sidfast.checkpoints.store import read_tensors
 from sidfast.config.schema import build_config
 from sidfast.data import shapes
@@ -204,10 +204,10 @@ def test_prompts_are_dropped_where_the_null_text_is_read(config, tmp_path, kappa
     assert np.mean(shares) == pytest.approx(dropped, abs=0.15 if dropped else 0)
 
 
-class KeptConv(Packed, nn.Conv2d):
-    """Reads a copy of its weight that `repack` makes, as fused modules do; gradients come to the weight itself."""
+class KeptConv(Prepacked, nn.Conv2d):
+    """Reads a copy of its weight that `refresh` makes, as fused modules do; gradients come to the weight itself."""
 
-    def make_packed(self):
+    def prepack(self):
         return (self.weight.clone(),)
 
     def forward(self, x):
@@ -216,13 +216,13 @@ class KeptConv(Packed, nn.Conv2d):
 
 def test_prepacked_weights_are_those_of_every_step(config, tmp_path):
     """Also those of the average, which draws the fake score's images here."""
-    decide = trainer.decide_speed
+    decide = trainer.resolve_acceleration
 
     def prepare(self, unet):
         unet.conv_in.__class__ = KeptConv
         return unet
 
-    patches = [(trainer, "decide_speed", lambda *args: dataclasses.replace(decide(*args), packed=True)),
+    patches = [(trainer, "resolve_acceleration", lambda *args: dataclasses.replace(decide(*args), packed=True)),
                (Speed, "prepare", prepare)]
     curves = []
     for name, kept in (("plain", []), ("packed", patches)):

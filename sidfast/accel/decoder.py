@@ -11,15 +11,15 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional as F
 
-from sidfast.accel.prepacked import Packed
+from sidfast.accel.prepacked import Prepacked
 from sidfast.accel.unet_blocks import FusedConvIn, FusedNormOut, FusedResnet, FusedUpsample
 from sidfast.accel.unet_ops import conv, group_norm
 
 
-class FusedDecoderAttention(Packed, Attention):
+class FusedDecoderAttention(Prepacked, Attention):
     """Attention of all positions to all, after a GroupNorm and added to its input."""
 
-    def make_packed(self):
+    def prepack(self):
         """The three projections as one: weight [3C, C] and bias [3C]."""
         parts = (self.to_q, self.to_k, self.to_v)
         return torch.cat([m.weight for m in parts]), torch.cat([m.bias for m in parts])
@@ -29,7 +29,7 @@ class FusedDecoderAttention(Packed, Attention):
         projections."""
         y, x, _ = group_norm(x, stats, self.group_norm)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for t in F.linear(y.flatten(1, 2), *(self.kept or self.make_packed())).chunk(3, -1))
+                   for t in F.linear(y.flatten(1, 2), *(self.cache or self.prepack())).chunk(3, -1))
         a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.to_out[0]
         return conv(a.reshape(x.shape), out.weight, None, out.bias, x)
@@ -58,9 +58,9 @@ class FusedDecoder(Decoder):
 def fuse_decoder(vae):
     """Make the decoder of an AutoencoderKL run on the fused kernels, in place, for inference; returns the VAE.
 
-    Raises ValueError, saying why, for one that they do not cover (`cannot_fuse_decoder`).
+    Raises ValueError, saying why, for one that they do not cover (`decoder_fuse_blocker`).
     """
-    reason = cannot_fuse_decoder(vae)
+    reason = decoder_fuse_blocker(vae)
     if reason:
         raise ValueError(f"this VAE cannot run on the fused kernels: {reason}")
     fused = {ResnetBlock2D: FusedResnet, Attention: FusedDecoderAttention, Upsample2D: FusedUpsample}
@@ -72,7 +72,7 @@ def fuse_decoder(vae):
     return vae
 
 
-def cannot_fuse_decoder(vae):
+def decoder_fuse_blocker(vae):
     """What of a VAE's decoder the fused kernels do not cover, in a few words, or None."""
     decoder = getattr(vae, "decoder", None)
     if type(decoder) is not Decoder:

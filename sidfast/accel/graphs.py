@@ -59,12 +59,12 @@ def warm_up(step, device, times):
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def in_turn(first, second, device):
+def sequential(first, second, device):
     """(first(), second())."""
     return first(), second()
 
 
-def side_by_side(first, second, device):
+def concurrent(first, second, device):
     """(first(), second()) at the same time on a GPU, so that the kernels of one run in the gaps between the other's.
 
     Their backward passes do likewise: autograd runs each where the forward pass ran. What `second` reads must live

@@ -7,10 +7,10 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from sidfast.accel.attention import choose_attention
-from sidfast.accel.decoder import cannot_fuse_decoder, fuse_decoder
+from sidfast.accel.decoder import decoder_fuse_blocker, fuse_decoder
 from sidfast.accel.graphs import GraphedStep
-from sidfast.accel.prepacked import repack
-from sidfast.accel.unet import attention_shapes, cannot_fuse, fuse
+from sidfast.accel.prepacked import refresh
+from sidfast.accel.unet import attention_shapes, fuse, fuse_blocker
 from sidfast.common.errors import UserError
 from sidfast.common.sizes import pair
 from sidfast.kernels.backend import INTERPRETED
@@ -43,7 +43,7 @@ def fuse_pipeline(pipe, rows, name):
 
     Raises UserError, naming the model, where there is no GPU or a network that they do not cover.
     """
-    reason = _cannot_fuse(pipe)
+    reason = _fuse_blocker(pipe)
     if reason:
         raise UserError(f"{name}: cannot run on the fused kernels: {reason}")
     device = pipe.unet.device
@@ -52,14 +52,14 @@ def fuse_pipeline(pipe, rows, name):
     shapes = attention_shapes(pipe.unet, latent, pipe.tokenizer.model_max_length, rows, device)
     fuse(pipe.unet, next(iter(choose_attention(tuple(shapes), pipe.unet.dtype, device))))
     fuse_decoder(pipe.vae)
-    repack(pipe.unet)
-    repack(pipe.vae)
+    refresh(pipe.unet)
+    refresh(pipe.vae)
     pixels = height * width * 4 ** (len(pipe.vae.config.block_out_channels) - 1)
     _replay_unet(pipe.unet, rows)
     _replay_decoder(pipe.vae.decoder, max(1, _PIXELS // pixels))
 
 
-def _cannot_fuse(pipe):
+def _fuse_blocker(pipe):
     missing = [part for part in ("unet", "vae", "tokenizer") if getattr(pipe, part, None) is None]
     if missing:
         return f"a pipeline without {', '.join(missing)}"
@@ -67,7 +67,7 @@ def _cannot_fuse(pipe):
         return "there is no GPU here"
     if pipe.unet.config.addition_embed_type is not None:
         return "a UNet with further conditions (SDXL)"
-    return cannot_fuse(pipe.unet) or cannot_fuse_decoder(pipe.vae)
+    return fuse_blocker(pipe.unet) or decoder_fuse_blocker(pipe.vae)
 
 
 def _replay_unet(unet, rows):

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from sidfast.accel.attention import choose_attention
-from sidfast.accel.prepacked import pass_layout, repack
-from sidfast.accel.unet import attention_shapes, cannot_fuse, fuse
+from sidfast.accel.prepacked import pass_layout, refresh
+from sidfast.accel.unet import attention_shapes, fuse, fuse_blocker
 from sidfast.common.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
 from sidfast.method.guidance import passes
@@ -48,13 +48,13 @@ class Speed:
             compile_regions(unet)
         return unet
 
-    def repack(self, unet):
+    def refresh(self, unet):
         """To be called for a network that `prepare` has seen once its weights are there, and whenever they change."""
         if self.packed:
-            repack(unet)
+            refresh(unet)
 
 
-def decide_speed(section, teacher, latent_shape, rows, stages, dtype, device, capturing=None):
+def resolve_acceleration(section, teacher, latent_shape, rows, stages, dtype, device, capturing=None):
     """The Speed of a run. `section`: the configuration's `speed`; latent_shape: (C, H, W); `rows`: of the largest pass;
     `stages`: ZeRO's, per engine; `capturing`: what speaks against CUDA graphs besides, or None.
 
@@ -88,7 +88,7 @@ def check_speed(section, teacher, stages, device, capturing=None):
     UserErrors."""
     notes, gpu, sharded = [], device.type == "cuda", 3 in stages
     kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
-    reason = cannot_fuse(teacher.unet) if kernels_run else "there is no GPU here"
+    reason = fuse_blocker(teacher.unet) if kernels_run else "there is no GPU here"
     if section.compile and section.fused is True:
         raise UserError("speed.compile is for networks without the fused kernels; set speed.fused to false, or auto")
     fused = _wanted("fused", section.fused, reason, notes) and not section.compile

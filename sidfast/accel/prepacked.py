@@ -2,42 +2,42 @@
 
 Passes want convolutions' weights channels last, attention's projections as one matrix, a 3x3 kernel after an upsampling
 as a 2x2 one. Making these takes bandwidth and launches in every pass, though weights change once a step. What lies in
-memory as passes want it (`pass_layout`, and neighbours in a Flat) is read where it is.
+memory as passes want it (`pass_layout`, and neighbours in a FlatParameters) is read where it is.
 """
 
 import torch
 
 
-class Packed:
-    """A module whose passes read `kept` instead of its parameters, once `repack` was called; until then they make what
-    they need themselves. `repack` must be called after every change of a parameter: it writes in place, so that CUDA
-    graphs may hold what is kept.
+class Prepacked:
+    """A module whose passes read `cache` instead of its parameters, once `refresh` was called; until then they make
+    what they need themselves. `refresh` must be called after every change of a parameter: it writes in place, so that
+    CUDA graphs may hold the cache.
     """
 
-    kept = None
+    cache = None
 
-    def make_packed(self):
+    def prepack(self):
         """The tensors that passes read, a tuple, out of the parameters."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def repack(self):
+    def refresh(self):
         """Keep what the parameters give now."""
-        made = self.make_packed()
-        if self.kept is None or any((a.dtype, a.device) != (b.dtype, b.device)
-                                    for a, b in zip(self.kept, made, strict=True)):
-            self.kept = made
+        made = self.prepack()
+        if self.cache is None or any((a.dtype, a.device) != (b.dtype, b.device)
+                                    for a, b in zip(self.cache, made, strict=True)):
+            self.cache = made
         else:
-            for old, new in zip(self.kept, made, strict=True):
+            for old, new in zip(self.cache, made, strict=True):
                 if old.data_ptr() != new.data_ptr():     # (a parameter that lies as passes want it)
                     old.copy_(new)
 
 
-def repack(unet):
+def refresh(unet):
     """Bring up to date what a fused UNet keeps; call it after every change of its parameters. Others have nothing."""
     for module in unet.modules():
-        if isinstance(module, Packed):
-            module.repack()
+        if isinstance(module, Prepacked):
+            module.refresh()
 
 
 def pass_layout(unet):
@@ -45,10 +45,10 @@ def pass_layout(unet):
     return unet.to(memory_format=torch.channels_last)
 
 
-def packed_bytes(unet):
+def prepacked_bytes(unet):
     """Bytes of what a UNet keeps besides its parameters."""
     own = {p.untyped_storage()._cdata for p in unet.parameters()}
-    return sum(t.nbytes for m in unet.modules() if isinstance(m, Packed) for t in m.kept or ()
+    return sum(t.nbytes for m in unet.modules() if isinstance(m, Prepacked) for t in m.cache or ()
                if t.untyped_storage()._cdata not in own)
 
 
@@ -58,7 +58,7 @@ def channels_last(weight):
         memory_format=torch.channels_last)
 
 
-def joined(weights):
+def concat_rows(weights):
     """Matrices [K, C] as one [sum of K, C]: a view where they are neighbours in memory, otherwise a copy."""
     ends = [w.data_ptr() + w.nbytes for w in weights]
     together = all(w.is_contiguous() for w in weights) and ends[:-1] == [w.data_ptr() for w in weights[1:]]

@@ -111,9 +111,9 @@ def fuse(unet, attention="math", checkpointing=False):
     """Make a UNet run on the fused kernels, in place, and return it; `attention`: a key of IMPLEMENTATIONS;
     `checkpointing`: whether the backward pass computes the activations of each module again.
 
-    Raises ValueError, saying why, for a UNet that they do not cover (`cannot_fuse`).
+    Raises ValueError, saying why, for a UNet that they do not cover (`fuse_blocker`).
     """
-    reason = cannot_fuse(unet)
+    reason = fuse_blocker(unet)
     if reason:
         raise ValueError(f"this UNet cannot run on the fused kernels: {reason}")
     for module in unet.modules():
@@ -132,13 +132,13 @@ def unfuse(unet):
         FusedConvIn: nn.Conv2d, FusedNormOut: nn.GroupNorm}
     for module in unet.modules():
         module.__class__ = plain.get(type(module), type(module))
-        for name in ("attend", "kept"):
+        for name in ("attend", "cache"):
             module.__dict__.pop(name, None)
     unet.__dict__.pop("checkpointing", None)
     return unet
 
 
-def cannot_fuse(unet):
+def fuse_blocker(unet):
     """What of a UNet the fused kernels do not cover, in a few words, or None."""
     c, blocks = unet.config, {type(b).__name__ for b in (*unet.down_blocks, *unet.up_blocks, unet.mid_block)}
     other = blocks - {"CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sidfast.accel.attention import IMPLEMENTATIONS
-from sidfast.accel.prepacked import Packed, channels_last, joined
+from sidfast.accel.prepacked import Prepacked, channels_last, concat_rows
 from sidfast.accel.unet_ops import (
     add,
     conv,
@@ -27,10 +27,10 @@ from sidfast.accel.unet_ops import (
 from sidfast.kernels.upsample import combine_taps
 
 
-class FusedResnet(Packed, ResnetBlock2D):
+class FusedResnet(Prepacked, ResnetBlock2D):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time embedding))), with a 1x1 shortcut where channels change."""
 
-    def make_packed(self):
+    def prepack(self):
         """The weights [K, C1 + C2, 3, 3] and [K, K, 3, 3] of the two convolutions, channels last."""
         return channels_last(self.conv1.weight), channels_last(self.conv2.weight)
 
@@ -40,7 +40,7 @@ class FusedResnet(Packed, ResnetBlock2D):
 
         conv1's bias and the time embedding shift whole channels: the second GroupNorm takes them as numbers.
         """
-        packed1, packed2 = self.kept or (None, None)
+        packed1, packed2 = self.cache or (None, None)
         y, x, skip = group_norm(x, stats, self.norm1, silu=True, skip=skip, skip_stats=skip_stats)
         h, h_stats = conv(y, self.conv1.weight, packed1)
         if temb is None:
@@ -68,14 +68,14 @@ class FusedTransformer(Transformer2DModel):
         return conv(add(h, bias, residual).view_as(x), out.weight, None, out.bias, x)
 
 
-class FusedTransformerBlock(Packed, BasicTransformerBlock):
+class FusedTransformerBlock(Prepacked, BasicTransformerBlock):
     """Self-attention, attention to the text, and GEGLU, each after a LayerNorm and added to its input."""
 
     attend = staticmethod(IMPLEMENTATIONS["math"])       # `fuse` sets the one wanted
 
-    def make_packed(self):
+    def prepack(self):
         """The projections of self-attention as one [3C, C], those of the text to keys and values as one [2C, D]."""
-        return joined(self._own_weights()), joined(self._text_weights())
+        return concat_rows(self._own_weights()), concat_rows(self._text_weights())
 
     def _own_weights(self):
         return [m.weight for m in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)]
@@ -86,7 +86,7 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
     def forward(self, x, bias_of_x, residual, text):
         """One layer on tokens x + bias_of_x + residual [N, S, C] and text [k N, L, D]. Returns its output as three such
         summands, [k N, S, C], [C] and [k N, S, C]: whatever comes next adds them up in passing."""
-        own, of_text = self.kept or (None, None)
+        own, of_text = self.cache or (None, None)
         h, y = layer_norm(x, self.norm1, bias_of_x, residual)
         a = self._attention(self.attn1, *projections(y, own, *self._own_weights()))
         h, y = layer_norm(a, self.norm2, self.attn1.to_out[0].bias, h)
@@ -102,22 +102,22 @@ class FusedTransformerBlock(Packed, BasicTransformerBlock):
         return linear(o.flatten(2), attn.to_out[0].weight)
 
 
-class FusedDownsample(Packed, Downsample2D):
+class FusedDownsample(Prepacked, Downsample2D):
     """A 3x3 convolution in steps of two."""
 
-    def make_packed(self):
+    def prepack(self):
         """The weight [K, C, 3, 3] channels last."""
         return (channels_last(self.conv.weight),)
 
     def forward(self, x):
         """x [N, H, W, C] -> y [N, H/2, W/2, K], sizes rounded up, and its statistics."""
-        return conv(x, self.conv.weight, *(self.kept or (None,)), self.conv.bias, stride=2)
+        return conv(x, self.conv.weight, *(self.cache or (None,)), self.conv.bias, stride=2)
 
 
-class FusedUpsample(Packed, Upsample2D):
+class FusedUpsample(Prepacked, Upsample2D):
     """Nearest-neighbour upsampling and a 3x3 convolution: twice the size in one 2x2 convolution."""
 
-    def make_packed(self):
+    def prepack(self):
         """The 2x2 kernel [4K, C, 2, 2] of `combine_taps`."""
         return (combine_taps(self.conv.weight),)
 
@@ -125,21 +125,21 @@ class FusedUpsample(Packed, Upsample2D):
         """x [N, H, W, C] -> y [N, height, width, K] and its statistics."""
         weight, bias = self.conv.weight, self.conv.bias
         if (height, width) == (2 * x.shape[1], 2 * x.shape[2]):
-            return upsample_conv(x, weight, *(self.kept or (None,)), bias)
+            return upsample_conv(x, weight, *(self.cache or (None,)), bias)
         x = F.interpolate(x.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)
         return conv(x.contiguous(), weight, None, bias)
 
 
-class FusedConvIn(Packed, nn.Conv2d):
+class FusedConvIn(Prepacked, nn.Conv2d):
     """The first convolution: from here on channels are last."""
 
-    def make_packed(self):
+    def prepack(self):
         """The weight [K, C, 3, 3] channels last."""
         return (channels_last(self.weight),)
 
     def forward(self, x):
         """x [N, C, H, W] -> y [N, H, W, K] and its statistics."""
-        return conv(x.permute(0, 2, 3, 1).contiguous(), self.weight, *(self.kept or (None,)), self.bias)
+        return conv(x.permute(0, 2, 3, 1).contiguous(), self.weight, *(self.cache or (None,)), self.bias)
 
 
 class FusedNormOut(nn.GroupNorm):

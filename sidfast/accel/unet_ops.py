@@ -16,7 +16,7 @@ kernels raise ValueError.
 
 import torch
 
-from sidfast.accel.prepacked import channels_last, joined
+from sidfast.accel.prepacked import channels_last, concat_rows
 from sidfast.kernels.channel_stats import add_channel_stats, column_sums
 from sidfast.kernels.geglu import geglu_backward, geglu_forward
 from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
@@ -261,7 +261,7 @@ class _Projections(torch.autograd.Function):
     def forward(ctx, x, packed, *weights):
         ctx.save_for_backward(x if any(w.requires_grad for w in weights) else None, *weights)
         ctx.x_shape = x.shape
-        packed = joined(weights) if packed is None else packed
+        packed = concat_rows(weights) if packed is None else packed
         return (x @ packed.t()).split([len(w) for w in weights], -1)
 
     @staticmethod

@@ -45,22 +45,22 @@ class Saver:
         torch.distributed.barrier()
 
     @staticmethod
-    def warm_up(engines, ema, further=None):
+    def warm_up(engines, ema, extra_state=None):
         """Take the host memory that a save needs, and give it back to PyTorch, which keeps it; a collective call.
         A GPU's driver locks its pages, which takes seconds: the first save would wait for that otherwise."""
         if torch.cuda.is_initialized():
             first = torch.distributed.get_rank() == 0
-            held = checkpoint.snapshot(engines, ema, further), ema.gather(lambda name: first)
+            held = checkpoint.snapshot(engines, ema, extra_state), ema.gather(lambda name: first)
             del held
 
-    def save(self, step, engines, ema, extra, further=None):
+    def save(self, step, engines, ema, extra, extra_state=None):
         """Begin to save; a collective call that returns when the state has been copied to host memory.
 
-        `extra`: JSON values to get back on resume; `further`: see `checkpoint.snapshot`. Waits for the save before this
-        one, if it is still being written.
+        `extra`: JSON values to get back on resume; `extra_state`: see `checkpoint.snapshot`. Waits for the save
+        before this one, if it is still being written.
         """
         self.wait()
-        tensors = checkpoint.snapshot(engines, ema, further)
+        tensors = checkpoint.snapshot(engines, ema, extra_state)
         state = {"format": FORMAT, "step": step, "extra": extra, "engines": checkpoint.engine_states(engines),
                  "run": self._run_of}
         self._saves += 1

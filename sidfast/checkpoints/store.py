@@ -23,17 +23,17 @@ from safetensors import SafetensorError, safe_open
 from sidfast.checkpoints.format import STATE, check_state, file_name, files_of, is_steady, read_state, seal
 from sidfast.common.errors import UserError
 from sidfast.common.files import flush, remove, write_atomically
-from sidfast.engines.blocks import places
+from sidfast.engines.blocks import param_slices
 from sidfast.engines.engine import (
     ENGINES,
     MOMENTS,
     gather,
+    load_loss_scale,
+    load_moments,
     loss_scale_state,
-    masters,
+    master_weights,
     moments,
     optimizer_step,
-    restore_loss_scale,
-    restore_moments,
     scatter,
 )
 
@@ -41,20 +41,20 @@ _PREFIX, _PARTIAL, _OLD = "step-", ".partial-", ".old-"
 _NAME = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,})(?![0-9])")           # what `step_folder` makes of a step
 
 
-def snapshot(engines, ema, further=None):
+def snapshot(engines, ema, extra_state=None):
     """This process's share of all that must be saved, in host memory: {file name: {tensor name: fp32}}.
 
-    A collective call, and the only part of saving that training waits for. `further`: {name: {kind: tensors laid out
-    like the engine's masters}} to keep besides.
+    A collective call, and the only part of saving that training waits for. `extra_state`: {name: {kind: tensors
+    laid out like the engine's master weights}} to keep besides.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     files = {}
     for name, engine in engines.items():
         mine = _share(engine, rank, ranks)
-        kinds = {"weights": masters(engine), **moments(engine)}
+        kinds = {"weights": master_weights(engine), **moments(engine)}
         if name == "generator":
             kinds["ema"] = ema.shards
-        kinds |= (further or {}).get(name, {})
+        kinds |= (extra_state or {}).get(name, {})
         for kind, tensors in kinds.items():
             files[file_name(name, kind, rank, ranks)] = gather(engine, tensors, mine.__contains__)
     return files
@@ -74,7 +74,7 @@ def step_folder(folder, step, partial=False):
 def complete(folder, step, state, keep, lost=()):
     """Make the checkpoint that was put together a complete one, then remove those beyond the newest `keep`.
 
-    `state`: what state.json will hold; `lost`: further folders to remove. Folders that `best` names stay, and where
+    `state`: what state.json will hold; `lost`: extra_state folders to remove. Folders that `best` names stay, and where
     updates were being left out as all the newest were made, the last one from before. Raises OSError.
     """
     partial, final = step_folder(folder, step, partial=True), step_folder(folder, step)
@@ -258,16 +258,16 @@ def restore(path, engines, ema):
     """
     state = read_state(path)
     for name, engine in engines.items():
-        scatter(engine, read_tensors(path, name, "weights"), masters(engine))
+        scatter(engine, read_tensors(path, name, "weights"), master_weights(engine))
         saved = state["engines"][name]
-        restore_moments(engine, {kind: read_tensors(path, name, kind) for kind in MOMENTS}, saved["optimizer_step"])
-        restore_loss_scale(engine, saved["loss_scale"])
+        load_moments(engine, {kind: read_tensors(path, name, kind) for kind in MOMENTS}, saved["optimizer_step"])
+        load_loss_scale(engine, saved["loss_scale"])
     ema.restore(read_tensors(path, "generator", "ema"))
 
 
 def _share(engine, rank, ranks):
     """The parameter names that this process writes: from the largest on, each goes to the process with least so far."""
-    sizes = {place.name: place.shape.numel() for _, found in places(engine.module.unet) for place in found}
+    sizes = {place.name: place.shape.numel() for _, found in param_slices(engine.module.unet) for place in found}
     dealt, names = [(0, r) for r in range(ranks)], set()
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         size, to = dealt[0]

@@ -15,7 +15,7 @@ from sidfast.common.explain import explain
 from sidfast.common.parse import check_finite, parse_json
 from sidfast.config.deepspeed import check_deepspeed
 from sidfast.config.sections import Noise, Section, Synthetic
-from sidfast.method.synthetic import cannot_capture
+from sidfast.method.synthetic import capture_blocker
 
 Side = Annotated[int, Field(ge=8, le=16384)]
 
@@ -214,7 +214,7 @@ class Config(Section):
         if self.synthetic.prompt_share is not None and self.data.prompts.startswith("shapes:"):
             raise ValueError("synthetic.prompt_share needs a file of prompts: the shapes world has no end. Give "
                              "synthetic.unique_prompts")
-        uncaptured = cannot_capture(self.synthetic)
+        uncaptured = capture_blocker(self.synthetic)
         if self.speed.cuda_graphs is True and uncaptured:
             raise ValueError(f"speed.cuda_graphs: impossible, {uncaptured}; leave it at auto")
         other = self.synthetic.source != "generator" or self.synthetic.teacher_share

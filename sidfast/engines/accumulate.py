@@ -7,21 +7,22 @@ from sidfast.common.errors import NothingFinite
 from sidfast.kernels.accumulate import accumulate
 
 
-class GradientSums:
+class GradientBuffers:
     """Sums of gradients over micro-batches, in fp32. One update at a time has them: networks alike share them."""
 
     def __init__(self):
         self._kept = {}
 
     def like(self, flat):
-        """Tensors laid out like a Flat's chunks, fp32; the same ones at every call with a Flat laid out alike."""
-        key = tuple((c.shape, c.dtype, c.device) for c in flat.chunks)
+        """Tensors laid out like the buckets of a FlatParameters, fp32; the same ones at every call with one laid out
+        alike."""
+        key = tuple((c.shape, c.dtype, c.device) for c in flat.buckets)
         if key not in self._kept:
             self._kept[key] = flat.like(torch.promote_types(key[0][1], torch.float32))
         return self._kept[key]
 
 
-class _Adder:
+class _BucketedAdd:
     """Adds gradients to sums, small ones several in a launch.
 
     `_TOGETHER` tensors at most, of `_SMALL` elements at most in all, are held back. A larger one is added at once. All
@@ -55,16 +56,16 @@ class _Adder:
         self.drop()
 
 
-class SummedLoss:
+class GradientAccumulator:
     """`compute(unet, *tensors) -> (loss, finite, *others)`, its backward pass, and the sum of its gradients over
     micro-batches.
 
     loss: a scalar, differentiable in the UNet's parameters and in nothing else; finite: [N] (bool), which samples are;
-    others: tensors without gradient. Call it for every micro-batch, then `hand_over` for a loss with all gradients: an
+    others: tensors without gradient. Call it for every micro-batch, then `flush` for a loss with all gradients: an
     engine's hooks see one backward pass, so it reduces gradients once. Each parameter's gradient is added to the sums
     as soon as it is there, or soon after, and given back.
 
-    `trained`: a Trained that is flat; losses that share `sums` take turns, from the first micro-batch to `hand_over`.
+    `trained`: an EngineModule that is flat; losses that share `sums` take turns, from the first micro-batch to `flush`.
     `capture(function) -> (replay, its results)`, Graphs.capture for example, makes both passes graphs: the first call
     captures, later ones must bring tensors of the same shapes, and parameters stay where they are in memory.
 
@@ -75,9 +76,9 @@ class SummedLoss:
 
     def __init__(self, trained, compute, leave_out, sums=None, capture=None, agree=None):
         self._unet, self._flat, self._compute, self._leave_out = trained.unet, trained.flat, compute, leave_out
-        self._shared, self._capture, self._agree = sums or GradientSums(), capture, agree
+        self._shared, self._capture, self._agree = sums or GradientBuffers(), capture, agree
         self._sums = self._inputs = self._loss = self._finite = None
-        self._warm, self._adder = False, _Adder()
+        self._warm, self._adder = False, _BucketedAdd()
         self._forward = None if capture else self._run_forward
         self._backward = None if capture else self._run_backward
 
@@ -96,10 +97,10 @@ class SummedLoss:
             raise NothingFinite
         return outcome
 
-    def hand_over(self, _=None):
-        """A scalar whose gradients in the Flat's chunks are the sums, in the chunks' type; made chunk by chunk, so that
-        an engine that moves gradients away (ZeRO stage 2) never has all of them."""
-        return sum(_HandOver.apply(*pair) for pair in zip(self._sums, self._flat.chunks, strict=True))
+    def flush(self, _=None):
+        """A scalar whose gradients in the buckets are the sums, in the buckets' type; made bucket by bucket, so that an
+        engine that moves gradients away (ZeRO stage 2) never has all of them."""
+        return sum(_Flush.apply(*pair) for pair in zip(self._sums, self._flat.buckets, strict=True))
 
     def warm_up(self, *tensors):
         """Run both passes for real, as is needed before capture. Losses that share memory are best all warmed up before
@@ -112,7 +113,7 @@ class SummedLoss:
     def _prepare(self):
         if self._sums is not None:
             return
-        device = self._flat.chunks[0].device
+        device = self._flat.buckets[0].device
         gpu = device.type == "cuda"
         self._sums = self._shared.like(self._flat)
         self._weight = torch.ones((), device=device)
@@ -179,11 +180,11 @@ class SummedLoss:
         return [v.clone() for v in self._static]
 
 
-class _HandOver(torch.autograd.Function):
+class _Flush(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, total, chunk):
-        ctx.total, ctx.dtype = total, chunk.dtype
-        return torch.zeros((), device=chunk.device)
+    def forward(ctx, total, bucket):
+        ctx.total, ctx.dtype = total, bucket.dtype
+        return torch.zeros((), device=bucket.device)
 
     @staticmethod
     def backward(ctx, _):

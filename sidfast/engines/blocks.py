@@ -19,13 +19,13 @@ from sidfast.accel.unet_blocks import BLOCKS
 _ALIGNED = 64                                            # elements, for the kernels that read a weight
 
 
-class _Place(NamedTuple):
+class ParamSlice(NamedTuple):
     module: nn.Module
     attribute: str
     name: str                                            # in the whole network
     shape: torch.Size
     start: int
-    piece: int                                           # its number among `Joined.sizes`
+    piece: int                                           # its number among `FlatBlock.sizes`
 
     def view(self, whole):
         """The part of a flat tensor that is this parameter."""
@@ -39,8 +39,8 @@ class _Place(NamedTuple):
         return part.view(K, h, w, C).permute(0, 3, 1, 2)
 
 
-class Joined:
-    """Part of the class of a block whose parameters are one, `joined`; see `join_blocks`."""
+class FlatBlock:
+    """Part of the class of a block whose parameters are one, `joined`; see `flatten_blocks`."""
 
     places, sizes = (), ()
 
@@ -66,7 +66,7 @@ class Joined:
                 place.module.__dict__[place.attribute] = None
 
 
-class _Whole(NamedTuple):
+class _WholeParam(NamedTuple):
     name: str
     shape: torch.Size
 
@@ -75,7 +75,7 @@ class _Whole(NamedTuple):
         return whole
 
 
-def join_blocks(unet):
+def flatten_blocks(unet):
     """Lay the parameters of each block of a fused UNet end to end, in place, and return it; others stay as they are."""
     for name, block in unet.named_modules():
         if type(block) in BLOCKS:
@@ -84,11 +84,11 @@ def join_blocks(unet):
     return unet
 
 
-def places(unet):
+def param_slices(unet):
     """[(parameter, its places)] of a UNet, joined or not. A place has the `name` and `shape` of a parameter that the
     UNet had, and `view(tensor)`, which is that parameter's part of a tensor shaped like the present one."""
-    blocks = {id(block.joined): block.places for block in unet.modules() if isinstance(block, Joined)}
-    return [(p, blocks.get(id(p)) or (_Whole(name, getattr(p, "ds_shape", p.shape)),))        # (stage 3 empties it)
+    blocks = {id(block.joined): block.places for block in unet.modules() if isinstance(block, FlatBlock)}
+    return [(p, blocks.get(id(p)) or (_WholeParam(name, getattr(p, "ds_shape", p.shape)),))    # (stage 3 empties it)
             for name, p in unet.named_parameters()]
 
 
@@ -97,7 +97,7 @@ def _join(prefix, block):
     for name, p in list(block.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         module = block.get_submodule(owner)
-        found.append(_Place(module, attribute, f"{prefix}.{name}", p.shape, sum(sizes), len(sizes)))
+        found.append(ParamSlice(module, attribute, f"{prefix}.{name}", p.shape, sum(sizes), len(sizes)))
         pieces.append(_flattened(p))
         sizes += [n for n in (p.numel(), len(pieces[-1]) - p.numel()) if n]      # (the second aligns the next)
         del module._parameters[attribute]
@@ -132,4 +132,4 @@ def _places_instead_of(joined):
 
 @functools.cache
 def _joined_class(of):
-    return type(f"Joined{of.__name__}", (Joined, of), {"__doc__": of.__doc__})
+    return type(f"FlatBlock{of.__name__}", (FlatBlock, of), {"__doc__": of.__doc__})

@@ -7,7 +7,7 @@ All counted in images, `images` those seen so far; the paper's half-life and ram
 
 import torch
 
-from sidfast.engines.engine import gather, masters, scatter
+from sidfast.engines.engine import gather, master_weights, scatter
 
 
 class Ema:
@@ -16,7 +16,7 @@ class Ema:
     def __init__(self, engine, half_life, ramp_up):
         """Begins as the engine's weights. `half_life`: in images; `ramp_up`: a factor, or None for none."""
         self.engine, self.half_life, self.ramp_up = engine, half_life, ramp_up
-        self.shards = [m.detach().clone() for m in masters(engine)]
+        self.shards = [m.detach().clone() for m in master_weights(engine)]
 
     def decay(self, batch_size, images):
         """d, the weight of the old average when `images` have been seen, the last `batch_size` of them since."""
@@ -26,7 +26,7 @@ class Ema:
     @torch.no_grad()
     def update(self, batch_size, images):
         """Follow the generator by one step of `batch_size` images, which makes `images` in all."""
-        torch._foreach_lerp_(self.shards, [m.detach() for m in masters(self.engine)],
+        torch._foreach_lerp_(self.shards, [m.detach() for m in master_weights(self.engine)],
                              1 - self.decay(batch_size, images))
 
     def gather(self, keep=lambda name: True):

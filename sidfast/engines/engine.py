@@ -16,8 +16,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from sidfast.common.errors import UserError
 from sidfast.config.deepspeed import ENGINES
 from sidfast.engines.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
-from sidfast.engines.blocks import join_blocks, places
-from sidfast.engines.module import Trained
+from sidfast.engines.blocks import flatten_blocks, param_slices
+from sidfast.engines.module import EngineModule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
@@ -26,8 +26,8 @@ ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on 
 def engine_config(config, name, processes):
     """DeepSpeed's configuration of one engine: the user's section, with batch sizes filled in.
 
-    Below ZeRO stage 3 an update sums gradients over micro-batches itself (SummedLoss), and hands over the sum of a
-    global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
+    Below ZeRO stage 3 an update sums gradients over micro-batches itself (GradientAccumulator), and hands over the
+    sum of a global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
     """
     train = config.train
     images = train.images_at_once(name)
@@ -63,7 +63,7 @@ def zero_stages(config):
 
 
 def is_flat(section):
-    """Whether an engine sees its network's parameters as a Flat: stage 3 parts and gathers them one by one."""
+    """Whether an engine's parameters are those of a FlatParameters: stage 3 parts and gathers them one by one."""
     return zero_stage(section) != 3
 
 
@@ -90,14 +90,14 @@ def build_engine(unet, adam, section, device):
     (probe.py asks it first).
     """
     flat = is_flat(section)
-    module = Trained((unet if flat else join_blocks(unet)).requires_grad_(True).train(), flat)
+    module = EngineModule((unet if flat else flatten_blocks(unet)).requires_grad_(True).train(), flat)
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
     if hasattr(engine.optimizer, "fp32_groups"):         # ZeRO 0 in bf16 or fp16 has stepped Adam, on zeros, to make
         engine.basic_optimizer.state.clear()             # its state; the first update would then be sqrt(2) too large
     if module.flat:
-        module.flat.bind()                               # DeepSpeed has moved and cast the chunks
+        module.flat.bind()                               # DeepSpeed has moved and cast the buckets
     return engine
 
 
@@ -105,7 +105,7 @@ def shard(unet, section):
     """Deal the weights of a frozen network out to the processes, as ZeRO stage 3 does: each block is gathered for its
     passes. In place; a collective call. `section`: that of an engine at stage 3."""
     zero = {k: v for k, v in section["zero_optimization"].items() if k != "offload_optimizer"}
-    deepspeed.initialize(model=join_blocks(unet).requires_grad_(False), config=section | {"zero_optimization": zero})
+    deepspeed.initialize(model=flatten_blocks(unet).requires_grad_(False), config=section | {"zero_optimization": zero})
 
 
 def set_learning_rate(engine, adam, step, total):
@@ -138,7 +138,7 @@ def _adam(module, adam, eps, section, device):
     return (CheckedAdam if plain else torch.optim.Adam)(parameters, fused=device.type == "cuda", **both)
 
 
-def masters(engine):
+def master_weights(engine):
     """The fp32 tensors of this process that the optimizer steps, as a flat list, in a fixed order."""
     optimizer = engine.optimizer
     for name in ("fp32_partitioned_groups_flat",         # ZeRO 3
@@ -153,7 +153,7 @@ def masters(engine):
 
 @torch.no_grad()
 def gather(engine, tensors, keep=lambda name: True):
-    """Whole tensors {parameter name: fp32, on the CPU} out of `tensors`, which are laid out like `masters(engine)`.
+    """Whole tensors {parameter name: fp32, on the CPU} out of `tensors`, laid out like `master_weights(engine)`.
 
     Every process must call it; each keeps the names for which keep(name) holds.
     """
@@ -162,7 +162,7 @@ def gather(engine, tensors, keep=lambda name: True):
 
 @torch.no_grad()
 def copy_weights(engine, tensors, unet):
-    """Write `tensors`, laid out like `masters(engine)`, into another UNet, which is whole; a collective call."""
+    """Write `tensors`, laid out like `master_weights(engine)`, into another UNet, which is whole; a collective call."""
     target = dict(unet.named_parameters())
     for name, value in _each(engine, tensors):
         target[name].copy_(value)
@@ -170,17 +170,17 @@ def copy_weights(engine, tensors, unet):
 
 def _each(engine, tensors):
     """(name, whole tensor) of each parameter, out of `tensors`; to be gone through to the end."""
-    own = masters(engine)
+    own = master_weights(engine)
     _swap(own, tensors)
     try:
         flat = engine.module.flat
         if not flat:
-            for parameter, found in places(engine.module.unet):
+            for parameter, found in param_slices(engine.module.unet):
                 whole = safe_get_full_fp32_param(parameter).detach()
                 yield from ((place.name, place.view(whole)) for place in found)
             return
-        for i, chunk in enumerate(flat.chunks):
-            yield from flat.parts(i, safe_get_full_fp32_param(chunk) if hasattr(chunk, "_hp_mapping") else own[i])
+        for i, bucket in enumerate(flat.buckets):
+            yield from flat.parts(i, safe_get_full_fp32_param(bucket) if hasattr(bucket, "_hp_mapping") else own[i])
     finally:
         _swap(own, tensors)
         if torch.cuda.is_initialized():
@@ -193,24 +193,24 @@ def scatter(engine, full, tensors):
 
     Raises KeyError for a parameter that `full` lacks.
     """
-    own = masters(engine)
+    own = master_weights(engine)
     _swap(own, tensors)
     try:
         flat, device = engine.module.flat, own[0].device
         if not flat:
-            for parameter, found in places(engine.module.unet):
+            for parameter, found in param_slices(engine.module.unet):
                 whole = torch.zeros(parameter.ds_shape, device=device)
                 for place in found:
                     place.view(whole).copy_(full[place.name])
                 safe_set_full_fp32_param(parameter, whole)
             return
-        for i, chunk in enumerate(flat.chunks):
-            whole = torch.zeros_like(chunk, dtype=torch.float32, device=device, requires_grad=False)
+        for i, bucket in enumerate(flat.buckets):
+            whole = torch.zeros_like(bucket, dtype=torch.float32, device=device, requires_grad=False)
             for name, part in flat.parts(i, whole):
                 part.copy_(full[name])
-            if hasattr(chunk, "_hp_mapping"):
-                safe_set_full_fp32_param(chunk, whole)
-            else:                                        # ZeRO 0: one master per chunk, in the same order
+            if hasattr(bucket, "_hp_mapping"):
+                safe_set_full_fp32_param(bucket, whole)
+            else:                                        # ZeRO 0: one master per bucket, in the same order
                 own[i].copy_(whole)
     finally:
         _swap(own, tensors)
@@ -232,8 +232,8 @@ def _swap(left, right):
 
 
 def moments(engine):
-    """{kind: Adam's moments for each of `masters(engine)`}, of the kinds that it keeps; zeros before the first step."""
-    own, state = masters(engine), engine.basic_optimizer.state
+    """{kind: Adam's moments for each of `master_weights(engine)`}, of the kinds kept; zeros before the first step."""
+    own, state = master_weights(engine), engine.basic_optimizer.state
     return {kind: [state[m][kind] if kind in state.get(m, {}) else torch.zeros_like(m, requires_grad=False)
                    for m in own] for kind in _kinds(engine)}
 
@@ -248,12 +248,12 @@ def optimizer_step(engine):
     return steps.pop() if steps else 0
 
 
-def restore_moments(engine, full, step):
+def load_moments(engine, full, step):
     """Set Adam's state from whole moments {kind: {name: tensor}}, {} for a kind that was not kept, after `step` steps.
 
     A first moment that was not kept is the gradient: an Adam with beta1 = 0 that keeps one may begin with zeros.
     """
-    own, optimizer = masters(engine), engine.basic_optimizer
+    own, optimizer = master_weights(engine), engine.basic_optimizer
     values = {kind: [torch.zeros_like(m, requires_grad=False) for m in own] for kind in _kinds(engine)}
     for kind, tensors in values.items():
         if full[kind] or kind != "exp_avg" or optimizer.param_groups[0]["betas"][0] > 0:
@@ -278,7 +278,7 @@ def loss_scale_state(engine):
             if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def restore_loss_scale(engine, state):
+def load_loss_scale(engine, state):
     """Set the loss scaler's counters again."""
     for key, value in state.items():
         setattr(_loss_scaler(engine), key, value)

@@ -2,7 +2,7 @@
 it was some updates ago. A copy is a whole UNet on every process, in the type that networks compute in, whatever the
 ZeRO stage; it is brought up to date at the start of each step, in place, so that CUDA graphs may hold it."""
 
-from sidfast.engines.engine import copy_weights, masters, scatter
+from sidfast.engines.engine import copy_weights, master_weights, scatter
 
 
 class EmaCopy:
@@ -36,7 +36,7 @@ class StaleCopy:
     def follow(self, step):
         """As EmaCopy's."""
         if step % self.every == 0:
-            self.shards[step] = [m.detach().to("cpu", copy=True) for m in masters(self.engine)]
+            self.shards[step] = [m.detach().to("cpu", copy=True) for m in master_weights(self.engine)]
         version = self._oldest(step)
         for passed in [v for v in self.shards if v < version]:
             del self.shards[passed]
@@ -56,7 +56,7 @@ class StaleCopy:
         """As EmaCopy's. A checkpoint of a run without such copies stands for all that are missing with its own
         weights."""
         for version in range(self._oldest(step), step, self.every):
-            shards = [m.detach().to("cpu", copy=True) for m in masters(self.engine)]
+            shards = [m.detach().to("cpu", copy=True) for m in master_weights(self.engine)]
             whole = read(_kind(version))
             if whole:
                 scatter(self.engine, whole, shards)

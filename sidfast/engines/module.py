@@ -4,23 +4,24 @@ import functools
 
 from torch import nn
 
-from sidfast.engines.flat import Flat
+from sidfast.engines.flat import FlatParameters
 
 
-class Trained(nn.Module):
+class EngineModule(nn.Module):
     """A network whose forward pass is whatever is asked of it: `engine(compute, *tensors)` is compute(unet, *tensors).
 
     So a DeepSpeed engine sees an update's loss, and not the UNet's output, as the output of its forward pass: its hooks
     for the backward pass then work alike for every way to run an update.
 
-    `flat`: the parameters that an engine sees are those of a Flat, and the UNet's are views, whose gradients somebody
-    has to sum (SummedLoss); otherwise (ZeRO stage 3, which parts single parameters) they are the UNet's own.
+    `flat`: the parameters that an engine sees are those of a FlatParameters, and the UNet's are views, whose gradients
+    somebody has to sum (GradientAccumulator); otherwise (ZeRO stage 3, which parts single parameters) they are the
+    UNet's own.
     """
 
     def __init__(self, unet, flat=False):
         super().__init__()
         self._held = [unet]                              # (in a list it is no submodule)
-        self.flat = Flat(unet) if flat else None
+        self.flat = FlatParameters(unet) if flat else None
         if not flat:
             self.network = unet
 

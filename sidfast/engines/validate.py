@@ -25,7 +25,7 @@ def check_sections(config, processes):
             DeepSpeedConfig(section | {"gradient_accumulation_steps": 1})
 
 
-def probe_engines(config, processes, device):
+def validate_deepspeed(config, processes, device):
     """Build each engine around a small network and take one step; a collective call, once processes have joined.
 
     Raises UserError, which names the section and passes DeepSpeed's reason on, for a section that it does not take.
@@ -56,8 +56,8 @@ def _step(adam, section, device):
         network = nn.Linear(8, 8, device=device)
         engine = build_engine(network, adam, section, device)
         x = torch.ones(2, 8, device=device, dtype=compute_dtype(section))
-        chunks = engine.module.flat.chunks if engine.module.flat else ()
-        engine.backward(engine(lambda unet, rows: unet(rows).float().mean() + sum(c.float().sum() for c in chunks), x))
+        buckets = engine.module.flat.buckets if engine.module.flat else ()
+        engine.backward(engine(lambda unet, rows: unet(rows).float().mean() + sum(c.float().sum() for c in buckets), x))
         engine.step()
         engine.destroy()
 

@@ -27,7 +27,7 @@ from sidfast.evaluation.features import hash_files
 from sidfast.evaluation.images import ImageFolder, has_images
 from sidfast.evaluation.metrics import over_repeats
 from sidfast.evaluation.processes import joined
-from sidfast.evaluation.protocol import Measures, Protocol
+from sidfast.evaluation.protocol import EvaluationOptions, EvaluationSpec
 from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.publishing.export import read_distillation
@@ -38,7 +38,7 @@ _PACKAGES = ("sidfast", "torch", "torchmetrics", "torch-fidelity", "diffusers", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(Measures):
+class Request(EvaluationOptions):
     """What is asked for: the options of `sidfast evaluate` (docs/evaluation.md)."""
 
     model: str
@@ -157,7 +157,7 @@ class _Job:
 
     def __init__(self, request, device):
         self.request, self.folder = request, _image_folder(request)
-        self.protocol = Protocol(request, device, len(self.folder) if self.folder else None, _tell)
+        self.protocol = EvaluationSpec(request, device, len(self.folder) if self.folder else None, _tell)
         clip = self.protocol.judge.clip
         limits = {"clip": clip and (clip.tokenizer, most_tokens(clip.tokenizer, clip.clip.config.text_config))}
         if self.folder:

@@ -7,7 +7,7 @@ from sidfast.data import shapes
 from sidfast.evaluation.attributes import correct
 
 
-class Judge:
+class FeatureExtractors:
     """Looks at images [N, 3, H, W] in [0, 1] through whichever networks the metrics need.
 
     `features`: a feature network (FID, KID, precision, recall); `clip`: ClipFeatures (CLIP score, diversity);

@@ -1,6 +1,6 @@
 """What is measured, on which prompts, against which reference, through which networks: an evaluation but for its model.
 
-`sidfast evaluate` and a training run build the same Protocol, so their numbers are the same numbers.
+`sidfast evaluate` and a training run build the same EvaluationSpec, so their numbers are the same numbers.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from sidfast.evaluation.attributes import load_checker
 from sidfast.evaluation.evaluate import held_out_captions
 from sidfast.evaluation.features import INCEPTION_URL, load_clip, load_features
 from sidfast.evaluation.images import sized
-from sidfast.evaluation.judge import Judge
+from sidfast.evaluation.judge import FeatureExtractors
 from sidfast.evaluation.reference import drawn_reference, measure_reference, open_reference
 
 HELD_OUT = "shapes:held_out"
@@ -24,7 +24,7 @@ _SHAPES_IMAGES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measures:
+class EvaluationOptions:
     """The options of `sidfast evaluate` that say what is measured (docs/evaluation.md)."""
 
     prompts: str | None = None
@@ -52,7 +52,7 @@ class Measures:
         return numbers.parse_metrics(usual if self.metrics is None else self.metrics)
 
 
-class Protocol:
+class EvaluationSpec:
     """Measures whose every part was found and checked. Raises UserError for whatever is at fault in them.
 
     `stored`: how many images there are, where they are not made but read from a folder; `tell(message)`: is given what
@@ -187,4 +187,4 @@ def _judge(measures, metrics, device):
         clip = features if same else load_clip(folder, device)
     if "accuracy" in metrics:
         checker = load_checker(Path(measures.assets) / "checker", device)
-    return Judge(features, clip, checker, "diversity" in metrics, device)
+    return FeatureExtractors(features, clip, checker, "diversity" in metrics, device)

@@ -1,7 +1,7 @@
 """Score identity Distillation with Long and Short Guidance: the two updates (method.md, sections 3 to 5).
 
-Generator and fake score are trained by DeepSpeed engines, or by anything with `module` (a Trained), a call that runs
-it, `backward(loss)` and `step()`, where step acts at the accumulation boundary; the teacher is a frozen UNet.
+Generator and fake score are trained by DeepSpeed engines, or by anything with `module` (an EngineModule), a call that
+runs it, `backward(loss)` and `step()`, where step acts at the accumulation boundary; the teacher is a frozen UNet.
 """
 
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from sidfast.accel.graphs import in_turn
+from sidfast.accel.graphs import sequential
 from sidfast.common.errors import NothingFinite
-from sidfast.engines.accumulate import SummedLoss
+from sidfast.engines.accumulate import GradientAccumulator
 from sidfast.kernels.guidance import denoise
 from sidfast.kernels.noising import add_noise
 from sidfast.method.denoise import denoise_coefficients, predict
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     chance: torch.Tensor
 
 
-class Sums(NamedTuple):
+class UpdateOutput(NamedTuple):
     """Of one update on this process, on the device: mean loss per sample, the number of samples left out, the samples'
     own losses and noise levels t, [N] each over all micro-batches, and the images x_g of each micro-batch, as they came
     out."""
@@ -109,9 +109,9 @@ def fake_score_update(networks, objective, source=None, **options):
     return Update(networks.fake_score, compute, **options)
 
 
-def generator_update(networks, objective, run=in_turn, **options):
-    """The generator's Update (eqs. 6 to 8). Gradients pass through both denoisers, which stand still; `run`: in_turn or
-    side_by_side (accel/graphs.py) for the passes of the two. `options` of Update."""
+def generator_update(networks, objective, run=sequential, **options):
+    """The generator's Update (eqs. 6 to 8). Gradients pass through both denoisers, which stand still; `run`: sequential
+    or concurrent (accel/graphs.py) for the passes of the two. `options` of Update."""
     kappas = (objective.kappa2, objective.kappa3, objective.kappa4)
 
     def compute(generator, *tensors):
@@ -143,22 +143,23 @@ class Update:
     (`leave_out`). `agree(all finite)` makes all processes do it together, where a pass is a collective call (ZeRO stage
     3).
 
-    An engine whose Trained is flat does not accumulate: a SummedLoss (engines/accumulate.py) does, with `sums` and
-    `capture` as there, and `scale(engine)` the factor that the engine puts on the loss (fp16). `frozen`: a network
-    whose parameters take no gradients meanwhile.
+    An engine whose EngineModule is flat does not accumulate: a GradientAccumulator (engines/accumulate.py) does, with
+    `sums` and `capture` as there, and `scale(engine)` the factor that the engine puts on the loss (fp16). `frozen`: a
+    network whose parameters take no gradients meanwhile.
     """
 
     def __init__(self, engine, compute, agree=None, sums=None, capture=None, scale=lambda engine: 1.0, frozen=None):
         self.engine, self.compute, self.agree, self.scale, self.frozen = engine, compute, agree or bool, scale, frozen
-        self.summed = engine.module.flat and SummedLoss(engine.module, compute, leave_out, sums, capture, agree)
+        self.summed = engine.module.flat and GradientAccumulator(
+            engine.module, compute, leave_out, sums, capture, agree)
 
     def __call__(self, batches):
-        """Returns Sums over `batches`, the micro-batches. Raises Diverged if the network has diverged."""
+        """Returns UpdateOutput over `batches`, the micro-batches. Raises Diverged if the network has diverged."""
         run = self._run_summed if self.summed else self._run
         with _frozen(self.frozen):
             finite, each, images = zip(*run([_tensors(batch) for batch in batches]), strict=True)
-        return Sums(torch.stack([losses.mean() for losses in each]).mean(), (~torch.cat(finite)).sum(), torch.cat(each),
-                    torch.cat([batch.t for batch in batches]), list(images))
+        return UpdateOutput(torch.stack([losses.mean() for losses in each]).mean(), (~torch.cat(finite)).sum(),
+                            torch.cat(each), torch.cat([batch.t for batch in batches]), list(images))
 
     def _run(self, micro_batches):
         """(finite, losses, x_g) of each micro-batch, and a step of the engine."""
@@ -175,7 +176,7 @@ class Update:
         for k, tensors in enumerate(micro_batches):
             finite, each, x_g = self.summed(weight, k == 0, *tensors)
             yield finite, torch.where(finite, each, 0), x_g
-        self.engine.backward(self.engine(self.summed.hand_over))
+        self.engine.backward(self.engine(self.summed.flush))
         self.engine.step()
 
     def warm_up(self, batch):

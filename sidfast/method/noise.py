@@ -1,6 +1,6 @@
 """Noise levels: the teacher's schedule and the distributions that training draws from (method.md, sections 1 and 6).
 
-A distribution lives on ln sigma and has two methods, `quantile` (of u in [0, 1]) and `interval` (the u's of a range);
+A distribution lives on ln sigma and has two methods, `icdf` (of u in [0, 1]) and `cdf_range` (the u's of a range);
 `Truncated` restricts one to the teacher's range with them. So every draw is one uniform number put through a monotone
 function: no rejection, and the same numbers give the same levels however a batch is split. To define a distribution's
 class is to make it known to the configuration (docs/ablations.md).
@@ -76,17 +76,17 @@ class Density:
             DENSITIES[name] = cls
 
     @classmethod
-    def over(cls, schedule, low, high, **options):
+    def for_schedule(cls, schedule, low, high, **options):
         """The distribution for a teacher: its NoiseSchedule, and the range [low, high] of ln sigma (numbers) that will
         be drawn from. `options`: those of the class that were given."""
         return cls(**options)
 
-    def quantile(self, u):
+    def icdf(self, u):
         """u uniform in [0, 1], float64, any shape -> ln sigma, float64, of that shape, rising with u."""
         raise NotImplementedError
 
-    def interval(self, low, high):
-        """(start, end): the u's in [0, 1] of ln sigma = low and high (numbers), by the inverse of `quantile`."""
+    def cdf_range(self, low, high):
+        """(start, end): the u's in [0, 1] of ln sigma = low and high (numbers), by the inverse of `icdf`."""
         raise NotImplementedError
 
 
@@ -99,11 +99,11 @@ class Normal(Density, name="edm"):
     mean: float = -1.2
     std: float = 1.2
 
-    def quantile(self, u):
+    def icdf(self, u):
         """ln sigma = mean + std Phi^-1(u) (section 6, `edm`)."""
         return self.mean + self.std * torch.special.ndtri(u)
 
-    def interval(self, low, high):
+    def cdf_range(self, low, high):
         """Phi((ln sigma - mean) / std) of both ends."""
         return tuple(0.5 * math.erfc((self.mean - v) / self.std / math.sqrt(2)) for v in (low, high))
 
@@ -127,12 +127,12 @@ class Laplace(Density, name="laplace"):
     mean: float = 0.0
     scale: float = 0.5
 
-    def quantile(self, u):
+    def icdf(self, u):
         """-1/2 times the quantile of logSNR at 1 - u (section 6, `laplace`)."""
         v = u - 0.5                                      # -logSNR ~ Laplace(-mean, scale)
         return 0.5 * (-self.mean - self.scale * torch.sign(v) * torch.log1p(-2 * v.abs()))
 
-    def interval(self, low, high):
+    def cdf_range(self, low, high):
         """The distribution function of ln sigma at both ends."""
         return tuple(self._cdf(v) for v in (low, high))
 
@@ -153,16 +153,16 @@ class Karras(Density, name="karras"):
     rho: float = 7.0
 
     @classmethod
-    def over(cls, schedule, low, high, **options):
+    def for_schedule(cls, schedule, low, high, **options):
         """Between low and high (ln smin and ln smax)."""
         return cls(low, high, **options)
 
-    def quantile(self, u):
+    def icdf(self, u):
         """The formula of section 6 (`karras`) at 1 - u, so that it rises with u."""
         low, high = math.exp(self.log_sigma_min / self.rho), math.exp(self.log_sigma_max / self.rho)
         return self.rho * torch.log(low + u * (high - low))
 
-    def interval(self, low, high):
+    def cdf_range(self, low, high):
         """(0, 1), whatever the range."""
         return 0.0, 1.0
 
@@ -173,11 +173,11 @@ class Cosine(Density, name="cosine"):
 
     offset: float = 0.008
 
-    def quantile(self, u):
+    def icdf(self, u):
         """The logarithm of section 6's formula (`cosine`)."""
         return torch.tan(math.pi / 2 * (u + self.offset) / (1 + self.offset)).log()
 
-    def interval(self, low, high):
+    def cdf_range(self, low, high):
         """u = (1 + offset) 2/pi atan(sigma) - offset of both ends, cut off to [0, 1]."""
         angle = (math.atan(math.exp(v)) * 2 / math.pi for v in (low, high))
         return tuple(min(max(v * (1 + self.offset) - self.offset, 0.0), 1.0) for v in angle)
@@ -195,12 +195,12 @@ class Sigmoid(Density, name="sigmoid"):
     def _g(self, x):
         return 1 / (1 + math.exp(-x / self.tau))
 
-    def quantile(self, u):
+    def icdf(self, u):
         """ln sigma = ln((1 - a^2) / a^2) / 2, with a^2 from section 6's schedule (`sigmoid`) at u."""
         g = torch.sigmoid((self.start + u * (self.end - self.start)) / self.tau)
         return 0.5 * ((g - self._g(self.start)) / (self._g(self.end) - g)).log()
 
-    def interval(self, low, high):
+    def cdf_range(self, low, high):
         """The u at which the schedule has a^2 = 1 / (1 + sigma^2), of both ends."""
         return tuple(self._cdf(v) for v in (low, high))
 
@@ -217,12 +217,12 @@ class Grid(Density):
         """`log_sigma`: rising ln sigma [K], float64."""
         self.log_sigma = log_sigma
 
-    def quantile(self, u):
+    def icdf(self, u):
         """Level number floor(K u); for u = 1 the last."""
         index = (u * len(self.log_sigma)).long().clamp(0, len(self.log_sigma) - 1)
         return self.log_sigma.to(u.device)[index]
 
-    def interval(self, low, high):
+    def cdf_range(self, low, high):
         """(i / K, (j + 1) / K), i and j the first and the last level in [low, high]. Raises ValueError if there are
         none."""
         inside = (self.log_sigma >= low) & (self.log_sigma <= high)
@@ -236,7 +236,7 @@ class Ddpm(Grid, name="ddpm"):
     """The teacher's own timesteps, all equally likely: the paper's (section 6, `ddpm`)."""
 
     @classmethod
-    def over(cls, schedule, low, high):
+    def for_schedule(cls, schedule, low, high):
         """Over the teacher's grid; no options."""
         return cls(schedule.log_sigma)
 
@@ -245,7 +245,7 @@ class Linear(Grid, name="linear"):
     """The timesteps of DDPM's original schedule (arXiv 2006.11239), all equally likely (section 6, `linear`)."""
 
     @classmethod
-    def over(cls, schedule, low, high):
+    def for_schedule(cls, schedule, low, high):
         """Over the grid of `linear_schedule`, whatever the teacher's; no options."""
         return cls(linear_schedule().log_sigma)
 
@@ -262,15 +262,15 @@ class Truncated:
     high: float
 
     def __post_init__(self):
-        start, end = self.distribution.interval(self.low, self.high)
+        start, end = self.distribution.cdf_range(self.low, self.high)
         if end - start < 1e-6:
             raise ValueError("the noise levels of this density lie outside of the teacher's range")
 
-    def quantile(self, u):
+    def icdf(self, u):
         """As Density's, of what is left: the whole's quantile at start + u (end - start), (start, end) its
-        `interval`."""
-        start, end = self.distribution.interval(self.low, self.high)
-        return self.distribution.quantile(start + u * (end - start)).clamp(self.low, self.high)
+        `cdf_range`."""
+        start, end = self.distribution.cdf_range(self.low, self.high)
+        return self.distribution.icdf(start + u * (end - start)).clamp(self.low, self.high)
 
 
 def linear_schedule(steps=1000, beta_start=1e-4, beta_end=0.02):
@@ -292,13 +292,13 @@ class NoiseLevels:
         if t_max >= len(schedule):
             raise ValueError(f"noise.t_max ({t_max}) must be below the teacher's {len(schedule)} timesteps")
         low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
-        distribution = DENSITIES[density].over(schedule, low, high, **options)
+        distribution = DENSITIES[density].for_schedule(schedule, low, high, **options)
         self.schedule, self.distribution = schedule, Truncated(distribution, low, high)
-        if not self.distribution.quantile(torch.tensor(0.5, dtype=torch.float64)).isfinite():
+        if not self.distribution.icdf(torch.tensor(0.5, dtype=torch.float64)).isfinite():
             raise ValueError(f"noise.t_max ({t_max}) has no signal (zero terminal SNR), and density {density!r} needs "
                              "a finite range: take a smaller one")
 
     def sample(self, n, generator):
         """n timesteps t [n] in [t_min, t_max] (float64, fractional in general) on the generator's device."""
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
-        return self.schedule.timestep(self.distribution.quantile(u))
+        return self.schedule.timestep(self.distribution.icdf(u))

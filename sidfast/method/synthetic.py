@@ -205,6 +205,6 @@ def build_source(section, networks, objective, copies, scheduler, shared=False):
     return source
 
 
-def cannot_capture(section):
+def capture_blocker(section):
     """Why CUDA graphs cannot hold a section's images, or None."""
     return None if SOURCES[section.source].capturable else f"synthetic.source {section.source!r} depends on values"

@@ -33,7 +33,7 @@ def peak_tflops(name, dtype, tf32=True):
     return None
 
 
-class Clock:
+class PhaseTimer:
     """Adds up the time of phases: `with clock("data"): ...`. A phase inside another is taken out of that one's time."""
 
     def __init__(self, device):
@@ -88,7 +88,7 @@ class Clock:
         return event
 
 
-class Observer:
+class Monitor:
     """Collects what metrics.jsonl tells of one process's work; `read` makes flat values of it at the log interval.
 
     `flops`: of one training image, or None; `batch_size`: the global one; `dtype`, `tf32`: of the arithmetic, for its
@@ -96,7 +96,7 @@ class Observer:
     """
 
     def __init__(self, engines, text_encoder, device, dtype, batch_size, processes, flops=None, tf32=True):
-        self.engines, self.device, self.clock = engines, device, Clock(device)
+        self.engines, self.device, self.clock = engines, device, PhaseTimer(device)
         self.batch_size, self.processes, self.flops = batch_size, processes, flops
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak, self._norms = peak_tflops(name, dtype, tf32), {}

@@ -31,7 +31,7 @@ class Stop:
         self._handlers = {number: signal.signal(number, self._ask) for number in _SIGNALS
                           if signal.getsignal(number) != signal.SIG_IGN or self._launcher}
 
-    def agreed(self, fault=False):
+    def should_stop(self, fault=False):
         """The name of the signal that ends the run, or None; a collective call at the end of each step. FAULT if any
         process has a `fault`: it will soon be unable to go on.
 
@@ -53,7 +53,7 @@ class Stop:
         """The name of the first signal that has reached this process, or None."""
         return _name(self._asked)
 
-    def settle(self):
+    def finish(self):
         """Ask no more; a collective call when the run has ended."""
         self._answer()
 

@@ -16,7 +16,7 @@ import torch
 _FAILED = 1
 
 
-class Watch:
+class Watchdog:
     """Watches all processes from each of them."""
 
     def __init__(self, channel, timeout, last_good):
@@ -26,7 +26,7 @@ class Watch:
         self._closed = threading.Event()
         self._every = min(5.0, timeout / 8)
         now, start = time.monotonic(), {"beat": 0, **self._place}
-        self._reports = {}                               # see `judge`: one that never says anything is silent, too
+        self._reports = {}                               # see `find_stalled`: one that says nothing is silent, too
         self._seen = dict.fromkeys(range(self.ranks), (start, now, now))
         self._heard, self._threads = now, []             # when the store answered last; None: it is gone
         if self.ranks > 1:
@@ -35,16 +35,16 @@ class Watch:
         for thread in self._threads:
             thread.start()
 
-    def at(self, place, patient=False):
+    def mark(self, place, patient=False):
         """Training has come to `place`. `patient`: it may stay there for as long as it needs."""
         self._place = {"count": self._place["count"] + 1, "place": place, "patient": patient}
 
     @contextmanager
-    def patiently(self, place):
+    def paused(self, place):
         """A part of the run that may take long, on some processes only: evaluation, samples, export."""
-        self.at(place, patient=True)
+        self.mark(place, patient=True)
         yield
-        self.at(f"after {place}")
+        self.mark(f"after {place}")
 
     def close(self):
         """Stop watching; to be called on every process before any of them ends."""
@@ -73,7 +73,7 @@ class Watch:
             if heard is None or now - heard > self.timeout:
                 place = self._reports.get(0, {"place": "its start"})["place"]
                 self._end([0], "does not answer", place)
-            culprits, what, place = judge(self._seen, self._reports, now, self.timeout)
+            culprits, what, place = find_stalled(self._seen, self._reports, now, self.timeout)
             if culprits:
                 self._end(culprits, what, place)
 
@@ -86,7 +86,7 @@ class Watch:
         os._exit(_FAILED)                                # the main thread waits in a call that nothing interrupts
 
 
-def judge(seen, reports, now, timeout):
+def find_stalled(seen, reports, now, timeout):
     """(ranks at fault, what is wrong with them, where they stand), or ([], "", "").
 
     `seen`: {rank: (report, time of its last beat, time of its last move)}, brought up to date; `reports`: {rank:

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import torch
 
-from sidfast.accel.plan import decide_speed, largest_pass
+from sidfast.accel.plan import largest_pass, resolve_acceleration
 from sidfast.common.errors import UserError
 from sidfast.engines.engine import ENGINES, compute_dtype, zero_stages
 from sidfast.method.synthetic import SOURCES
-from sidfast.planning.planner import CONTEXT, GIB, Planner, Shapes, load_shapes
+from sidfast.planning.planner import CONTEXT, GIB, MetaTeacher, Planner, load_meta_teacher
 
 _LARGEST = 32                                            # beyond that a GPU gains little
 
 
-def with_micro_batch(config, teacher, processes, device):
+def find_micro_batch(config, teacher, processes, device):
     """The configuration with a number for `train.micro_batch`; all processes come to the same one.
 
     One update of each network runs at two small sizes on `device`, as it will run in training; from the tensors that it
@@ -42,26 +42,26 @@ def with_micro_batch(config, teacher, processes, device):
 
 def _needed(config, teacher, sizes, processes, device):
     """{micro-batch: bytes on this device}."""
-    shapes = Shapes(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
+    shapes = MetaTeacher(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
                     teacher.prediction_type)
     dtype = compute_dtype(config.deepspeed)
     teacher.unet.to(device)                              # where training wants it too
     # (attention that was asked for need not manage the largest micro-batch, only the one that will fit)
     rows = largest_pass(config, sizes[-1 if config.speed.attention == "auto" else 0])
     latent_shape = teacher.latent_shape(config.model.resolution)
-    speed = decide_speed(config.speed, teacher, latent_shape, rows, zero_stages(config), dtype, device)
+    speed = resolve_acceleration(config.speed, teacher, latent_shape, rows, zero_stages(config), dtype, device)
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
 
     def prepare(checkpointing):
         unet = speed.prepare(copy.deepcopy(teacher.unet).to(device, dtype))
-        speed.repack(unet)
+        speed.refresh(unet)
         return unet
 
     planner = Planner(config, shapes, prepare=prepare)
     try:
         planner.footprints(config.speed.gradient_checkpointing)
     except torch.OutOfMemoryError:                       # whole networks do not fit: by their shapes, then
-        planner = Planner(config, load_shapes(str(teacher.folder), config.model))
+        planner = Planner(config, load_meta_teacher(str(teacher.folder), config.model))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     P = sum(p.numel() for p in teacher.unet.parameters())

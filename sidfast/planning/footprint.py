@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from sidfast.engines.module import Trained
+from sidfast.engines.module import EngineModule
 from sidfast.kernels.backend import without_launches
 from sidfast.method.distill import Batch, Networks, fake_score_update, generator_update
 
@@ -30,7 +30,7 @@ _SIZES = (2, 3)                                          # (a single row makes s
 @dataclass(frozen=True, eq=False)
 class Footprint:
     """One update of one network. `rows` [events, 3, 2]: bytes alive at each event, weights aside, as (fixed, per image)
-    of three kinds: the gradients of the network's parameters, what the pass beside another makes (`side_by_side`), the
+    of three kinds: the gradients of the network's parameters, what the pass beside another makes (`concurrent`), the
     rest."""
 
     rows: torch.Tensor
@@ -118,7 +118,7 @@ def count_flops(config, teacher, latent_shape):
 def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
     """(Ledger.timeline, FLOPs) of one micro-batch of n images."""
     engines, ledger = {k: PlainEngine(u) for k, u in unets.items()}, Ledger()
-    options = {"run": ledger.side_by_side} if name == "generator" else {}
+    options = {"run": ledger.concurrent} if name == "generator" else {}
     update = UPDATES[name](Networks(engines["generator"], engines["fake_score"], unets["teacher"]), objective,
                            agree=lambda finite: True, **options)
     device = next(unets[name].parameters()).device
@@ -142,7 +142,7 @@ class PlainEngine:
     """What `distill` needs of an engine, without DeepSpeed."""
 
     def __init__(self, unet):
-        self.module = Trained(unet)
+        self.module = EngineModule(unet)
 
     def __call__(self, compute, *tensors):
         """compute(unet, *tensors)."""
@@ -166,7 +166,7 @@ class Ledger(TorchDispatchMode):
         self.events, self._known = [], {}                # (storage's number, bytes; negative at its death, beside)
         self._beside = False
 
-    def side_by_side(self, first, second, device):
+    def concurrent(self, first, second, device):
         """In the place of accel/graphs.py's, in turn: notes which storages the second makes."""
         result = first()
         self._beside = True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sidfast.engines.engine import compute_dtype, moments_kept, offloads
-from sidfast.engines.flat import CHUNK
+from sidfast.engines.flat import BUCKET
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ def sums(zero, P):
     return 4 * P * (zero.stage < 3)
 
 
-def during_hand_over(zero, P):
+def during_flush(zero, P):
     """Bytes while an engine below stage 3 takes the sums over: gradients in the computing type (the sums themselves at
     stage 0 in fp32), the buckets in which they are reduced, and stage 2's own part. At stage 2 the gradients are one
-    chunk at a time (two, if a bucket is smaller), and its own part whole chunks; offloading takes a chunk's norm in
+    bucket at a time (two, if a bucket is smaller), and its own part whole buckets; offloading takes a bucket's norm in
     fp64."""
-    chunk = min(P, CHUNK)
-    whole = chunk * (2 if zero.bucket < chunk else 1) if zero.stage == 2 else P
+    bucket = min(P, BUCKET)
+    whole = bucket * (2 if zero.bucket < bucket else 1) if zero.stage == 2 else P
     gradients = zero.width * whole * (zero.width < 4 or zero.stage == 1)
-    own = min(P, P / zero.gpus + 2 * chunk * (zero.gpus > 1))
-    partition = zero.width * own * (zero.stage == 2 and not zero.offload) + 8 * chunk * zero.offload
+    own = min(P, P / zero.gpus + 2 * bucket * (zero.gpus > 1))
+    partition = zero.width * own * (zero.stage == 2 and not zero.offload) + 8 * bucket * zero.offload
     return gradients + partition + zero.width * zero.bucket * (zero.stage in (1, 2))
 
 

@@ -66,7 +66,7 @@ def _processes(run, line, flops):
 def plan(configs, load, gpus, limit, throughput=None, measured=None, bandwidth=None, out=print):
     """Print the plan of each (name, Config) in `configs`, and of all together. Raises UserError.
 
-    `load()` gives the Shapes of their teacher, which they share; `limit`: bytes of a GPU, or None; `throughput`,
+    `load()` gives the MetaTeacher of their teacher, which they share; `limit`: bytes of a GPU, or None; `throughput`,
     `measured`: as the command takes them; `bandwidth`: GB/s that a GPU sends, or None.
     """
     if bandwidth is not None and not 0 < bandwidth < 1e6:

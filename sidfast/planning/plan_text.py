@@ -29,7 +29,7 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
     lines.append(f"counted as {'the fused kernels run' if planner.fused else 'plain PyTorch runs'} the networks"
                  f"{'; torch.compile makes that less' if config.speed.compile else ''}")
     if limit:
-        fitting = best.settings(config.deepspeed) if best else "nothing does; more GPUs, or a smaller resolution"
+        fitting = best.overrides(config.deepspeed) if best else "nothing does; more GPUs, or a smaller resolution"
         lines.append(f"fits {limit / GIB:g} GiB, with what CUDA itself takes: {fitting}")
     text, hours = _time(planner, gpus, rate, best or current, bandwidth)
     return "\n".join([*lines, "", *text, ""]), hours

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sidfast.accel.prepacked import packed_bytes, pass_layout, repack
-from sidfast.accel.unet import cannot_fuse, fuse
+from sidfast.accel.prepacked import pass_layout, prepacked_bytes, refresh
+from sidfast.accel.unet import fuse, fuse_blocker
 from sidfast.common.errors import UserError
 from sidfast.common.sizes import Sized, as_diffusers_sizes
 from sidfast.engines.engine import ENGINES, compute_dtype, engine_section, offloads
@@ -37,7 +37,7 @@ STAGES = (("0", 0, False), ("1", 1, False), ("2", 2, False), ("2, offload", 2, T
 
 
 @dataclass(frozen=True)
-class Shapes(Sized):
+class MetaTeacher(Sized):
     """A teacher without weights: its networks on the meta device; `text_length`: tokens of a prompt, L; `schedule`,
     `ddim`: as a Teacher's, which memory does not depend on."""
 
@@ -74,7 +74,7 @@ class Option:
     host: float
     accumulation: int
 
-    def settings(self, deepspeed):
+    def overrides(self, deepspeed):
         """The --set options that ask for it, of a run with this `deepspeed` section: all else in it stays."""
         words = [f"train.micro_batch={self.micro_batch}",
                  f"speed.gradient_checkpointing={str(self.checkpointing).lower()}"]
@@ -89,8 +89,8 @@ class Option:
         return " ".join(f"--set {word}" for word in words)
 
 
-def load_shapes(teacher, model=None):
-    """Shapes of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture's name.
+def load_meta_teacher(teacher, model=None):
+    """The MetaTeacher of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture.
 
     `model`: the configuration's section of that name, which may say more. Raises UserError for anything else, and for
     what training refuses.
@@ -105,7 +105,7 @@ def load_shapes(teacher, model=None):
         ddim = build_scheduler(asked.get("prediction_type") or ARCHITECTURES[teacher][3])
         with torch.device("meta"):
             networks = build_networks(teacher)
-        return Shapes(**networks, text_length=77, prediction_type=ddim.config.prediction_type,
+        return MetaTeacher(**networks, text_length=77, prediction_type=ddim.config.prediction_type,
                       schedule=NoiseSchedule(ddim.alphas_cumprod), ddim=ddim)
     folder = _folder(teacher, ARCHITECTURES, asked.get("revision"))
     configs = check_teacher(folder, "model.teacher")
@@ -114,7 +114,7 @@ def load_shapes(teacher, model=None):
     networks = {part: _without_weights(folder / part, cls, asked.get("variant")) for part, cls in (
         ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel))}
     as_diffusers_sizes(networks["unet"])
-    return Shapes(**networks, text_length=tokenizer.model_max_length, prediction_type=ddim.config.prediction_type,
+    return MetaTeacher(**networks, text_length=tokenizer.model_max_length, prediction_type=ddim.config.prediction_type,
                   schedule=NoiseSchedule(scheduler.alphas_cumprod), ddim=ddim)
 
 
@@ -150,7 +150,7 @@ class Planner:
         self.latent_shape = shapes.latent_shape(config.model.resolution)
         self.dtype = compute_dtype(config.deepspeed)
         speed = config.speed                             # whether a GPU would run the networks on the fused kernels
-        self.fused = bool(speed.fused) and not speed.compile and cannot_fuse(shapes.unet) is None
+        self.fused = bool(speed.fused) and not speed.compile and fuse_blocker(shapes.unet) is None
         self._counted, self.packed = {} if counted is None else counted, ()
 
     @property
@@ -208,7 +208,7 @@ class Planner:
         running = max(prints[name].peak(at_once[name], gradients=False, beside=not overlap)
                       + sum(memory.gathered(zero, P) for zero in (*zeros.values(), teacher)) for name in ENGINES
                       ) + overlap * prints["generator"].beside(micro_batch)
-        steps = max(max(memory.during_hand_over(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
+        steps = max(max(memory.during_flush(zero, P) * (zero.stage < 3), memory.during_step(zero, P))
                     for zero in zeros.values())
         parts["update"] = running + steps if self._graphed(zeros.values()) else max(running, steps)
         parts["packed weights"] = sum(self.packed) * all(zero.stage < 3 for zero in zeros.values())
@@ -250,7 +250,7 @@ class Planner:
         if self.fused:
             unet = fuse(pass_layout(unet), "flash", checkpointing)
             with without_launches():
-                repack(unet)
+                refresh(unet)
         elif checkpointing:
             unet.train().enable_gradient_checkpointing()
         return unet
@@ -258,7 +258,7 @@ class Planner:
     def _measure(self, checkpointing, names):
         """({update: Footprint}, what each network packs) of the updates `names`."""
         unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
-        packed = [packed_bytes(unet) for unet in unets.values()]
+        packed = [prepacked_bytes(unet) for unet in unets.values()]
         g, device = self.config.guidance, unets["teacher"].device
         objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(device), self.shapes.prediction_type,
                               g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)

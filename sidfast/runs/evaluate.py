@@ -14,7 +14,7 @@ from sidfast.accel.precision import tf32
 from sidfast.common.errors import UserError
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.metrics import lower_is_better
-from sidfast.evaluation.protocol import HELD_OUT, Measures, Protocol
+from sidfast.evaluation.protocol import HELD_OUT, EvaluationOptions, EvaluationSpec
 from sidfast.evaluation.rows import MemoryRows, collect
 from sidfast.publishing.export import read_distillation, recover_export, write_export
 from sidfast.runs.identity import describe_distillation
@@ -31,7 +31,7 @@ def check_measures(config, teacher):
         _in_keys(lambda: measuring[0].sized(lambda *_: torch.zeros(1, 3, *size))(0, 1))
 
 
-class Measuring:
+class Evaluator:
     """Measures generators through their pipelines, and keeps an export of the best one as RUN/best.
 
     The record of the best stands inside its export, so that the two are never of different generators.
@@ -106,14 +106,15 @@ class Measuring:
 
 
 def _open(config, device):
-    """(Protocol, the metric that tells the best) of a run's evaluations, or None if it wants none."""
+    """(EvaluationSpec, the metric that tells the best) of a run's evaluations, or None if it wants none."""
     section = config.evaluation
     if not section.images:
         return None
     options = {name: getattr(section, name) for name in (
         "prompts_column", "reference", "images", "seeds_per_prompt", "metrics", "features", "clip", "resize", "filter",
         "assets")}
-    protocol = _in_keys(lambda: Protocol(Measures(prompts=section.prompts or HELD_OUT, **options), device))
+    protocol = _in_keys(
+        lambda: EvaluationSpec(EvaluationOptions(prompts=section.prompts or HELD_OUT, **options), device))
     names = protocol.names()
     if section.best is not None and section.best not in names:
         raise UserError(f"evaluation.best: {section.best} is not measured; these are: {', '.join(names)}")

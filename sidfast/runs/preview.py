@@ -16,7 +16,7 @@ from sidfast.publishing.card import write_card
 from sidfast.publishing.export import one_step_pipeline, read_distillation, student_unet, write_export
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import teacher_pipeline
-from sidfast.runs.evaluate import Measuring
+from sidfast.runs.evaluate import Evaluator
 from sidfast.runs.identity import describe_distillation
 from sidfast.teachers.fit import TEACHER_STEPS
 
@@ -35,7 +35,7 @@ class Preview:
         self._rows = {}
         self.size = teacher.image_size(config.model.resolution)
         self._device = teacher.vae.device
-        self._measuring = Measuring(config, run, self.size, self._device, memo) if config.evaluation.images else None
+        self._evaluator = Evaluator(config, run, self.size, self._device, memo) if config.evaluation.images else None
         halves = {name: torch.nn.Module.to(copy.deepcopy(getattr(teacher, name)), "cpu", torch.float16)
                   for name in ("vae", "text_encoder")}
         self._exported = dataclasses.replace(teacher, **halves)                  # so that exports leave the GPU alone
@@ -53,8 +53,8 @@ class Preview:
         if step == 0:
             self.sample(0, self.teacher.unet)
         self.evaluate("start", self.teacher.unet, 0)
-        if self._measuring and self.config.evaluation.teacher:
-            self._measuring.measure("teacher", teacher_pipeline(self.teacher), None, **teacher)
+        if self._evaluator and self.config.evaluation.teacher:
+            self._evaluator.measure("teacher", teacher_pipeline(self.teacher), None, **teacher)
 
     def student(self, weights):
         """A UNet of the teacher's architecture with the weights {name: fp32}, on the teacher's device."""
@@ -118,13 +118,13 @@ class Preview:
 
     def evaluate(self, name, unet, step, again=False):
         """Measure a one-step generator and keep the numbers under `name`, and an export of the best. Returns what
-        `Measuring.measure` does, or None if no evaluation is wanted."""
-        if self._measuring is None:
+        `Evaluator.measure` does, or None if no evaluation is wanted."""
+        if self._evaluator is None:
             return None
         pipe = self._pipeline(unet)
-        result = self._measuring.measure(name, pipe, step, again)
+        result = self._evaluator.measure(name, pipe, step, again)
         if step and self.config.evaluation.every:        # (or else there is one to choose from: the last)
-            self._measuring.keep_best(result, pipe, step)
+            self._evaluator.keep_best(result, pipe, step)
         return result
 
     def _once(self, *what):

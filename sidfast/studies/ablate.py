@@ -82,7 +82,7 @@ def _check_inputs(study, path):
     from sidfast.data.diversity import training_prompts
     from sidfast.data.prompts import open_lines
     from sidfast.engines.engine import compute_dtype, engine_config, zero_stages
-    from sidfast.method.synthetic import cannot_capture
+    from sidfast.method.synthetic import capture_blocker
     from sidfast.runs.evaluate import check_measures
     from sidfast.teachers.fit import check_teacher_fits
     from sidfast.teachers.load import load_teacher
@@ -106,7 +106,7 @@ def _check_inputs(study, path):
         engine_config(config, "generator", 1)
         compute_dtype(config.deepspeed)
         check_teacher_fits(config, teacher, where)
-        check_speed(config.speed, teacher, zero_stages(config), device, cannot_capture(config.synthetic))
+        check_speed(config.speed, teacher, zero_stages(config), device, capture_blocker(config.synthetic))
         prompts = (config.data, config.synthetic.model_dump_json())
         if prompts not in checked:
             checked.add(prompts)

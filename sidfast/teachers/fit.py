@@ -21,7 +21,7 @@ def noise_levels(schedule, section):
 def check_teacher_fits(config, teacher, source):
     """Raise UserError, naming the source of the configuration, for noise levels or sizes that the teacher lacks.
 
-    `teacher`: a Teacher, or a teacher without weights (`load_shapes`).
+    `teacher`: a Teacher, or a teacher without weights (`load_meta_teacher`).
     """
     try:
         noise_levels(teacher.schedule, config.noise)

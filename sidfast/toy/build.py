@@ -16,7 +16,7 @@ from sidfast.data import shapes
 from sidfast.evaluation.attributes import correct, load_checker, save_checker
 from sidfast.evaluation.evaluate import evaluate, pipeline_generator
 from sidfast.evaluation.features import ClipFeatures
-from sidfast.evaluation.judge import Judge
+from sidfast.evaluation.judge import FeatureExtractors
 from sidfast.publishing.export import save_module
 from sidfast.teachers.tokenizer import build_tokenizer
 from sidfast.toy import networks, train
@@ -109,7 +109,7 @@ def _judge(pipe, clip, checker, tokenizer, images, device):
     for g in GUIDANCE:
         generators[f"guidance {g}"] = pipeline_generator(pipe, num_inference_steps=50, guidance_scale=g)
     features = ClipFeatures(clip, tokenizer)
-    judge = Judge(features, features, checker, device=device)
+    judge = FeatureExtractors(features, features, checker, device=device)
     return {name: evaluate(generate, captions, judge, 1000, name)
             for name, generate in generators.items()}
 

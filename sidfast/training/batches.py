@@ -69,18 +69,18 @@ class TextEncoder:
 class Batches:
     """The micro-batches of this process, for any step and either update."""
 
-    def __init__(self, prompts, encoder, levels, latent_shape, train, dropout, synthetic, noises, device, rank=0,
-                 processes=1, shared=False):
+    def __init__(self, prompts, encoder, levels, latent_shape, train, dropout, synthetic, num_extra_noise, device,
+                 rank=0, processes=1, shared=False):
         """`levels`: {update: NoiseLevels}; `latent_shape`: (C, H, W); `train`, `synthetic`: the configuration's
-        sections; `dropout`: share of empty prompts; `noises`: tensors of further noise that the source of the fake
-        score's images takes for each; `rank`, `processes`: this process among how many, whose number divides the
-        global batch; `shared`: whether both updates of a step have the same prompts."""
+        sections; `dropout`: share of empty prompts; `num_extra_noise`: tensors of further noise that the source of
+        the fake score's images takes for each; `rank`, `processes`: this process among how many, whose number divides
+        the global batch; `shared`: whether both updates of a step have the same prompts."""
         self.prompts, self.encoder, self.levels, self.latent_shape = prompts, encoder, levels, latent_shape
         self.size, self.seed, self.dropout, self.device = train.batch_size, train.seed, dropout, device
         self.at_once = {update: train.images_at_once(update) for update in UPDATES}
         self.temperature, self.z_per_prompt = synthetic.temperature, synthetic.z_per_prompt
         self.teacher_share = synthetic.teacher_share
-        self.noises = {"fake_score": noises, "generator": 0}
+        self.num_extra_noise = {"fake_score": num_extra_noise, "generator": 0}
         share = self.size // processes
         self.rows = range(rank * share, (rank + 1) * share)
         self.shared = shared
@@ -94,16 +94,17 @@ class Batches:
         z, eps = (self._normal(generator) for _ in range(2))
         t = self.levels[update].sample(self.size, generator)
         dropped = self._uniform(generator) < self.dropout
-        further = [self._normal(generator) for _ in range(self.noises[update])]
-        noise = torch.stack(further, 1) if further else z[:, None][:, :0]
-        chance, which = self._even(generator, self.teacher_share), self._uniform(generator)
-        z, eps, t, dropped, noise, chance = (v[mine] for v in (z, eps, t, dropped, noise, chance))
+        extra_noise = [self._normal(generator) for _ in range(self.num_extra_noise[update])]
+        noise = torch.stack(extra_noise, 1) if extra_noise else z[:, None][:, :0]
+        teacher_draw, which = self._even(generator, self.teacher_share), self._uniform(generator)
+        z, eps, t, dropped, noise, teacher_draw = (v[mine] for v in (z, eps, t, dropped, noise, teacher_draw))
         if self.z_per_prompt is not None:
             which = (which[mine] * self.z_per_prompt).long().tolist()
             z = fixed_z(prompts, which, self.seed, self.latent_shape).to(self.device)
         if self.temperature != 1:
             z = self.temperature * z
-        pieces = zip(*(v.split(self.at_once[update]) for v in (text, z, eps, t, dropped, noise, chance)), strict=True)
+        rows = (text, z, eps, t, dropped, noise, teacher_draw)
+        pieces = zip(*(v.split(self.at_once[update]) for v in rows), strict=True)
         return [Batch(text, self.encoder.null, *rest) for text, *rest in pieces]
 
     def prompt(self, step, update, row):

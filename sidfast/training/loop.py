@@ -11,22 +11,22 @@ from tqdm import tqdm
 from sidfast.checkpoints.saver import Saver
 from sidfast.common.errors import NothingFinite
 from sidfast.engines.engine import ENGINES, set_learning_rate
-from sidfast.monitoring.observe import Observer, Profiler
+from sidfast.monitoring.observe import Monitor, Profiler
 from sidfast.monitoring.shutdown import Stop
 from sidfast.monitoring.spikes import Spikes
-from sidfast.monitoring.watchdog import Watch
+from sidfast.monitoring.watchdog import Watchdog
 from sidfast.training.progress import diverged
 
 
 @dataclass
-class Beside:
+class Services:
     """What accompanies a run: against faults, and to tell of it."""
 
     stop: Stop
-    watch: Watch
+    watch: Watchdog
     saver: Saver
     spikes: Spikes
-    observer: Observer
+    monitor: Monitor
     profiler: Profiler
 
 
@@ -37,11 +37,11 @@ class Loop:
     order they take turns; `run`, `preview`: on the first process, None on others; `out`: the run directory.
     """
 
-    def __init__(self, config, engines, ema, copies, batches, updates, progress, run, preview, out, speed, beside):
+    def __init__(self, config, engines, ema, copies, batches, updates, progress, run, preview, out, speed, services):
         self.config, self.engines, self.ema, self.copies, self.batches = config, engines, ema, copies, batches
         self.updates, self.progress, self.run, self.preview, self.out = updates, progress, run, preview, out
-        self.speed, self.beside, self.rank = speed, beside, comm.get_rank()
-        self.watch, self.phase = beside.watch, beside.observer.clock
+        self.speed, self.services, self.rank = speed, services, comm.get_rank()
+        self.watch, self.phase = services.watch, services.monitor.clock
         size, total = config.train.batch_size, config.train.total_steps
         self.bar = tqdm(total=total * size, initial=progress.images, unit="img", unit_scale=True, desc="distil",
                         disable=self.rank != 0, mininterval=1, smoothing=0.1)
@@ -61,13 +61,13 @@ class Loop:
             last = progress.step == train.total_steps
             if progress.step % train.log_every == 0 or last:
                 self._log()
-            stopped = self.beside.stop.agreed(fault=self.batches.fault() is not None)
+            stopped = self.services.stop.should_stop(fault=self.batches.fault() is not None)
             stopped = None if last else stopped
             saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
             if saving or (stopped and train.save_every):
                 self._save()
             self._show(saving, looking=not stopped)
-            self.beside.profiler.step()
+            self.services.profiler.step()
         return stopped
 
     def _step(self):
@@ -78,22 +78,22 @@ class Loop:
                               config.train.total_steps)
         for one in self.copies:
             one.follow(progress.step)
-            self.speed.repack(one.unet)
+            self.speed.refresh(one.unet)
         for name, update in self.updates.items():
-            self.watch.at(f"step {progress.step + 1}, data of the {name} update")
+            self.watch.mark(f"step {progress.step + 1}, data of the {name} update")
             with self.phase("data"):
                 batch = self.batches(progress.step, name)
                 if self.speed.share_generator_forward and name == "fake_score":
                     batch = with_images(batch, sums["generator"].images)
-            self.watch.at(f"step {progress.step + 1}, {name} update")
+            self.watch.mark(f"step {progress.step + 1}, {name} update")
             before = self.engines[name].skipped_steps
             with self.phase(name):
                 sums[name] = self._update(update, batch)
-                self.speed.repack(self.engines[name].module.unet)
+                self.speed.refresh(self.engines[name].module.unet)
             progress.count_skipped(name, self.engines[name].skipped_steps - before, config.train.max_skipped,
-                                   self.beside.saver)
-        self.watch.at(f"step {progress.step + 1}, average")
-        self.beside.spikes.add(progress.step, {name: (s.losses, s.t) for name, s in sums.items()})
+                                   self.services.saver)
+        self.watch.mark(f"step {progress.step + 1}, average")
+        self.services.spikes.add(progress.step, {name: (s.losses, s.t) for name, s in sums.items()})
         progress.step += 1
         progress.images += config.train.batch_size
         with self.phase("average"):
@@ -102,15 +102,15 @@ class Loop:
         self.bar.update(config.train.batch_size)
         if not self._warm:                               # (after the first step: capturing graphs gives it back)
             self._warm = True
-            self.watch.at(f"step {progress.step}, memory for checkpoints")
+            self.watch.mark(f"step {progress.step}, memory for checkpoints")
             with self._apart(), self.phase("checkpoint"):
-                self.beside.saver.warm_up(self.engines, self.ema, self._further())
+                self.services.saver.warm_up(self.engines, self.ema, self._extra_state())
 
     def _update(self, update, batch):
         try:
             return update(batch)
         except NothingFinite as error:
-            raise diverged(error, self.progress.step + 1, self.beside.saver) from None
+            raise diverged(error, self.progress.step + 1, self.services.saver) from None
 
     @contextmanager
     def _apart(self):
@@ -123,11 +123,11 @@ class Loop:
 
     def _log(self):
         step = self.progress.step
-        self.watch.at(f"step {step}, log")
-        values = self.progress.reduce(self.config.train.batch_size, self.beside.saver)
-        spikes = self.beside.spikes.take()
+        self.watch.mark(f"step {step}, log")
+        values = self.progress.reduce(self.config.train.batch_size, self.services.saver)
+        spikes = self.services.spikes.take()
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        values |= self.beside.observer.read(step - self._timed, seconds)
+        values |= self.services.monitor.read(step - self._timed, seconds)
         self._timed = step
         if self.rank == 0:
             self.run.spikes(spikes)
@@ -137,13 +137,13 @@ class Loop:
 
     def _save(self):
         """Begin to save a checkpoint."""
-        self.watch.at(f"step {self.progress.step}, checkpoint")
+        self.watch.mark(f"step {self.progress.step}, checkpoint")
         with self._apart(), self.phase("checkpoint"):
-            self.beside.saver.save(
+            self.services.saver.save(
                 self.progress.step, self.engines, self.ema,
-                self.progress.describe(self.config.train.batch_size, self.beside.saver), self._further())
+                self.progress.describe(self.config.train.batch_size, self.services.saver), self._extra_state())
 
-    def _further(self):
+    def _extra_state(self):
         """What checkpoints hold besides engines and average."""
         return {"generator": {kind: tensors for one in self.copies for kind, tensors in one.state().items()}}
 
@@ -156,7 +156,7 @@ class Loop:
         measuring = looking and is_measured(step, every, train.total_steps)
         if not (sampling or saving or measuring):
             return
-        with self._apart(), self.watch.patiently(f"step {step}, samples, measures and export"):
+        with self._apart(), self.watch.paused(f"step {step}, samples, measures and export"):
             with self.phase("checkpoint" if saving else "sampling"):
                 weights = self.ema.gather(lambda name: self.rank == 0)
                 if saving and self.rank == 0:

@@ -6,8 +6,8 @@ import sys
 import torch
 from deepspeed import comm
 
-from sidfast.accel.graphs import Graphs, in_turn, side_by_side
-from sidfast.accel.plan import decide_speed, largest_pass
+from sidfast.accel.graphs import Graphs, concurrent, sequential
+from sidfast.accel.plan import largest_pass, resolve_acceleration
 from sidfast.accel.precision import allow_tf32
 from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.saver import Saver, last_good
@@ -15,7 +15,7 @@ from sidfast.checkpoints.store import read_tensors, restore
 from sidfast.common.channel import Channel
 from sidfast.common.errors import RunError
 from sidfast.data.diversity import training_prompts
-from sidfast.engines.accumulate import GradientSums
+from sidfast.engines.accumulate import GradientBuffers
 from sidfast.engines.ema import Ema
 from sidfast.engines.engine import (
     ENGINES,
@@ -29,11 +29,11 @@ from sidfast.engines.engine import (
 from sidfast.engines.lagged import COPIES
 from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
 from sidfast.method.guidance import drops_prompts
-from sidfast.method.synthetic import SOURCES, build_source, cannot_capture
-from sidfast.monitoring.observe import Observer, Profiler
+from sidfast.method.synthetic import SOURCES, build_source, capture_blocker
+from sidfast.monitoring.observe import Monitor, Profiler
 from sidfast.monitoring.shutdown import FAULT
 from sidfast.monitoring.spikes import Spikes
-from sidfast.monitoring.watchdog import Watch
+from sidfast.monitoring.watchdog import Watchdog
 from sidfast.planning.footprint import count_flops
 from sidfast.publishing.export import recover_export
 from sidfast.runs.directory import RunDirectory, lacks_checkpoints
@@ -41,7 +41,7 @@ from sidfast.runs.identity import describe_inputs, describe_run
 from sidfast.runs.preview import Preview
 from sidfast.teachers.fit import noise_levels
 from sidfast.training.batches import Batches, TextEncoder
-from sidfast.training.loop import Beside, Loop
+from sidfast.training.loop import Loop, Services
 from sidfast.training.progress import Progress
 
 
@@ -57,7 +57,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     dtype, latent_shape = compute_dtype(config.deepspeed), teacher.latent_shape(config.model.resolution)
     _set_up_device(config, device)
     channel, folder = Channel(), f"{out}/checkpoints"
-    watch = Watch(channel, config.train.hang_timeout, lambda: last_good(folder))
+    watch = Watchdog(channel, config.train.hang_timeout, lambda: last_good(folder))
 
     # the run so far, and what it starts from
     inputs = describe_inputs(config, teacher) if rank == 0 else None
@@ -65,14 +65,14 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     for module in (teacher.unet, teacher.vae, teacher.text_encoder):
         module.to(device)
     stages = zero_stages(config)
-    speed = decide_speed(config.speed, teacher, latent_shape, largest_pass(config, config.train.micro_batch), stages,
-                         dtype, device, cannot_capture(config.synthetic))
+    speed = resolve_acceleration(config.speed, teacher, latent_shape, largest_pass(config, config.train.micro_batch),
+                                 stages, dtype, device, capture_blocker(config.synthetic))
     torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
     if rank == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
     run = RunDirectory(out, config, progress.step, speed=speed.describe(), inputs=inputs) if rank == 0 else None
     preview = Preview(config, teacher, run, {} if memo is None else memo) if rank == 0 else None
-    with watch.patiently("the teacher's samples and measures"):
+    with watch.paused("the teacher's samples and measures"):
         if rank == 0:
             recover_export(f"{out}/export")
             preview.begin(progress.step)                 # while the teacher is in fp32 and memory is free
@@ -101,7 +101,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
         for one in copies.values():
             one.restore(progress.step, lambda kind: read_tensors(checkpoint, "generator", kind))
     for unet in (*(e.module.unet for e in engines.values()), teacher.unet, *(one.unet for one in copies.values())):
-        speed.repack(unet)
+        speed.refresh(unet)
 
     # the data, and what is optimised
     g, schedule = config.guidance, teacher.schedule.to(device)
@@ -115,27 +115,27 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
                                        config.data.prompts_column),
                       TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype, capture),
                       noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
-                      source.noises, device, rank, processes, speed.share_generator_forward)
+                      source.num_extra_noise, device, rank, processes, speed.share_generator_forward)
 
     updates = _updates(networks, objective, source, capture, 3 in stages, speed)
     if speed.cuda_graphs:
         for name, update in updates.items():             # (all of them before the first capture takes memory for good)
             update.warm_up(batches(progress.step, name)[0])
-    beside = Beside(
+    services = Services(
         stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint,
                            describe_run(config, inputs) if rank == 0 else None),
         Spikes(config.train.spike, batches),
-        Observer(engines, teacher.text_encoder, device, dtype, config.train.batch_size, processes, flops,
+        Monitor(engines, teacher.text_encoder, device, dtype, config.train.batch_size, processes, flops,
                  config.speed.tf32),
         Profiler(profile, f"{out}/profile", device, run))
     stopped = Loop(config, engines, ema, copies.values(), batches, updates, progress, run, preview, out, speed,
-                   beside)()
-    beside.profiler.close()
+                   services)()
+    services.profiler.close()
 
     # the end
     result = None
-    with watch.patiently("the end: writing the last checkpoint, measures"):
-        fault = beside.saver.wait()
+    with watch.paused("the end: writing the last checkpoint, measures"):
+        fault = services.saver.wait()
         if not stopped:
             weights = ema.gather(lambda name: rank == 0)
             if rank == 0:
@@ -148,7 +148,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
             preview.finish()
         comm.barrier()
     watch.close()
-    stop.settle()
+    stop.finish()
     comm.barrier()                                       # the store lives in the first process: it leaves last
     cause = stopped == FAULT and (batches.fault() or f"data.prompts: {config.data.prompts} has changed for a process")
     return _conclude(out, progress, stopped, fault, run, result, cause)
@@ -180,10 +180,10 @@ def _warn(message):
 
 def _updates(networks, objective, source, capture, sharded, speed):
     """{network: its Update}, in the order they take turns (method.md, sections 4 and 5)."""
-    options = {"sums": GradientSums(), "scale": loss_scale, "capture": capture}
+    options = {"sums": GradientBuffers(), "scale": loss_scale, "capture": capture}
     if sharded:
         options["agree"] = _all_agree
-    run = side_by_side if speed.overlap else in_turn
+    run = concurrent if speed.overlap else sequential
     updates = {"fake_score": fake_score_update(networks, objective, source, **options),
                "generator": generator_update(networks, objective, run, **options)}
     return dict(reversed(updates.items())) if speed.share_generator_forward else updates
