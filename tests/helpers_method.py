@@ -13,8 +13,11 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sidfast.engines.module import EngineModule
-from sidfast.method.distill import Batch, Networks, Objective
-from sidfast.method.noise import NoiseSchedule
+from sidfast.engines.update import Networks
+from sidfast.method.conditions import split
+from sidfast.method.schedule import DiscreteBetas
+from sidfast.method.updates import Batch, Objective
+from sidfast.teachers.sd import predict
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 KAPPAS = {
@@ -33,7 +36,7 @@ for_kappas = pytest.mark.parametrize("kappas", KAPPAS.values(), ids=KAPPAS)
 for_alphas = pytest.mark.parametrize("alpha", ALPHAS, ids="alpha={}".format)
 
 BOUND = 1e-5                                             # relative norm error of fp32 against float64
-TEXT_WIDTH = 6
+TEXT, TEXT_WIDTH = "encoder_hidden_states", 6
 POISON = TEXT_WIDTH - 1                                  # the text channel that only a poisoned network reads
 
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)        # Stable Diffusion's a_t^2
@@ -113,7 +116,7 @@ def naive_generate(generator, z, text, objective):
     """Eq. 4."""
     a, s = a_and_s(objective.t_init)
     output = naive_pass(generator, s * z, objective.t_init, text)
-    return naive_x_hat(objective.prediction_type, s * z, output, a, s)
+    return naive_x_hat(objective.schedule.prediction_type, s * z, output, a, s)
 
 
 def naive_generator_update(networks, batch, objective, skip=()):
@@ -123,7 +126,8 @@ def naive_generator_update(networks, batch, objective, skip=()):
     for n in range(len(batch.z)):
         if n in skip:
             continue
-        t, text, null, kind = batch.t[n].item(), batch.text[n], batch.null[0], objective.prediction_type
+        t, text, null = batch.t[n].item(), batch.cond[TEXT][n], batch.uncond[TEXT][0]
+        kind = objective.schedule.prediction_type
         a, s = a_and_s(t)
         x_g = naive_generate(generator, batch.z[n], text, objective)
         x_t = a * x_g + s * batch.eps[n]
@@ -145,10 +149,11 @@ def naive_fake_score_update(networks, batch, objective, skip=()):
         t = batch.t[n].item()
         a, s = a_and_s(t)
         with torch.no_grad():
-            x_g = naive_generate(generator, batch.z[n], batch.text[n], objective)
-        text = batch.null[0] if batch.dropped[n] else batch.text[n]
-        output = naive_guided_pass(fake_score, a * x_g + s * batch.eps[n], t, text, batch.null[0], objective.kappa1)
-        total = total + naive_fake_score_loss(objective.prediction_type, output, x_g, batch.eps[n], a, s)
+            x_g = naive_generate(generator, batch.z[n], batch.cond[TEXT][n], objective)
+        text = batch.uncond[TEXT][0] if batch.dropped[n] else batch.cond[TEXT][n]
+        output = naive_guided_pass(fake_score, a * x_g + s * batch.eps[n], t, text, batch.uncond[TEXT][0],
+                                   objective.kappa1)
+        total = total + naive_fake_score_loss(objective.schedule.prediction_type, output, x_g, batch.eps[n], a, s)
     return gradients(total / len(batch.z), fake_score)
 
 
@@ -214,7 +219,7 @@ class Engine:
         """{name: gradient}; raises if a parameter has none."""
         flat = self.module.flat
         return {name: g.clone() for name, g in (flat.named([c.grad for c in flat.buckets]) if flat else [
-            (name, p.grad) for name, p in self.module.unet.named_parameters()])}
+            (name, p.grad) for name, p in self.module.network.named_parameters()])}
 
 
 class Setting(NamedTuple):
@@ -228,7 +233,8 @@ class Setting(NamedTuple):
 
 def objective_of(kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0, alpha=1.0, prediction_type="epsilon", t_init=625):
     """An Objective on Stable Diffusion's noise schedule."""
-    return Objective(NoiseSchedule(ALPHAS_CUMPROD), prediction_type, kappa1, kappa2, kappa3, kappa4, alpha, t_init)
+    schedule = DiscreteBetas(ALPHAS_CUMPROD, prediction_type)
+    return Objective(schedule, predict, kappa1, kappa2, kappa3, kappa4, alpha, t_init)
 
 
 def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, num_extra_noise=0):
@@ -240,11 +246,11 @@ def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, num
     t = torch.linspace(20, 979, n + 2, dtype=torch.float64)[1:-1]
     t[::2] = t[::2].round()
     noise = torch.randn(n, num_extra_noise, *shape, generator=g)
-    return Batch(text, null, z, eps, t, torch.arange(n) == 1, noise, torch.rand(n, generator=g))
+    return Batch({TEXT: text}, {TEXT: null}, z, eps, t, torch.arange(n) == 1, noise, torch.rand(n, generator=g))
 
 
 def in_float64(batch):
-    return Batch(*(v.double() if v.is_floating_point() else v for v in batch))
+    return batch.with_tensors([v.double() if v.is_floating_point() else v for v in batch.tensors()])
 
 
 def setting(n=5, poisoned=(), make=TinyUNet, accumulation=1, flat=False, **batch_options):
@@ -259,8 +265,8 @@ def setting(n=5, poisoned=(), make=TinyUNet, accumulation=1, flat=False, **batch
 
 def micro_batches(batch, size):
     """The same batch in pieces of `size`."""
-    rows = zip(*(v.split(size) for v in (batch.text, *batch[2:])), strict=True)
-    return [Batch(text, batch.null, *rest) for text, *rest in rows]
+    rows = zip(split(batch.cond, size), *(v.split(size) for v in batch[2:]), strict=True)
+    return [Batch(cond, batch.uncond, *rest) for cond, *rest in rows]
 
 
 def small_unet(seed, _):
@@ -273,5 +279,5 @@ def small_unet(seed, _):
 def poison(batch, *samples):
     """The batch with these samples' text such that a poisoned network overflows in them."""
     for sample in samples:
-        batch.text[sample, :, POISON] = 3e38
+        batch.cond[TEXT][sample, :, POISON] = 3e38
     return batch

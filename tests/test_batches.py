@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_method import objective_of
+from helpers_method import TEXT, objective_of
 
 from sidfast.common.errors import UserError
 from sidfast.config.schema import Synthetic, build_config
@@ -18,13 +18,14 @@ from sidfast.training.batches import Batches, TextEncoder
 class Words:
     """Stands in for the text encoder: an embedding is the prompt's length."""
 
-    null = torch.zeros(1, 1, 1)
+    def __init__(self):
+        self.uncond = {TEXT: torch.zeros(1, 1, 1)}
 
     def tokenize(self, prompts):
         return torch.tensor([[len(p)] for p in prompts])
 
     def __call__(self, ids):
-        return ids[..., None].float()
+        return {TEXT: ids[..., None].float()}
 
 
 def test_text_is_encoded_by_a_graph(tiny_teacher):
@@ -33,16 +34,16 @@ def test_text_is_encoded_by_a_graph(tiny_teacher):
 
     def capture(function):
         result = function()
-        captured.append(result.shape)
-        return lambda: result.copy_(function()), result
+        captured.append(result[TEXT].shape)
+        return lambda: result[TEXT].copy_(function()[TEXT]), result
 
     plain, graphed = (TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.bfloat16, *options)
                       for options in ((), (capture,)))
     ids = [plain.tokenize([f"a {color} circle", "a cross"]) for color in ("red", "green", "blue")]
-    got = [graphed(i) for i in ids]
+    got = [graphed(i)[TEXT] for i in ids]
     for embeddings, i in zip(got, ids, strict=True):     # each of its own memory: all three are still there
-        assert embeddings.dtype == torch.bfloat16 and torch.equal(embeddings, plain(i))
-    assert captured == [got[0].shape] and torch.equal(graphed.null, plain.null)
+        assert embeddings.dtype == torch.bfloat16 and torch.equal(embeddings, plain(i)[TEXT])
+    assert captured == [got[0].shape] and torch.equal(graphed.uncond[TEXT], plain.uncond[TEXT])
 
 
 def batches(prompts="shapes:train", micro=4, num_extra_noise=0, rank=0, processes=1, noise=None, shared=False,
@@ -56,7 +57,8 @@ def batches(prompts="shapes:train", micro=4, num_extra_noise=0, rank=0, processe
 
 
 def joined(pieces):
-    return {name: torch.cat([getattr(p, name) for p in pieces]) for name in pieces[0]._fields if name != "null"}
+    return {"text": torch.cat([p.cond[TEXT] for p in pieces])} | {
+        name: torch.cat([getattr(p, name) for p in pieces]) for name in pieces[0]._fields[2:]}
 
 
 def test_shared_images_come_with_their_prompts():

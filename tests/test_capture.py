@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidfast.accel.prepacked import refresh
 from sidfast.accel.unet import fuse
 from sidfast.config.sections import Synthetic
-from sidfast.method.distill import fake_score_update, generator_update
+from sidfast.engines.update import fake_score_update, generator_update
 from sidfast.method.synthetic import build_source, capture_blocker
 
 # A constant from a Python list (on a GPU: a copy from host memory), a value read by the host, a size that depends on
@@ -46,14 +46,14 @@ def small(seed, _):
                          ids=["generator", "fake_score"])
 def test_passes_can_be_captured(update, engine):
     networks, batch, *_ = setting(n=1, make=small, shape=(4, 4, 4), text_width=12)
-    for unet in (networks.generator.module.unet, networks.fake_score.module.unet, networks.teacher):
+    for unet in (networks.generator.module.network, networks.fake_score.module.network, networks.teacher):
         refresh(fuse(unet))
     step = update(networks, objective_of())
     keep = torch.ones_like(batch.dropped)
-    unet = getattr(networks, engine).module.unet
+    unet = getattr(networks, engine).module.network
     for _ in ("warm-up", "capture"):
         with Watch() as watch:
-            loss, *_ = step.compute(unet, *batch, keep)
+            loss, *_ = step.compute(unet, batch, keep)
             gradients = torch.autograd.grad(loss, list(unet.parameters()), allow_unused=True)
         assert any(g is not None and g.abs().max() > 0 for g in gradients)
     assert watch.seen == []                              # (of the second pass: what the first keeps may be made there)
@@ -67,7 +67,8 @@ def test_sources_can_be_captured(options):
     section, objective = Synthetic(**options), objective_of()
     assert capture_blocker(section) is None
     networks, *_ = setting(make=small)
-    source = build_source(section, networks, objective, {}, lambda: DDIMScheduler(clip_sample=False))
+    source = build_source(section, networks.generator.module.denoiser, networks.teacher, objective, {},
+                          lambda: DDIMScheduler(clip_sample=False))
     batch = random_batch(1, shape=(4, 4, 4), text_width=12, num_extra_noise=source.num_extra_noise)
     for _ in ("warm-up", "capture"):
         with torch.no_grad(), Watch() as watch:

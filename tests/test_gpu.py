@@ -10,7 +10,7 @@ from conftest import ROOT, losses, run_jobs
 from helpers_method import micro_batches, objective_of, setting, small_unet
 
 from sidfast.accel.graphs import Graphs, concurrent
-from sidfast.method.distill import fake_score_update, generator_update
+from sidfast.engines.update import fake_score_update, generator_update
 
 pytestmark = pytest.mark.gpu
 STEPS = 200                                              # of the embedded teacher's curves
@@ -34,12 +34,12 @@ def test_graphed_update_equals_the_written_one(update, engine, poisoned):
     for flat in (False, True):
         networks, batch, *_ = setting(accumulation=1 if flat else 3, flat=flat, **options)
         if poisoned:
-            batch.text[3, :, -1] = 3e38
+            batch.cond["encoder_hidden_states"][3, :, -1] = 3e38
         networks = on_gpu(networks)
         step = update(networks, replace(objective, schedule=objective.schedule.to("cuda")),
                       capture=Graphs().capture if flat else None)
         for _ in range(2):
-            sums.append(step(micro_batches(type(batch)(*(v.cuda() for v in batch)), 2)))
+            sums.append(step(micro_batches(batch.with_tensors([v.cuda() for v in batch.tensors()]), 2)))
         gradients.append(getattr(networks, engine).gradients())
     assert [s.non_finite.item() for s in sums] == [int(poisoned)] * 4
     torch.testing.assert_close(torch.stack([s.loss for s in sums[2:]]), torch.stack([s.loss for s in sums[:2]]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers_method import (
+    ALPHAS_CUMPROD,
     KAPPAS,
     assert_close,
     for_alphas,
@@ -14,9 +15,14 @@ from helpers_method import (
     naive_x_hat,
 )
 
-from sidfast.method.losses import fake_score_loss, generator_loss
+from sidfast.method.equations import fake_score_loss, generator_loss
+from sidfast.method.schedule import DiscreteBetas
 
 SHAPE = (4, 5, 3)
+
+
+def schedule_of(prediction_type):
+    return DiscreteBetas(ALPHAS_CUMPROD, prediction_type)
 
 
 def halves(output, n, kappas):
@@ -62,7 +68,7 @@ def test_generator_loss(kappas, alpha, prediction_type):
     names = ("x_g", "x_t", "o_real", "o_fake")
 
     x = tracked(values, *names, dtype=torch.float32)
-    got, finite = generator_loss(*x, a.float(), s.float(), prediction_type, kappas[1:], alpha)
+    got, finite = generator_loss(*x, a.float(), s.float(), schedule_of(prediction_type), kappas[1:], alpha)
     got_grads = torch.autograd.grad(got, x, dloss)
 
     x64 = x_g, x_t, o_real, o_fake = tracked(values, *names, dtype=torch.float64)
@@ -87,7 +93,8 @@ def test_fake_score_loss(kappa1, prediction_type):
     values, a, s, dloss = loss_inputs((kappa1, 1, 1, 1))
 
     [output] = tracked(values, "output", dtype=torch.float32)
-    got, finite = fake_score_loss(output, values["x_g"], values["eps"], a.float(), s.float(), prediction_type, kappa1)
+    got, finite = fake_score_loss(output, values["x_g"], values["eps"], a.float(), s.float(),
+                                  schedule_of(prediction_type), kappa1)
     [got_grad] = torch.autograd.grad(got, output, dloss)
 
     [output] = tracked(values, "output", dtype=torch.float64)
@@ -108,7 +115,7 @@ def test_sample_weight_is_capped():
     x_g, x_t = values["x_g"], values["x_t"]
     o_real = (a[:, None, None, None] * x_t - x_g) / s[:, None, None, None]               # y_real = x_g, to rounding
     x = [v.clone().requires_grad_() for v in (x_g, x_t, o_real, values["o_fake"])]
-    loss, _ = generator_loss(*x, a, s, "v_prediction", (1, 1, 1), 1.0)
+    loss, _ = generator_loss(*x, a, s, schedule_of("v_prediction"), (1, 1, 1), 1.0)
 
     gap = x_g.double() - (a[:, None, None, None] * x_t - s[:, None, None, None] * values["o_fake"]).double()
     want = -1e5 * gap.square().sum((1, 2, 3))            # (y_real - y_2)(y_3 - x_g) with y_real = x_g, y_2 = y_3
@@ -123,7 +130,8 @@ def test_sample_weight_is_capped():
 def test_generator_loss_without_non_finite_samples(where, bad, prediction_type):
     kappas = KAPPAS["unequal"]
     values, a, s, dloss = loss_inputs(kappas)
-    names, args = ("x_g", "x_t", "o_real", "o_fake"), (a.float(), s.float(), prediction_type, kappas[1:], 0.5)
+    names = ("x_g", "x_t", "o_real", "o_fake")
+    args = (a.float(), s.float(), schedule_of(prediction_type), kappas[1:], 0.5)
     clean = tracked(values, *names, dtype=torch.float32)
     want, _ = generator_loss(*clean, *args)
     want_grads = torch.autograd.grad(want, clean, dloss)
@@ -151,7 +159,8 @@ def test_fake_score_loss_without_non_finite_samples(where, prediction_type):
 
     def value_and_grad():
         [output] = tracked(values, "output", dtype=torch.float32)
-        loss, finite = fake_score_loss(output, values["x_g"], values["eps"], a.float(), s.float(), prediction_type, 1.5)
+        loss, finite = fake_score_loss(output, values["x_g"], values["eps"], a.float(), s.float(),
+                                       schedule_of(prediction_type), 1.5)
         return loss, finite, torch.autograd.grad(loss, output, dloss)[0].reshape(2, 3, *SHAPE)
 
     want, _, want_grad = value_and_grad()

@@ -7,9 +7,10 @@ from diffusers import DDPMScheduler
 from helpers_method import ALPHAS_CUMPROD, LOG_SIGMA, log_sigma_at
 from scipy import stats
 
-from sidfast.method.noise import DENSITIES, NoiseLevels, NoiseSchedule
+from sidfast.method.densities import DENSITIES, NoiseLevels
+from sidfast.method.schedule import DiscreteBetas
 
-SCHEDULE = NoiseSchedule(ALPHAS_CUMPROD)
+SCHEDULE = DiscreteBetas(ALPHAS_CUMPROD)
 DRAWS = 50_000
 KS_BOUND = 0.012                                         # of two samples of 50,000: exceeded by chance once in 700
 
@@ -23,7 +24,7 @@ KS_BOUND = 0.012                                         # of two samples of 50,
 def test_coefficients_are_those_of_diffusers(betas):
     scheduler = DDPMScheduler(**betas)
     t = torch.arange(1000)
-    a, s = NoiseSchedule(scheduler.alphas_cumprod).coefficients(t)
+    a, s = DiscreteBetas(scheduler.alphas_cumprod).coefficients(t)
     x = scheduler.add_noise(torch.ones(1000, 1, dtype=torch.float64), torch.zeros(1000, 1), t)[:, 0]
     eps = scheduler.add_noise(torch.zeros(1000, 1), torch.ones(1000, 1, dtype=torch.float64), t)[:, 0]
     assert a.dtype == s.dtype == torch.float32
@@ -51,17 +52,17 @@ def test_coefficients_have_unit_variance_between_grid_points():
 
 def test_log_sigma_is_linear_between_grid_points():
     t = torch.tensor([0.0, 0.25, 19.5, 624.75, 998.999, 999.0], dtype=torch.float64)
-    np.testing.assert_allclose(SCHEDULE.log_sigma_at(t), log_sigma_at(t), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(SCHEDULE.log_sigma(t), log_sigma_at(t), rtol=0, atol=1e-12)
 
 
 def test_timestep_of_grid_points_is_exact():
     t = torch.arange(1000)
-    assert torch.equal(SCHEDULE.timestep(SCHEDULE.log_sigma_at(t)), t.double())
+    assert torch.equal(SCHEDULE.timestep(SCHEDULE.log_sigma(t)), t.double())
 
 
 def test_timestep_inverts_log_sigma():
     t = torch.rand(100, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 999
-    torch.testing.assert_close(SCHEDULE.timestep(SCHEDULE.log_sigma_at(t)), t, rtol=0, atol=1e-8)
+    torch.testing.assert_close(SCHEDULE.timestep(SCHEDULE.log_sigma(t)), t, rtol=0, atol=1e-8)
 
 
 def test_timestep_stays_on_the_grid():

@@ -14,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from sidfast import train
 from sidfast.config.schema import Adam, build_config
 from sidfast.engines.engine import build_engine, engine_config
-from sidfast.method.distill import Objective
-from sidfast.method.noise import NoiseSchedule
+from sidfast.method.schedule import DiscreteBetas
+from sidfast.method.updates import Objective
 from sidfast.planning import footprint, memory
 from sidfast.planning.planner import load_meta_teacher
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.sd import predict
 
-SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
+SCHEDULE = DiscreteBetas(torch.linspace(0.999, 0.005, 1000))
 LATENT, TEXT = (4, 8, 8), (32, 128)
 LARGE = (4, 16, 16)
 
@@ -39,7 +40,7 @@ def unets(device, dtype=torch.float32, checkpointing=False):
 
 
 def objective(device, *kappas):
-    return Objective(SCHEDULE.to(device), "epsilon", *(kappas or (1.5,) * 4))
+    return Objective(SCHEDULE.to(device), predict, *(kappas or (1.5,) * 4))
 
 
 @pytest.mark.parametrize("kappas", [pytest.param((1.5,) * 4, marks=pytest.mark.slow), (1.5, 1, 1, 3.0)], ids=str)

@@ -38,7 +38,8 @@ def measured_once():
 
     def measured(self, checkpointing, names):
         key = (checkpointing, *names, self.dtype, self.latent_shape, self.shapes.text_length, self.fused,
-               self.shapes.prediction_type, self.shapes.unet.to_json_string(), self.config.guidance.model_dump_json(),
+               self.shapes.schedule.prediction_type, self.shapes.unet.to_json_string(),
+               self.config.guidance.model_dump_json(),
                self.config.loss.alpha)
         if key not in known:
             known[key] = MEASURE(self, checkpointing, names)

@@ -16,7 +16,7 @@ def test_random_teacher_loads(prediction_type, tmp_path, monkeypatch):
     monkeypatch.setitem(random_init.ARCHITECTURES, "small", (UNET, TEXT, 16, prediction_type))
     assert cli.main(["random-teacher", "--architecture", "small", "--out", str(tmp_path / "teacher")]) == 0
     teacher = load_teacher(str(tmp_path / "teacher"))
-    assert teacher.prediction_type == prediction_type and teacher.unet.config.sample_size == 16
+    assert teacher.schedule.prediction_type == prediction_type and teacher.unet.config.sample_size == 16
     ids = teacher.tokenizer(["a red circle"], padding="max_length", return_tensors="pt").input_ids
     text = teacher.text_encoder(ids)[0]
     assert text.shape == (1, 77, 32) and text.isfinite().all()

@@ -49,7 +49,7 @@ def test_shipped_study_loads(path):
 
 
 def test_noise_schedule_has_every_density_everywhere():
-    from sidfast.method.noise import DENSITIES
+    from sidfast.method.densities import DENSITIES
 
     runs = dict(load_study(ROOT / "configs" / "ablations" / "noise_schedule.json"))
     seen = {(config.noise.levels("fake_score")[0], config.noise.levels("generator")[0]) for config in runs.values()}

@@ -190,7 +190,7 @@ def examples():
 @pytest.fixture
 def known_again():
     """Takes the documentation's classes out of the registries afterwards."""
-    from sidfast.method.noise import DENSITIES
+    from sidfast.method.densities import DENSITIES
     from sidfast.method.synthetic import SOURCES
 
     before = dict(DENSITIES), dict(SOURCES)

@@ -11,7 +11,7 @@ from sidfast.engines import accumulate as summed_module
 from sidfast.engines import flat as flat_module
 from sidfast.engines.accumulate import GradientAccumulator, GradientBuffers
 from sidfast.engines.module import EngineModule
-from sidfast.method.distill import fake_score_update, generator_update
+from sidfast.engines.update import fake_score_update, generator_update
 
 UPDATES = {"generator": generator_update, "fake_score": fake_score_update}
 OBJECTIVE = objective_of(1.5, 2, 0.5, 1.5, alpha=0.5)
@@ -181,7 +181,7 @@ def test_weights_and_unused_parameters():
 def test_a_network_that_is_finite_for_nothing():
     networks, batch, *_ = setting(n=2, flat=True)
     with torch.no_grad():
-        networks.generator.module.unet.conv_out.bias.fill_(torch.nan)
+        networks.generator.module.network.conv_out.bias.fill_(torch.nan)
     step = generator_update(networks, OBJECTIVE, capture=replayed([]))
     with pytest.raises(NothingFinite, match="not finite for any input"):
         step([batch])

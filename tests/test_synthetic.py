@@ -1,7 +1,6 @@
 """The sources of synthetic data and their degradations (method.md, section 7), each against its definition."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers_method import (
     ALPHAS_CUMPROD,
     POISON,
+    TEXT,
     assert_close,
     micro_batches,
     naive_generate,
@@ -23,21 +23,24 @@ from scipy import ndimage
 
 from sidfast.common.errors import UserError
 from sidfast.config.schema import Synthetic, build_config
-from sidfast.method.distill import Batch, fake_score_update, generate, generator_update, leave_out
+from sidfast.engines.update import fake_score_update, generator_update
+from sidfast.method.generator import generate
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, TeacherShare, build_source, capture_blocker
+from sidfast.method.updates import leave_out
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.sd import predict
 from sidfast.training.loop import with_images
 
 
 def source_of(networks, objective=None, copies=None, **options):
-    return build_source(Synthetic(**options), networks, objective or objective_of(), copies or {},
-                        lambda: DDIMScheduler(trained_betas=None))
+    return build_source(Synthetic(**options), networks.generator.module.denoiser, networks.teacher,
+                        objective or objective_of(), copies or {}, lambda: DDIMScheduler(trained_betas=None))
 
 
 def test_base_source_is_the_generator_to_the_last_bit():
     networks, batch = setting()[:2]
     got = source_of(networks)(batch)
-    assert torch.equal(got, generate(networks.generator.module.unet, batch.z, batch.text, objective_of()))
+    assert torch.equal(got, generate(networks.generator.module.network, batch.z, batch.cond, objective_of()))
 
 
 def test_update_on_the_base_source_is_the_paper_s_to_the_last_bit():
@@ -57,7 +60,7 @@ def test_shared_images_are_those_of_the_generator_s_update(poisoned, size):
     curves, objective = [], objective_of(1.5, 1.5, 1.5, 1.5)
     for shared in (True, False):
         networks, batch = setting(6, poisoned, accumulation=6 // size)[:2]
-        batch.text[3, :, POISON] = 3e38
+        batch.cond[TEXT][3, :, POISON] = 3e38
         batches, spoilt = micro_batches(batch, size), int("generator" in poisoned)
         if shared:
             sums = generator_update(networks, objective)(batches)
@@ -65,7 +68,8 @@ def test_shared_images_are_those_of_the_generator_s_update(poisoned, size):
             assert sums.non_finite == len(poisoned)
             assert [x.isfinite().all().item() for x in images].count(False) == spoilt
             batches = with_images(batches, images)
-        source = build_source(Synthetic(), networks, objective, {}, None, shared)
+        generator = networks.generator.module.denoiser
+        source = build_source(Synthetic(), generator, networks.teacher, objective, {}, None, shared)
         curves.append((fake_score_update(networks, objective, source)(batches), networks.fake_score))
     (a, fake_a), (b, fake_b) = curves
     assert a.non_finite == b.non_finite == spoilt
@@ -77,10 +81,10 @@ def test_shared_images_are_those_of_the_generator_s_update(poisoned, size):
 @pytest.mark.parametrize("kind", ["ema", "stale"])
 def test_copies_draw_with_the_copy(kind):
     networks, batch = setting()[:2]
-    other = setting(seed=3)[0].fake_score.module.unet
+    other = setting(seed=3)[0].fake_score.module.network
     options = {"stale_by": 2} if kind == "stale" else {}
     got = source_of(networks, copies={kind: other}, source=kind, **options)(batch)
-    assert torch.equal(got, generate(other, batch.z, batch.text, objective_of()))
+    assert torch.equal(got, generate(other, batch.z, batch.cond, objective_of()))
     assert not torch.equal(got, source_of(networks)(batch))
 
 
@@ -96,11 +100,11 @@ def test_multistep_is_noising_and_denoising_in_turn(steps, levels, prediction_ty
     objective = objective_of(prediction_type=prediction_type)
     got = source_of(networks, objective, source="multistep", steps=steps)(batch)
     for n in range(len(batch.z)):
-        x = naive_generate(networks64[0], batch64.z[n], batch64.text[n], objective)
+        x = naive_generate(networks64[0], batch64.z[n], batch64.cond[TEXT][n], objective)
         for k, level in enumerate(levels):
             a, s = a_and_s(level)
             x_t = a * x + s * batch64.noise[n, k]
-            x = naive_x_hat(prediction_type, x_t, naive_pass(networks64[0], x_t, level, batch64.text[n]), a, s)
+            x = naive_x_hat(prediction_type, x_t, naive_pass(networks64[0], x_t, level, batch64.cond[TEXT][n]), a, s)
         assert_close(f"image {n}", got[n], x)
 
 
@@ -120,20 +124,19 @@ def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, teacher_d
         requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     text, null = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, ""))
-    batch = random_batch(5, shape=(4, 8, 8))._replace(text=text, null=null, teacher_draw=torch.tensor(teacher_draw))
+    batch = random_batch(5, shape=(4, 8, 8))._replace(cond={TEXT: text}, uncond={TEXT: null},
+                                                      teacher_draw=torch.tensor(teacher_draw))
     generator = copy.deepcopy(teacher.unet)
     with torch.no_grad():
         for p in generator.parameters():
             p += 0.01
-    engine = SimpleNamespace(module=SimpleNamespace(denoiser=generator))
-    networks = SimpleNamespace(generator=engine, teacher=teacher.unet)
     objective = objective_of(kappa4=2.0)
     section = Synthetic(teacher_share=0.4, teacher_steps=4, teacher_guidance=guidance)
-    got = build_source(section, networks, objective, {},
+    got = build_source(section, generator, teacher.unet, objective, {},
                        lambda: DDIMScheduler.from_config(teacher.scheduler.config))(batch)
     want = pipe(prompts, latents=batch.z, num_inference_steps=4, guidance_scale=guidance or 2.0,
                 output_type="latent").images
-    own = generate(generator, batch.z, text, objective)
+    own = generate(generator, batch.z, {TEXT: text}, objective)
     for n, c in enumerate(teacher_draw):
         assert_close(f"image {n}", got[n], (want if c < 0.4 else own)[n], 1e-4)
 
@@ -149,13 +152,13 @@ class Zeros:
 
 def test_samples_left_out_take_none_of_the_teacher_s_places(monkeypatch):
     """Whatever is put in their place: all others get the images that they got before."""
-    monkeypatch.setattr(TeacherShare, "_sample", lambda self, z, text, null: torch.ones_like(z))
-    source = TeacherShare(Zeros(), None, DDIMScheduler(), 0.3, 2, 1.0)
+    monkeypatch.setattr(TeacherShare, "_sample", lambda self, z, cond, uncond: torch.ones_like(z))
+    source = TeacherShare(Zeros(), None, predict, DDIMScheduler(), 0.3, 2, 1.0)
     batch = random_batch(8)._replace(teacher_draw=torch.tensor([.1, .8, .5, .2, .9, .6, .29, 1 - 2**-24]))
     for bad in ([1, 2], [1, 2, 4, 5, 7], [0, 1], [3]):
         finite = torch.ones(8, dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
-        *again, keep = leave_out((*batch, torch.ones(8, dtype=torch.bool)), finite)
-        got, want = source(Batch(*again)), source(batch)
+        again, keep = leave_out(batch, finite)
+        got, want = source(again), source(batch)
         assert torch.equal(got[keep], want[keep]) and not got[~keep].any() and want.flatten(1).any(1).sum() == 3
 
 
@@ -163,8 +166,8 @@ def test_the_generator_may_be_bad_where_the_teacher_draws():
     """The sample that takes a bad one's place is finite by the teacher's image alone."""
     networks, batch, *_ = setting(4, ("generator",), flat=True)
     batch = batch._replace(teacher_draw=torch.tensor([0.1, 0.9, 0.9, 0.9]))
-    batch.text[[0, 2], :, POISON] = 3e38
-    source = TeacherShare(build_source(Synthetic(), networks, objective_of(), {}, None), networks.teacher,
+    batch.cond[TEXT][[0, 2], :, POISON] = 3e38
+    source = TeacherShare(source_of(networks), networks.teacher, predict,
                           DDIMScheduler(clip_sample=False), 0.25, 2, 1.0)
     sums = fake_score_update(networks, objective_of(), source)([batch])
     assert sums.non_finite == 1 and sums.losses.isfinite().all() and (sums.losses > 0).tolist() == [1, 1, 0, 1]

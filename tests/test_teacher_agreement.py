@@ -12,16 +12,19 @@ from helpers_input import edit, fails
 from sidfast import cli, train
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
-from sidfast.method.distill import Batch, Objective, generate
-from sidfast.method.noise import DENSITIES, NoiseLevels
+from sidfast.method.densities import DENSITIES, NoiseLevels
+from sidfast.method.generator import generate
 from sidfast.method.synthetic import Source, TeacherShare
+from sidfast.method.updates import Batch, Objective
 from sidfast.publishing.export import one_step_pipeline, write_export
 from sidfast.publishing.load import load_pipeline, teacher_pipeline
 from sidfast.teachers.fit import check_teacher_fits
 from sidfast.teachers.load import load_teacher
 from sidfast.teachers.schedulers import check_steps
+from sidfast.teachers.sd import predict
 from sidfast.training.batches import TextEncoder
 
+TEXT = "encoder_hidden_states"
 PROMPTS = ["a small red circle", "", "a large blue square above a small green cross on a white background"]
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -41,7 +44,7 @@ def in_diffusers(folder):
 
 def embed(teacher):
     encoder = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32)
-    return encoder(encoder.tokenize(PROMPTS)), encoder.null
+    return encoder(encoder.tokenize(PROMPTS)), encoder.uncond
 
 
 TEXT_FLAGS = {"plain": {}, "mask": {"use_attention_mask": True}, "tuples": {"return_dict": False},
@@ -54,8 +57,8 @@ def test_texts(folder, tmp_path, flags):
     teacher = load_teacher(folder)
     embeddings, null = embed(teacher)
     want, want_null = in_diffusers(folder).encode_prompt(PROMPTS, "cpu", 1, True)
-    torch.testing.assert_close(embeddings, want)
-    torch.testing.assert_close(null, want_null[:1])
+    torch.testing.assert_close(embeddings[TEXT], want)
+    torch.testing.assert_close(null[TEXT], want_null[:1])
     write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export", torch.float32)
     export = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
     torch.testing.assert_close(export.encode_prompt(PROMPTS), want)
@@ -64,9 +67,9 @@ def test_texts(folder, tmp_path, flags):
 
 
 def test_the_mask_matters(folder):
-    without, _ = embed(load_teacher(folder))
+    without = embed(load_teacher(folder))[0][TEXT]
     edit("text_encoder/config.json", use_attention_mask=True)(folder)
-    assert (embed(load_teacher(folder))[0] - without).abs().max() > 0.05
+    assert (embed(load_teacher(folder))[0][TEXT] - without).abs().max() > 0.05
 
 
 def test_a_whole_clip_as_text_encoder(tmp_path):
@@ -74,7 +77,7 @@ def test_a_whole_clip_as_text_encoder(tmp_path):
     for name in ("model.safetensors", "config.json"):
         shutil.copy(clip / name, teacher / "text_encoder" / name)
     embeddings, _ = embed(load_teacher(teacher))
-    torch.testing.assert_close(embeddings, in_diffusers(teacher).encode_prompt(PROMPTS, "cpu", 1, False)[0])
+    torch.testing.assert_close(embeddings[TEXT], in_diffusers(teacher).encode_prompt(PROMPTS, "cpu", 1, False)[0])
 
 
 SCHEDULERS = {
@@ -109,7 +112,7 @@ def test_images_of_the_teacher(folder, flags):
     torch.testing.assert_close(shown(PROMPTS, latents=z, **options).images, want)
     text, null = embed(teacher)
     batch = Batch(text, null, z, None, None, None, torch.zeros(3, 0, 4, 8, 8), torch.zeros(3))
-    source = TeacherShare(Nothing(None, None), teacher.unet, teacher.sampler(), 1.0, 4, 1.5)
+    source = TeacherShare(Nothing(None, None), teacher.unet, predict, teacher.sampler(), 1.0, 4, 1.5)
     torch.testing.assert_close(source(batch), want)
 
 
@@ -118,16 +121,16 @@ def test_what_the_network_predicts(folder, tmp_path, asked, stored):
     """In place of what scheduler_config.json says: in the loss, the fingerprint, the export, the teacher's images."""
     edit("scheduler/scheduler_config.json", prediction_type=stored)(folder)
     teacher, predicted = load_teacher(folder, prediction_type=asked), asked or stored
-    assert teacher.prediction_type == teacher.sampler().config.prediction_type == predicted
+    assert teacher.schedule.prediction_type == teacher.sampler().config.prediction_type == predicted
     assert (teacher.fingerprint() == load_teacher(folder).fingerprint()) == (predicted == stored)
     write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export", torch.float32)
     export = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
     assert DDIMScheduler.from_pretrained(tmp_path / "export" / "scheduler").config.prediction_type == predicted
     z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text, _ = embed(teacher)
-    objective = Objective(teacher.schedule, predicted, 1.5, 1.5, 1.5, 1.5)
+    objective = Objective(teacher.schedule, predict, 1.5, 1.5, 1.5, 1.5)
     with torch.no_grad():
-        torch.testing.assert_close(export.denoise(z, text), generate(teacher.unet, z, text, objective))
+        torch.testing.assert_close(export.denoise(z, text[TEXT]), generate(teacher.unet, z, text, objective))
 
 
 @pytest.mark.parametrize("settings, key", [

@@ -5,6 +5,7 @@ import torch
 from helpers_method import (
     BOUND,
     KAPPAS,
+    TEXT,
     TinyUNet,
     assert_close,
     for_alphas,
@@ -21,8 +22,9 @@ from helpers_method import (
     small_unet,
 )
 
-from sidfast.method.distill import fake_score_update, generate, generator_update
-from sidfast.method.guidance import drop_prompts, drops_prompts
+from sidfast.engines.update import fake_score_update, generator_update
+from sidfast.method.equations import drop_prompts, drops_prompts
+from sidfast.method.generator import generate
 
 
 def check_update(engine, sums, want_loss, want_grads, bound=BOUND):
@@ -155,9 +157,9 @@ def test_non_finite_samples_are_counted_over_micro_batches():
 
 def test_drop_prompts():
     batch = random_batch(4)
-    text = drop_prompts(batch.text, batch.null, torch.tensor([True, False, False, True]))
-    assert torch.equal(text[[1, 2]], batch.text[[1, 2]])
-    assert torch.equal(text[0], batch.null[0]) and torch.equal(text[3], batch.null[0])
+    text = drop_prompts(batch.cond, batch.uncond, torch.tensor([True, False, False, True]))[TEXT]
+    assert torch.equal(text[[1, 2]], batch.cond[TEXT][[1, 2]])
+    assert torch.equal(text[0], batch.uncond[TEXT][0]) and torch.equal(text[3], batch.uncond[TEXT][0])
 
 
 @pytest.mark.parametrize("kappas, drops", [
@@ -171,14 +173,16 @@ def test_dropped_prompts_change_what_the_fake_score_reads_only():
     objective = objective_of()
     networks, batch, *_ = setting()
     seen = []
-    networks.generator.module.unet.register_forward_pre_hook(
+    networks.generator.module.network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
-    networks.fake_score.module.unet.register_forward_pre_hook(
+    networks.fake_score.module.network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
     fake_score_update(networks, objective)([batch])
     generator_text, fake_text = seen
-    assert torch.equal(generator_text, batch.text)
-    assert torch.equal(fake_text[1], batch.null[0]) and torch.equal(fake_text[[0, 2, 3, 4]], batch.text[[0, 2, 3, 4]])
+    assert torch.equal(generator_text, batch.cond[TEXT])
+    others = [0, 2, 3, 4]
+    assert torch.equal(fake_text[1], batch.uncond[TEXT][0])
+    assert torch.equal(fake_text[others], batch.cond[TEXT][others])
 
 
 def test_naive_evaluation_sees_every_part():
@@ -187,9 +191,10 @@ def test_naive_evaluation_sees_every_part():
     _, batch, networks64, _ = setting()
     base, grads = naive_generator_update(networks64, in_float64(batch), objective)
     assert all(g.any() for g in grads.values())
-    for field in ("text", "null", "z", "eps", "t"):
-        changed = in_float64(batch._replace(**{field: getattr(batch, field) * 0.9}))
+    for field in ("cond", "uncond", "z", "eps", "t"):
+        value = getattr(batch, field)
+        smaller = {TEXT: value[TEXT] * 0.9} if isinstance(value, dict) else value * 0.9
+        changed = in_float64(batch._replace(**{field: smaller}))
         assert (naive_generator_update(networks64, changed, objective)[0] - base).abs() > 1e-3 * base.abs(), field
     assert TinyUNet(0).state_dict().keys() == grads.keys()
-    z, text = batch.z, batch.text
-    assert generate(TinyUNet(0), z, text, objective).shape == z.shape
+    assert generate(TinyUNet(0), batch.z, batch.cond, objective).shape == batch.z.shape

@@ -29,7 +29,8 @@ from sidfast.accel.prepacked import Prepacked
 from sidfast.checkpoints.store import read_tensors
 from sidfast.config.schema import build_config
 from sidfast.data import shapes
-from sidfast.method.distill import Batch
+from sidfast.method.conditions import cat
+from sidfast.method.updates import Batch
 from sidfast.publishing.grid import read_grid
 from sidfast.publishing.load import load_pipeline
 from sidfast.teachers.load import load_teacher
@@ -90,9 +91,8 @@ def unet_of(teacher, weights=None, dtype=torch.float64):
 def whole(micro_batches):
     """One batch in float64 out of a process's micro-batches."""
     first = micro_batches[0]
-    rest = (torch.cat(parts) for parts in zip(*((b.text, *b[2:]) for b in micro_batches), strict=True))
-    text, *others = rest
-    return in_float64(Batch(text, first.null, *others))
+    others = (torch.cat(parts) for parts in zip(*(b[2:] for b in micro_batches), strict=True))
+    return in_float64(Batch(cat([b.cond for b in micro_batches]), first.uncond, *others))
 
 
 def test_losses_of_the_first_step(run, teacher):
@@ -211,7 +211,7 @@ class KeptConv(Prepacked, nn.Conv2d):
         return (self.weight.clone(),)
 
     def forward(self, x):
-        return self._conv_forward(x, self.kept[0] + self.weight - self.weight.detach(), self.bias)
+        return self._conv_forward(x, self.cache[0] + self.weight - self.weight.detach(), self.bias)
 
 
 def test_prepacked_weights_are_those_of_every_step(config, tmp_path):
@@ -242,7 +242,7 @@ def test_copies_that_draw_images(config, tmp_path, synthetic, step, kind):
     """In the third step: the average after two, and the generator as it was one update before."""
     loop = train_here(config(tmp_path, synthetic=synthetic, train={"steps": 3, "samples": 0}), tmp_path / "run")
     [copy] = loop.copies
-    want, got = tensors(tmp_path / "run", step, "generator", kind), dict(copy.unet.named_parameters())
+    want, got = tensors(tmp_path / "run", step, "generator", kind), dict(copy.network.named_parameters())
     assert got.keys() == want.keys() and all(torch.equal(got[name], value) for name, value in want.items())
 
 

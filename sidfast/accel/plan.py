@@ -10,7 +10,7 @@ from sidfast.accel.prepacked import pass_layout, refresh
 from sidfast.accel.unet import attention_shapes, fuse, fuse_blocker
 from sidfast.common.errors import UserError
 from sidfast.kernels.backend import INTERPRETED
-from sidfast.method.guidance import passes
+from sidfast.method.equations import passes
 
 _ROLES = 8                                               # forward alone, trained, frozen, each for a pass or two
 _NAMES = {"fused": "fused kernels", "cuda_graphs": "CUDA graphs"}

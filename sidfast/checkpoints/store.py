@@ -267,7 +267,7 @@ def restore(path, engines, ema):
 
 def _share(engine, rank, ranks):
     """The parameter names that this process writes: from the largest on, each goes to the process with least so far."""
-    sizes = {place.name: place.shape.numel() for _, found in param_slices(engine.module.unet) for place in found}
+    sizes = {place.name: place.shape.numel() for _, found in param_slices(engine.module.network) for place in found}
     dealt, names = [(0, r) for r in range(ranks)], set()
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         size, to = dealt[0]

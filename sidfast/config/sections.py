@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sidfast.method.noise import DENSITIES
+from sidfast.method.densities import DENSITIES
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES
 
 

@@ -57,7 +57,7 @@ class _BucketedAdd:
 
 
 class GradientAccumulator:
-    """`compute(unet, *tensors) -> (loss, finite, *others)`, its backward pass, and the sum of its gradients over
+    """`compute(network, *tensors) -> (loss, finite, *others)`, its backward pass, and the sum of its gradients over
     micro-batches.
 
     loss: a scalar, differentiable in the UNet's parameters and in nothing else; finite: [N] (bool), which samples are;
@@ -75,7 +75,7 @@ class GradientAccumulator:
     """
 
     def __init__(self, trained, compute, leave_out, sums=None, capture=None, agree=None):
-        self._unet, self._flat, self._compute, self._leave_out = trained.unet, trained.flat, compute, leave_out
+        self._network, self._flat, self._compute, self._leave_out = trained.network, trained.flat, compute, leave_out
         self._shared, self._capture, self._agree = sums or GradientBuffers(), capture, agree
         self._sums = self._inputs = self._loss = self._finite = None
         self._warm, self._adder = False, _BucketedAdd()
@@ -119,7 +119,7 @@ class GradientAccumulator:
         self._weight = torch.ones((), device=device)
         self._flag_on_host = torch.ones((), dtype=torch.bool, pin_memory=gpu)
         self._known = torch.cuda.Event() if gpu else None
-        parameters = dict(self._unet.named_parameters())
+        parameters = dict(self._network.named_parameters())
         for name, view in self._flat.named(self._sums):
             parameters[name].register_post_accumulate_grad_hook(self._adding_to(view))
 
@@ -137,7 +137,7 @@ class GradientAccumulator:
         self._backward, _ = self._capture(self._run_backward)
 
     def _run_forward(self):
-        self._loss, finite, *others = self._compute(self._unet, *self._inputs)
+        self._loss, finite, *others = self._compute(self._network, *self._inputs)
         self._finite = finite.all()
         return self._finite, finite, *others
 

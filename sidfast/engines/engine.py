@@ -175,7 +175,7 @@ def _each(engine, tensors):
     try:
         flat = engine.module.flat
         if not flat:
-            for parameter, found in param_slices(engine.module.unet):
+            for parameter, found in param_slices(engine.module.network):
                 whole = safe_get_full_fp32_param(parameter).detach()
                 yield from ((place.name, place.view(whole)) for place in found)
             return
@@ -198,7 +198,7 @@ def scatter(engine, full, tensors):
     try:
         flat, device = engine.module.flat, own[0].device
         if not flat:
-            for parameter, found in param_slices(engine.module.unet):
+            for parameter, found in param_slices(engine.module.network):
                 whole = torch.zeros(parameter.ds_shape, device=device)
                 for place in found:
                     place.view(whole).copy_(full[place.name])

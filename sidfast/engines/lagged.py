@@ -8,13 +8,13 @@ from sidfast.engines.engine import copy_weights, master_weights, scatter
 class EmaCopy:
     """The average's weights. They are in every checkpoint anyway."""
 
-    def __init__(self, unet, engine, ema, section):
-        """`unet`: the copy; `engine`, `ema`: the generator's; `section`: the configuration's `synthetic`."""
-        self.unet, self.engine, self.ema = unet, engine, ema
+    def __init__(self, network, engine, ema, section):
+        """`network`: the copy; `engine`, `ema`: the generator's; `section`: the configuration's `synthetic`."""
+        self.network, self.engine, self.ema = network, engine, ema
 
     def follow(self, step):
         """Be what the images of step 0, 1, 2, ... are drawn with; a collective call."""
-        copy_weights(self.engine, self.ema.shards, self.unet)
+        copy_weights(self.engine, self.ema.shards, self.network)
 
     def state(self):
         """What a checkpoint has to keep besides: {kind: tensors laid out like the generator's masters}."""
@@ -28,9 +28,9 @@ class StaleCopy:
     """The generator's weights `stale_by` updates ago, the first ones until there are as many. In host memory is one
     set of this process's fp32 shards every `stale_every` updates."""
 
-    def __init__(self, unet, engine, ema, section):
+    def __init__(self, network, engine, ema, section):
         """As EmaCopy's."""
-        self.unet, self.engine, self.by, self.every = unet, engine, section.stale_by, section.stale_every
+        self.network, self.engine, self.by, self.every = network, engine, section.stale_by, section.stale_every
         self.shards, self._shown = {}, None              # {updates made: shards}, and which of them the UNet has
 
     def follow(self, step):
@@ -41,7 +41,7 @@ class StaleCopy:
         for passed in [v for v in self.shards if v < version]:
             del self.shards[passed]
         if version != self._shown:
-            copy_weights(self.engine, self.shards[version], self.unet)
+            copy_weights(self.engine, self.shards[version], self.network)
             self._shown = version
 
     def _oldest(self, step):

@@ -8,38 +8,42 @@ from sidfast.engines.flat import FlatParameters
 
 
 class EngineModule(nn.Module):
-    """A network whose forward pass is whatever is asked of it: `engine(compute, *tensors)` is compute(unet, *tensors).
+    """Runs any function of its network: `engine(compute, *tensors)` is compute(network, *tensors).
 
-    So a DeepSpeed engine sees an update's loss, and not the UNet's output, as the output of its forward pass: its hooks
-    for the backward pass then work alike for every way to run an update.
+    A DeepSpeed engine then sees an update's loss, not the network's output, as the output of its forward pass, so its
+    hooks for the backward pass work alike for every way to run an update.
 
-    `flat`: the parameters that an engine sees are those of a FlatParameters, and the UNet's are views, whose gradients
-    somebody has to sum (GradientAccumulator); otherwise (ZeRO stage 3, which parts single parameters) they are the
-    UNet's own.
+    `flat`: the engine sees the parameters of a FlatParameters. The network's own parameters are views, whose gradients
+    a GradientAccumulator sums. Otherwise (ZeRO stage 3, which shards single parameters) the engine sees the network's
+    own parameters.
     """
 
-    def __init__(self, unet, flat=False):
+    def __init__(self, network: nn.Module, flat: bool = False):
         super().__init__()
-        self._held = [unet]                              # (in a list it is no submodule)
-        self.flat = FlatParameters(unet) if flat else None
+        self._held = [network]                           # (in a list it is not a submodule)
+        self.flat = FlatParameters(network) if flat else None
         if not flat:
-            self.network = unet
+            self.sharded = network
 
     @property
-    def unet(self):
-        """The UNet."""
+    def network(self) -> nn.Module:
+        """The network."""
         return self._held[0]
 
     @property
     def denoiser(self):
-        """The UNet for passes that are not the engine's. At stage 3 they go through this module all the same: its hook
-        tells DeepSpeed where a pass begins, or it could not foresee which weights come next."""
-        return self.unet if self.flat else functools.partial(self, _call)
+        """The network for passes that are not the engine's. At stage 3 they go through this module: its hook tells
+        DeepSpeed where a pass begins, so that it can prefetch the next weights."""
+        if self.flat:
+            return self.network
+        denoiser = functools.partial(self, _call)
+        denoiser.repeats_images = getattr(self.network, "repeats_images", False)
+        return denoiser
 
     def forward(self, compute, *tensors, **options):
-        """compute(unet, *tensors, **options), whatever that returns."""
-        return compute(self.unet, *tensors, **options)
+        """compute(network, *tensors, **options)."""
+        return compute(self.network, *tensors, **options)
 
 
-def _call(unet, *tensors, **options):
-    return unet(*tensors, **options)
+def _call(network, *tensors, **options):
+    return network(*tensors, **options)

@@ -9,38 +9,40 @@ import math
 
 import torch
 
-from sidfast.method.distill import denoise_at, generate
-from sidfast.method.guidance import copies, passes, predict_guided
+from sidfast.method.conditions import select
+from sidfast.method.equations import copies, passes, predict_guided
+from sidfast.method.generator import denoise_at, generate
 
 SOURCES, DEGRADATIONS = {}, {}                           # name -> class
 
 
 class Source:
-    """Draws images with a generator's UNet. `class Mine(Source, name="mine")` is `synthetic.source = "mine"`.
+    """Draws images with a generator. `class Mine(Source, name="mine")` is `synthetic.source = "mine"`.
 
     `options`: the keys of the `synthetic` section that it needs, handed to it by name, meaningless elsewhere;
     `copy`: "ema" or "stale" to draw with that copy of the generator, which training keeps up, in place of the generator
-    itself; `capturable`: whether a CUDA graph may hold it, i.e. no shape or branch depends on values; `noises`: how
-    many tensors of further noise it takes an image.
+    itself; `capturable`: whether a CUDA graph may hold it, i.e. no shape or branch depends on values;
+    `num_extra_noise`: how many more noise tensors it takes for an image.
     """
 
-    options, copy, capturable, noises = (), None, True, 0
+    options, copy, capturable, num_extra_noise = (), None, True, 0
 
     def __init_subclass__(cls, name=None, **options):
         super().__init_subclass__(**options)
         if name is not None:
             SOURCES[name] = cls
 
-    def __init__(self, unet, objective):
-        """`unet`: the generator's, or that of its `copy`; `objective`: the run's Objective."""
-        self.unet, self.objective = unet, objective
+    def __init__(self, network, objective):
+        """`network`: the generator's, or that of its `copy`; `objective`: the run's Objective."""
+        self.network, self.objective = network, objective
 
     def generate(self, batch):
         """One-step images [N, C, H, W] of a Batch (eq. 4)."""
-        return generate(self.unet, batch.z, batch.text, self.objective)
+        return generate(self.network, batch.z, batch.cond, self.objective)
 
     def __call__(self, batch):
-        """Images x_g [N, C, H, W] in fp32 for a Batch, of which `noise` is [N, noises, C, H, W]; without gradient."""
+        """Images x_g [N, C, H, W] in fp32 for a Batch, whose `noise` is [N, num_extra_noise, C, H, W]; without
+        gradient."""
         raise NotImplementedError
 
 
@@ -56,7 +58,7 @@ class Shared(Source):
     """The generator's images out of its own update of the same step, in the place of the first noise: one pass less.
     Chosen by `speed.share_generator_forward`. The two updates then see the networks as they were before both."""
 
-    noises = 1
+    num_extra_noise = 1
 
     def __call__(self, batch):
         """As Source's: no pass; x_g is noise[:, 0]."""
@@ -74,8 +76,8 @@ class Stale(Generator, name="stale"):
 
     copy, options = "stale", ("stale_by", "stale_every")
 
-    def __init__(self, unet, objective, stale_by, stale_every):
-        super().__init__(unet, objective)                # (training keeps the copy as old as that)
+    def __init__(self, network, objective, stale_by, stale_every):
+        super().__init__(network, objective)                # (training keeps the copy as old as that)
 
 
 class MultiStep(Source, name="multistep"):
@@ -85,18 +87,18 @@ class MultiStep(Source, name="multistep"):
 
     options = ("steps",)
 
-    def __init__(self, unet, objective, steps):
-        super().__init__(unet, objective)
-        self.noises = steps - 1
+    def __init__(self, network, objective, steps):
+        super().__init__(network, objective)
+        self.num_extra_noise = steps - 1
         self.levels = [round(objective.t_init * (steps - i) / steps) for i in range(steps)]
 
     def __call__(self, batch):
         """As Source's: eq. 4, then eqs. 1 and 2 with noise[:, i] for each further step."""
         x = self.generate(batch)
-        for level, eps in zip(self.levels[1:], batch.noise[:, :self.noises].unbind(1), strict=True):
+        for level, eps in zip(self.levels[1:], batch.noise[:, :self.num_extra_noise].unbind(1), strict=True):
             a, s = self.objective.schedule.coefficients(torch.full((len(x),), level, device=x.device))
             x_t = a[:, None, None, None] * x + s[:, None, None, None] * eps
-            x = denoise_at(self.unet, x_t, level, batch.text, self.objective)
+            x = denoise_at(self.network, x_t, level, batch.cond, self.objective)
         return x
 
 
@@ -107,27 +109,27 @@ class TeacherShare:
     no batch has more rows of its own (`Batches` deals them out evenly).
     """
 
-    def __init__(self, inner, teacher, scheduler, share, steps, guidance):
-        """`inner`: the Source; `teacher`: the teacher's UNet; `scheduler`: a diffusers DDIMScheduler, run for `steps`
-        steps; `share`: the probability of each image; `guidance`: kappa of eq. 3."""
-        self.inner, self.teacher, self.scheduler = inner, teacher, scheduler
-        self.share, self.guidance, self.noises = share, guidance, inner.noises
+    def __init__(self, inner, teacher, predict, scheduler, share, steps, guidance):
+        """`inner`: the Source; `teacher`: its network; `predict`: an Objective's; `scheduler`: a diffusers
+        DDIMScheduler, run for `steps` steps; `share`: the probability of each image; `guidance`: kappa of eq. 3."""
+        self.inner, self.teacher, self.predict, self.scheduler = inner, teacher, predict, scheduler
+        self.share, self.guidance, self.num_extra_noise = share, guidance, inner.num_extra_noise
         scheduler.set_timesteps(steps)
 
     def __call__(self, batch):
-        """As Source's; rows with chance < share are the teacher's."""
+        """As Source's; rows with teacher_draw < share are the teacher's."""
         x = self.inner(batch)
-        rows = batch.chance.argsort()[:math.ceil(self.share * len(x) - 1e-9)]
-        drawn = self._sample(batch.z[rows], batch.text[rows], batch.null).to(x.dtype)
-        own = (batch.chance[rows] < self.share)[:, None, None, None]
+        rows = batch.teacher_draw.argsort()[:math.ceil(self.share * len(x) - 1e-9)]
+        drawn = self._sample(batch.z[rows], select(batch.cond, rows), batch.uncond).to(x.dtype)
+        own = (batch.teacher_draw[rows] < self.share)[:, None, None, None]
         return x.index_copy(0, rows, torch.where(own, drawn, x[rows]))
 
-    def _sample(self, x, text, null):
+    def _sample(self, x, cond, uncond):
         x = x * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps.tolist():
             x_in = x.repeat(copies(self.teacher, [self.guidance]), 1, 1, 1)
             steps = torch.full((len(x),), t, device=x.device)
-            o = predict_guided(self.teacher, x_in, steps, text, null, [self.guidance]).float()
+            o = predict_guided(self.predict, self.teacher, x_in, steps, cond, uncond, [self.guidance]).float()
             if passes([self.guidance]) == 2:
                 o_null, o_cond = o.chunk(2)
                 o = o_null + self.guidance * (o_cond - o_null)
@@ -136,10 +138,10 @@ class TeacherShare:
 
 
 class Degradation:
-    """Spoils images. `class Mine(Degradation, name="mine")` is `synthetic.degradation = "mine"`; `noises` as for a
-    Source."""
+    """Spoils images. `class Mine(Degradation, name="mine")` is `synthetic.degradation = "mine"`; `num_extra_noise` as
+    for a Source."""
 
-    noises = 0
+    num_extra_noise = 0
 
     def __init_subclass__(cls, name=None, **options):
         super().__init_subclass__(**options)
@@ -150,7 +152,7 @@ class Degradation:
         self.strength = strength
 
     def __call__(self, x, noise):
-        """x [N, C, H, W], noise [N, noises, C, H, W] -> [N, C, H, W]."""
+        """x [N, C, H, W], noise [N, num_extra_noise, C, H, W] -> [N, C, H, W]."""
         raise NotImplementedError
 
 
@@ -168,7 +170,7 @@ class Blur(Degradation, name="blur"):
 class Noise(Degradation, name="noise"):
     """White noise with a deviation of `strength`; latents have one of about 1."""
 
-    noises = 1
+    num_extra_noise = 1
 
     def __call__(self, x, noise):
         """As Degradation's: x + strength noise[:, 0]."""
@@ -180,26 +182,27 @@ class Degraded:
 
     def __init__(self, inner, degradation):
         self.inner, self.degradation = inner, degradation
-        self.noises = inner.noises + degradation.noises
+        self.num_extra_noise = inner.num_extra_noise + degradation.num_extra_noise
 
     def __call__(self, batch):
         """As Source's; the degradation takes the noise that is left."""
-        return self.degradation(self.inner(batch), batch.noise[:, self.inner.noises:])
+        return self.degradation(self.inner(batch), batch.noise[:, self.inner.num_extra_noise:])
 
 
-def build_source(section, networks, objective, copies, scheduler, shared=False):
-    """What draws the images of one run: a Source, or what stands around one and is called alike.
+def build_source(section, generator, teacher, objective, lagged, scheduler, shared=False):
+    """What draws the images of one run: a Source, or a wrapper around one that is called alike.
 
-    `section`: the configuration's `synthetic`; `copies`: {kind: UNet} of the copies that its source draws with;
-    `scheduler()`: a diffusers DDIMScheduler for the teacher; `shared`: take the images of the generator's update.
+    `section`: the configuration's `synthetic`; `generator`, `teacher`: networks; `lagged`: {kind: network} of the
+    copies of the generator that its source draws with; `scheduler()`: a diffusers DDIMScheduler for the teacher;
+    `shared`: take the images of the generator's update.
     """
     cls = Shared if shared else SOURCES[section.source]
-    unet = copies[cls.copy] if cls.copy else networks.generator.module.denoiser
-    source = cls(unet, objective, **{name: getattr(section, name) for name in cls.options})
+    network = lagged[cls.copy] if cls.copy else generator
+    source = cls(network, objective, **{name: getattr(section, name) for name in cls.options})
     if section.teacher_share:
         guidance = objective.kappa4 if section.teacher_guidance is None else section.teacher_guidance
-        source = TeacherShare(source, networks.teacher, scheduler(), section.teacher_share, section.teacher_steps or 50,
-                              guidance)
+        source = TeacherShare(source, teacher, objective.predict, scheduler(), section.teacher_share,
+                              section.teacher_steps or 50, guidance)
     if section.degradation:
         source = Degraded(source, DEGRADATIONS[section.degradation](section.strength))
     return source

@@ -43,7 +43,7 @@ def find_micro_batch(config, teacher, processes, device):
 def _needed(config, teacher, sizes, processes, device):
     """{micro-batch: bytes on this device}."""
     shapes = MetaTeacher(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
-                    teacher.prediction_type)
+                         teacher.schedule)
     dtype = compute_dtype(config.deepspeed)
     teacher.unet.to(device)                              # where training wants it too
     # (attention that was asked for need not manage the largest micro-batch, only the one that will fit)

@@ -1,6 +1,6 @@
 """What an update of the real networks needs: every byte alive during it, and its floating-point operations.
 
-The updates of `sidfast.method.distill` run on torch's meta device, which has shapes and no memory. A dispatch mode sees
+The updates of `sidfast.method.updates` run on torch's meta device, which has shapes and no memory. A dispatch mode sees
 every tensor that they make and notes when its storage is born and when it dies; nothing is estimated by rule. Each
 update runs at two micro-batches: the events are the same ones, so at event i the bytes are a_i + b_i m, and the peak is
 known for every m.
@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from sidfast.engines.module import EngineModule
+from sidfast.engines.update import Networks, fake_score_update, generator_update
 from sidfast.kernels.backend import without_launches
-from sidfast.method.distill import Batch, Networks, fake_score_update, generator_update
+from sidfast.method.updates import Batch
 
 UPDATES = {"fake_score": fake_score_update, "generator": generator_update}
 _SIZES = (2, 3)                                          # (a single row makes some copies unnecessary)
@@ -78,7 +79,7 @@ def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
     the time, for plain networks: those of the method. (A fused one computes once what both texts of an image share.)
     Memory layout and gradient checkpointing do not matter here.
     """
-    from sidfast.method.guidance import passes
+    from sidfast.method.equations import passes
 
     forward, frozen, trained = _pass_flops(type(unet), unet.to_json_string(), tuple(latent_shape), tuple(text_shape))
     both = passes(kappas[:1])
@@ -123,8 +124,9 @@ def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
                            agree=lambda finite: True, **options)
     device = next(unets[name].parameters()).device
     x = torch.zeros(n, *latent_shape, device=device)
-    batch = Batch(torch.zeros(n, *text_shape, device=device, dtype=dtype),
-                  torch.zeros(1, *text_shape, device=device, dtype=dtype), x, x.clone(),
+    cond, uncond = ({"encoder_hidden_states": torch.zeros(rows, *text_shape, device=device, dtype=dtype)}
+                    for rows in (n, 1))
+    batch = Batch(cond, uncond, x, x.clone(),
                   torch.zeros(n, device=device, dtype=torch.int64), torch.zeros(n, device=device, dtype=torch.bool),
                   x[:, None][:, :0], torch.zeros(n, device=device))
     for role, unet in unets.items():

@@ -15,15 +15,16 @@ from sidfast.common.errors import UserError
 from sidfast.common.sizes import Sized, as_diffusers_sizes
 from sidfast.engines.engine import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.kernels.backend import without_launches
-from sidfast.method.distill import Objective
-from sidfast.method.guidance import passes
-from sidfast.method.noise import NoiseSchedule
+from sidfast.method.equations import passes
+from sidfast.method.schedule import DiscreteBetas
+from sidfast.method.updates import Objective
 from sidfast.planning import memory
 from sidfast.planning.footprint import UPDATES, image_flops, measure_update
 from sidfast.teachers.compatibility import check_teacher
 from sidfast.teachers.folders import check_hub_id, find_cached, find_teacher
 from sidfast.teachers.load import load_tokenizer
 from sidfast.teachers.schedulers import load_schedulers
+from sidfast.teachers.sd import predict
 from sidfast.teachers.untrusted import build_on_meta
 from sidfast.teachers.weights import choose_variant, find_variants
 
@@ -45,8 +46,7 @@ class MetaTeacher(Sized):
     vae: torch.nn.Module
     text_encoder: torch.nn.Module
     text_length: int
-    prediction_type: str
-    schedule: object = None
+    schedule: DiscreteBetas
     ddim: object = None
 
     def sampler(self):
@@ -105,8 +105,8 @@ def load_meta_teacher(teacher, model=None):
         ddim = build_scheduler(asked.get("prediction_type") or ARCHITECTURES[teacher][3])
         with torch.device("meta"):
             networks = build_networks(teacher)
-        return MetaTeacher(**networks, text_length=77, prediction_type=ddim.config.prediction_type,
-                      schedule=NoiseSchedule(ddim.alphas_cumprod), ddim=ddim)
+        return MetaTeacher(**networks, text_length=77, ddim=ddim,
+                           schedule=DiscreteBetas(ddim.alphas_cumprod, ddim.config.prediction_type))
     folder = _folder(teacher, ARCHITECTURES, asked.get("revision"))
     configs = check_teacher(folder, "model.teacher")
     scheduler, ddim = load_schedulers(folder, configs.scheduler, "model.teacher", asked.get("prediction_type"))
@@ -114,8 +114,8 @@ def load_meta_teacher(teacher, model=None):
     networks = {part: _without_weights(folder / part, cls, asked.get("variant")) for part, cls in (
         ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel))}
     as_diffusers_sizes(networks["unet"])
-    return MetaTeacher(**networks, text_length=tokenizer.model_max_length, prediction_type=ddim.config.prediction_type,
-                  schedule=NoiseSchedule(scheduler.alphas_cumprod), ddim=ddim)
+    return MetaTeacher(**networks, text_length=tokenizer.model_max_length, ddim=ddim,
+                       schedule=DiscreteBetas(scheduler.alphas_cumprod, ddim.config.prediction_type))
 
 
 def _without_weights(folder, cls, variant):
@@ -260,8 +260,8 @@ class Planner:
         unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
         packed = [prepacked_bytes(unet) for unet in unets.values()]
         g, device = self.config.guidance, unets["teacher"].device
-        objective = Objective(NoiseSchedule(torch.linspace(0.999, 0.005, 1000)).to(device), self.shapes.prediction_type,
-                              g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
+        schedule = DiscreteBetas(torch.linspace(0.999, 0.005, 1000), self.shapes.schedule.prediction_type).to(device)
+        objective = Objective(schedule, predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
         text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
         return {name: measure_update(name, unets, objective, self.latent_shape, text, self.dtype)
                 for name in names}, packed

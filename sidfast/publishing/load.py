@@ -101,7 +101,8 @@ def teacher_pipeline(teacher):
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise UserError(f"{what}: scheduler {name[:60]} (model_index.json) is not one of diffusers")
     try:
-        scheduler = cls.from_pretrained(teacher.folder / "scheduler", prediction_type=teacher.prediction_type)
+        scheduler = cls.from_pretrained(teacher.folder / "scheduler",
+                                       prediction_type=teacher.schedule.prediction_type)
     except Exception as error:                           # the library raises many kinds for a broken folder
         raise UserError(f"{what}: its {name} cannot be loaded ({first_reason(error)})") from None
     return diffusers.StableDiffusionPipeline(

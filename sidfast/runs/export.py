@@ -47,7 +47,7 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
     except RuntimeError:                                 # names or shapes of weights
         raise UserError(f"--checkpoint {checkpoint}: is not of this run's teacher, {config.model.teacher}") from None
     pipe = one_step_pipeline(teacher, unet, config.noise.t_init)
-    sigma = teacher.schedule.log_sigma[config.noise.t_init].exp().item()
+    sigma = teacher.schedule.log_sigma(config.noise.t_init).exp().item()
     about = describe_distillation(config, step, inputs)
     try:
         if single_file:

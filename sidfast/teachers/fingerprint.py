@@ -22,10 +22,10 @@ def describe_teacher(teacher):
     """
     networks = {name: _hash(_settings(getattr(teacher, name)), _weights(getattr(teacher, name)))
                 for name in ("unet", "vae", "text_encoder")}
-    levels = [f"{level:.4f}" for level in teacher.schedule.log_sigma.tolist()]
+    levels = [f"{level:.4f}" for level in teacher.schedule.log_sigma(torch.arange(len(teacher.schedule))).tolist()]
     return {TEACHER: teacher.fingerprint(), PARTS: networks | {
         "tokenizer": _hash(_words(teacher.tokenizer)),
-        "scheduler": _hash(teacher.prediction_type, levels, _settings(teacher.sampler()))}}
+        "scheduler": _hash(teacher.schedule.prediction_type, levels, _settings(teacher.sampler()))}}
 
 
 def _hash(*values):

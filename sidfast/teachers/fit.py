@@ -1,7 +1,7 @@
 """Whether a teacher has the noise levels and sizes that a configuration asks for."""
 
 from sidfast.common.errors import UserError
-from sidfast.method.noise import NoiseLevels
+from sidfast.method.densities import NoiseLevels
 from sidfast.teachers.schedulers import check_levels, check_steps
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns
@@ -32,7 +32,7 @@ def check_teacher_fits(config, teacher, source):
                         f"{len(teacher.schedule)} timesteps")
     highest = {f"noise.{update}.t_max" if getattr(config.noise, update).t_max is not None else "noise.t_max":
                config.noise.levels(update)[2] for update in UPDATES}
-    check_levels(teacher.schedule, teacher.prediction_type, {"noise.t_init": config.noise.t_init} | highest, source)
+    check_levels(teacher.schedule, {"noise.t_init": config.noise.t_init} | highest, source)
     teacher.check_resolution(config.model.resolution, source)
     size = teacher.image_size(config.model.resolution)
     for key, steps in _sampled(config).items():

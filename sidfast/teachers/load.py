@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sidfast.common.errors import UserError
 from sidfast.common.sizes import Sized, as_diffusers_sizes
-from sidfast.method.noise import NoiseSchedule
+from sidfast.method.schedule import DiscreteBetas
 from sidfast.teachers.compatibility import check_teacher, check_tokenizer
 from sidfast.teachers.folders import find_teacher, first_reason
 from sidfast.teachers.schedulers import load_schedulers
@@ -35,14 +36,13 @@ class Teacher(Sized):
     tokenizer: object
     scheduler: object
     ddim: object
-    schedule: NoiseSchedule
-    prediction_type: str
+    schedule: DiscreteBetas
 
     def fingerprint(self):
         """A hash that tells this teacher from others: of its kind of prediction, its noise levels, and some values of
         each of its weights."""
-        levels = [f"{level:.4f}" for level in self.schedule.log_sigma.tolist()]
-        digest = hashlib.sha256(f"{self.prediction_type} {levels}".encode())
+        levels = [f"{level:.4f}" for level in self.schedule.log_sigma(torch.arange(len(self.schedule))).tolist()]
+        digest = hashlib.sha256(f"{self.schedule.prediction_type} {levels}".encode())
         for module in (self.unet, self.vae, self.text_encoder):
             for name, tensor in module.state_dict().items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:_SOME].tolist()}".encode())
@@ -76,7 +76,7 @@ def load_teacher(name, what=_KEY, *, variant=None, revision=None, prediction_typ
     for module in (unet, vae, text_encoder):
         module.float().eval().requires_grad_(False)
     return Teacher(folder, as_diffusers_sizes(unet), vae, text_encoder, tokenizer, scheduler, ddim,
-                   NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type)
+                   DiscreteBetas(scheduler.alphas_cumprod, scheduler.config.prediction_type))
 
 
 def load_tokenizer(folder, text, what):

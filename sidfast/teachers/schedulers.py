@@ -3,7 +3,7 @@
 import copy
 
 from sidfast.common.errors import UserError
-from sidfast.method.denoise import PREDICTION_TYPES
+from sidfast.method.schedule import PREDICTION_TYPES
 from sidfast.teachers.folders import first_reason
 
 _FILE = "scheduler/scheduler_config.json"
@@ -58,11 +58,11 @@ def _check_levels(a2, own, where):
                         "(it may not know rescale_betas_zero_snr); name one of those as _class_name")
 
 
-def check_levels(schedule, prediction_type, levels, where):
+def check_levels(schedule, levels, where):
     """Raise UserError, which `where` opens, for one of the timesteps {key of the configuration: t} that has no signal,
     if the network predicts epsilon: eq. 2 divides by the signal."""
     for key, t in levels.items():
-        if prediction_type == "epsilon" and schedule.log_sigma[t].isinf():
+        if schedule.prediction_type == "epsilon" and schedule.log_sigma(t).isinf():
             raise UserError(f"{where}: {key} ({t}) is a level without any signal (zero terminal SNR), where epsilon "
                             f"says nothing about the image: set {key} to at most {t - 1}; or, if the network "
                             "predicts v, as models for zero terminal SNR do, model.prediction_type to v_prediction")

@@ -14,17 +14,18 @@ from sidfast.accel.graphs import warm_up
 from sidfast.data.diversity import fixed_z
 from sidfast.data.lines import PromptsChanged
 from sidfast.evaluation.features import tokenize
-from sidfast.method.distill import Batch
+from sidfast.method.conditions import split
+from sidfast.method.updates import Batch
 from sidfast.teachers.fit import UPDATES
 
 _AHEAD = 4                                               # global batches whose prompts are tokenised ahead, at once
 
 
 class TextEncoder:
-    """Prompts to embeddings, with the teacher's frozen text encoder.
+    """Prompts to Conditions, with the teacher's frozen text encoder.
 
-    `capture`: Graphs.capture, for example, makes a graph of it, for the shape [N, L] of the first call. `null`: the
-    empty prompt's embedding [1, L, D].
+    `capture`: Graphs.capture, for example, makes a graph of it, for the shape [N, L] of the first call. `uncond`: the
+    Conditions of the empty prompt, one sample.
     """
 
     def __init__(self, tokenizer, text_encoder, dtype, capture=None):
@@ -32,7 +33,7 @@ class TextEncoder:
         self.tokenizer, self.text_encoder, self.dtype = tokenizer, text_encoder, dtype
         self.masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
         capture = None if self.masked else capture       # (transformers reads the mask on the host)
-        self.null = self._encode(self.tokenize([""]).to(text_encoder.device))
+        self.uncond = self._encode(self.tokenize([""]).to(text_encoder.device))
         self._capture, self._replay = capture, None
 
     def tokenize(self, prompts):
@@ -47,23 +48,23 @@ class TextEncoder:
         return ids.pin_memory() if self.text_encoder.device.type == "cuda" else ids
 
     def __call__(self, ids):
-        """What `tokenize` gives -> embeddings [N, L, D], a tensor of their own. A captured encoder takes the first
-        call's shape alone."""
+        """What `tokenize` gives -> Conditions of N samples, new tensors. A captured encoder takes the first call's
+        shape alone."""
         ids = ids.to(self.text_encoder.device, non_blocking=True)
         if self._capture is None:
             return self._encode(ids)
         if self._replay is None:
             self._ids = ids.clone()
             warm_up(lambda: self._encode(self._ids), ids.device, 2)
-            self._replay, self._embeddings = self._capture(lambda: self._encode(self._ids))
+            self._replay, self._cond = self._capture(lambda: self._encode(self._ids))
         self._ids.copy_(ids)
         self._replay()
-        return self._embeddings.clone()
+        return {name: value.clone() for name, value in self._cond.items()}
 
     @torch.no_grad()
     def _encode(self, ids):
         ids, mask = ids.unbind(1) if self.masked else (ids, None)
-        return self.text_encoder(ids, attention_mask=mask)[0].to(self.dtype)
+        return {"encoder_hidden_states": self.text_encoder(ids, attention_mask=mask)[0].to(self.dtype)}
 
 
 class Batches:
@@ -89,7 +90,7 @@ class Batches:
     def __call__(self, step, update):
         """The list of this process's Batches for one update of step 0, 1, 2, ...."""
         k = UPDATES.index(update)
-        (prompts, text), mine = self._text(self._number(step, update)), slice(self.rows.start, self.rows.stop)
+        (prompts, cond), mine = self._text(self._number(step, update)), slice(self.rows.start, self.rows.stop)
         generator = self._generator(step, k)
         z, eps = (self._normal(generator) for _ in range(2))
         t = self.levels[update].sample(self.size, generator)
@@ -103,9 +104,9 @@ class Batches:
             z = fixed_z(prompts, which, self.seed, self.latent_shape).to(self.device)
         if self.temperature != 1:
             z = self.temperature * z
-        rows = (text, z, eps, t, dropped, noise, teacher_draw)
-        pieces = zip(*(v.split(self.at_once[update]) for v in rows), strict=True)
-        return [Batch(text, self.encoder.null, *rest) for text, *rest in pieces]
+        size = self.at_once[update]
+        pieces = zip(*(v.split(size) for v in (z, eps, t, dropped, noise, teacher_draw)), strict=True)
+        return [Batch(part, self.encoder.uncond, *rest) for part, rest in zip(split(cond, size), pieces, strict=True)]
 
     def prompt(self, step, update, row):
         """The text of this process's sample `row` in an update; empty if its file is no longer the same."""

@@ -78,7 +78,7 @@ class Loop:
                               config.train.total_steps)
         for one in self.copies:
             one.follow(progress.step)
-            self.speed.refresh(one.unet)
+            self.speed.refresh(one.network)
         for name, update in self.updates.items():
             self.watch.mark(f"step {progress.step + 1}, data of the {name} update")
             with self.phase("data"):
@@ -89,7 +89,7 @@ class Loop:
             before = self.engines[name].skipped_steps
             with self.phase(name):
                 sums[name] = self._update(update, batch)
-                self.speed.refresh(self.engines[name].module.unet)
+                self.speed.refresh(self.engines[name].module.network)
             progress.count_skipped(name, self.engines[name].skipped_steps - before, config.train.max_skipped,
                                    self.services.saver)
         self.watch.mark(f"step {progress.step + 1}, average")

@@ -43,7 +43,7 @@ class Progress:
                 "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def add(self, fake_score, generator):
-        """The losses of a step's two updates (method/distill.py, UpdateOutput)."""
+        """The losses of a step's two updates (engines/update.py, UpdateOutput)."""
         news = (fake_score.loss, generator.loss, fake_score.non_finite, generator.non_finite)
         self.sums = [old + new for old, new in zip(self.sums, news, strict=True)]
 

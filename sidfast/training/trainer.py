@@ -6,7 +6,7 @@ import sys
 import torch
 from deepspeed import comm
 
-from sidfast.accel.graphs import Graphs, concurrent, sequential
+from sidfast.accel.graphs import Graphs, concurrent
 from sidfast.accel.plan import largest_pass, resolve_acceleration
 from sidfast.accel.precision import allow_tf32
 from sidfast.checkpoints.format import read_state
@@ -27,9 +27,10 @@ from sidfast.engines.engine import (
     zero_stages,
 )
 from sidfast.engines.lagged import COPIES
-from sidfast.method.distill import Networks, Objective, fake_score_update, generator_update
-from sidfast.method.guidance import drops_prompts
+from sidfast.engines.update import Networks, fake_score_update, generator_update
+from sidfast.method.equations import drops_prompts
 from sidfast.method.synthetic import SOURCES, build_source, capture_blocker
+from sidfast.method.updates import Objective, sequential
 from sidfast.monitoring.observe import Monitor, Profiler
 from sidfast.monitoring.shutdown import FAULT
 from sidfast.monitoring.spikes import Spikes
@@ -40,6 +41,7 @@ from sidfast.runs.directory import RunDirectory, lacks_checkpoints
 from sidfast.runs.identity import describe_inputs, describe_run
 from sidfast.runs.preview import Preview
 from sidfast.teachers.fit import noise_levels
+from sidfast.teachers.sd import predict
 from sidfast.training.batches import Batches, TextEncoder
 from sidfast.training.loop import Loop, Services
 from sidfast.training.progress import Progress
@@ -100,15 +102,17 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
         restore(checkpoint, engines, ema)
         for one in copies.values():
             one.restore(progress.step, lambda kind: read_tensors(checkpoint, "generator", kind))
-    for unet in (*(e.module.unet for e in engines.values()), teacher.unet, *(one.unet for one in copies.values())):
-        speed.refresh(unet)
+    trained = [e.module.network for e in engines.values()]
+    for network in (*trained, teacher.unet, *(one.network for one in copies.values())):
+        speed.refresh(network)
 
     # the data, and what is optimised
     g, schedule = config.guidance, teacher.schedule.to(device)
-    objective = Objective(schedule, teacher.prediction_type, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
+    objective = Objective(schedule, predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
                           config.noise.t_init)
-    source = build_source(config.synthetic, networks, objective, {kind: one.unet for kind, one in copies.items()},
-                          teacher.sampler, speed.share_generator_forward)
+    source = build_source(config.synthetic, engines["generator"].module.denoiser, teacher.unet, objective,
+                          {kind: one.network for kind, one in copies.items()}, teacher.sampler,
+                          speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
     batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic,

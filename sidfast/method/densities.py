@@ -1,6 +1,6 @@
-"""Noise levels: the teacher's schedule and the distributions that training draws from (method.md, sections 1 and 6).
+"""The distributions that noise levels are drawn from (method.md, section 6).
 
-A distribution lives on ln sigma and has two methods, `icdf` (of u in [0, 1]) and `cdf_range` (the u's of a range);
+A distribution lives on ln sigma and has two methods, `icdf (of u in [0, 1]) and `cdf_range` (the u's of a range);
 `Truncated` restricts one to the teacher's range with them. So every draw is one uniform number put through a monotone
 function: no rejection, and the same numbers give the same levels however a batch is split. To define a distribution's
 class is to make it known to the configuration (docs/ablations.md).
@@ -11,53 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-class NoiseSchedule:
-    """a_t and s_t of a teacher of T timesteps (method.md, eq. 1), between grid points by interpolation of ln sigma over
-    t. Its length is T."""
-
-    def __init__(self, alphas_cumprod):
-        """`alphas_cumprod`: a_t^2 for t = 0 .. T-1 [T], falling."""
-        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
-        self.log_sigma = 0.5 * ((1 - alphas) / alphas).log()                 # [T], rising, float64
-        self._on_grid = _coefficients(self.log_sigma)
-
-    def __len__(self):
-        return len(self.log_sigma)
-
-    def to(self, device):
-        """The same schedule with its table on another device."""
-        other = object.__new__(NoiseSchedule)
-        other.log_sigma = self.log_sigma.to(device)
-        other._on_grid = tuple(v.to(device) for v in self._on_grid)
-        return other
-
-    def log_sigma_at(self, t):
-        """ln sigma of (fractional) timesteps t in [0, T-1], any shape, in float64."""
-        t = t.to(torch.float64)
-        low = t.long().clamp(0, len(self) - 2)
-        between = torch.lerp(self.log_sigma[low], self.log_sigma[low + 1], t - low)
-        return torch.where(t == t.round(), self.log_sigma[t.round().long()], between)      # the last may be infinite
-
-    def timestep(self, log_sigma):
-        """The inverse: fractional t in [0, T-1] of ln sigma, float64, any shape; levels on the grid give whole
-        numbers, those beyond its ends the ends."""
-        high = torch.searchsorted(self.log_sigma, log_sigma.contiguous()).clamp(1, len(self) - 1)
-        below, above = self.log_sigma[high - 1], self.log_sigma[high]
-        between = ((log_sigma - below) / (above - below)).clamp(0, 1)
-        return high - 1 + torch.where(log_sigma == above, 1, between)            # (above may be infinite)
-
-    def coefficients(self, t):
-        """(a, s) of timesteps t, float32, each of t's shape: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
-        if t.is_floating_point():
-            return _coefficients(self.log_sigma_at(t))
-        a, s = self._on_grid                             # (interpolating takes two dozen launches)
-        return a[t.long()], s[t.long()]
-
-
-def _coefficients(log_sigma):
-    return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
-
+from sidfast.method.schedule import linear_betas
 
 DENSITIES = {}                                           # name -> class (method.md, section 6)
 
@@ -77,7 +31,7 @@ class Density:
 
     @classmethod
     def for_schedule(cls, schedule, low, high, **options):
-        """The distribution for a teacher: its NoiseSchedule, and the range [low, high] of ln sigma (numbers) that will
+        """The distribution for a teacher: its Schedule, and the range [low, high] of ln sigma (numbers) that will
         be drawn from. `options`: those of the class that were given."""
         return cls(**options)
 
@@ -86,7 +40,7 @@ class Density:
         raise NotImplementedError
 
     def cdf_range(self, low, high):
-        """(start, end): the u's in [0, 1] of ln sigma = low and high (numbers), by the inverse of `icdf`."""
+        """(start, end): the u's in [0, 1] of ln sigma = low and high (numbers), by the inverse of `icdf."""
         raise NotImplementedError
 
 
@@ -238,7 +192,7 @@ class Ddpm(Grid, name="ddpm"):
     @classmethod
     def for_schedule(cls, schedule, low, high):
         """Over the teacher's grid; no options."""
-        return cls(schedule.log_sigma)
+        return _grid(cls, schedule)
 
 
 class Linear(Grid, name="linear"):
@@ -246,8 +200,12 @@ class Linear(Grid, name="linear"):
 
     @classmethod
     def for_schedule(cls, schedule, low, high):
-        """Over the grid of `linear_schedule`, whatever the teacher's; no options."""
-        return cls(linear_schedule().log_sigma)
+        """Over the grid of `linear_betas`; no options."""
+        return _grid(cls, linear_betas())
+
+
+def _grid(cls, schedule):
+    return cls(schedule.log_sigma(torch.arange(len(schedule))))
 
 
 @dataclass(frozen=True)
@@ -273,12 +231,6 @@ class Truncated:
         return self.distribution.icdf(start + u * (end - start)).clamp(self.low, self.high)
 
 
-def linear_schedule(steps=1000, beta_start=1e-4, beta_end=0.02):
-    """The NoiseSchedule of betas evenly spaced from beta_start to beta_end: DDPM's original (arXiv 2006.11239)."""
-    betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-    return NoiseSchedule(torch.cumprod(1 - betas, 0))
-
-
 class NoiseLevels:
     """Random timesteps of a named density, truncated to [sigma(t_min), sigma(t_max)] of a teacher's schedule
     (method.md, section 6)."""
@@ -291,7 +243,7 @@ class NoiseLevels:
         """
         if t_max >= len(schedule):
             raise ValueError(f"noise.t_max ({t_max}) must be below the teacher's {len(schedule)} timesteps")
-        low, high = schedule.log_sigma[t_min].item(), schedule.log_sigma[t_max].item()
+        low, high = schedule.log_sigma(t_min).item(), schedule.log_sigma(t_max).item()
         distribution = DENSITIES[density].for_schedule(schedule, low, high, **options)
         self.schedule, self.distribution = schedule, Truncated(distribution, low, high)
         if not self.distribution.icdf(torch.tensor(0.5, dtype=torch.float64)).isfinite():
