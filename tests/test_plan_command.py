@@ -91,7 +91,7 @@ def test_the_recommended_settings_need_what_was_said(capsys, write_config, measu
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
 def test_settings_reach_both_engines(write_config, section, stage, offload):
     """And leave what they do not speak of."""
-    words = shlex.split(option(stage, 2, 1, offload=offload).settings(section))
+    words = shlex.split(option(stage, 2, 1, offload=offload).overrides(section))
     found = load_config(write_config(deepspeed=section), [word for word in words if word != "--set"])
     for name in ENGINES:
         engine = engine_section(found, name)

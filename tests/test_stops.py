@@ -18,6 +18,7 @@ from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.store import by_age, complete, content_fault, step_folder
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
+from sidfast.method.schedule import DiscreteBetas
 from sidfast.monitoring.spikes import Spikes
 from sidfast.runs import lock
 from sidfast.runs.directory import open_run
@@ -228,5 +229,5 @@ def test_a_teacher_is_known_by_all_of_its_parts(tiny_teacher):
             seen.add(teacher.fingerprint())
             assert len(seen) > 1, name
     count = sum(len(list(module.parameters())[::10]) for module in (teacher.unet, teacher.vae, teacher.text_encoder))
-    other = dataclasses.replace(teacher, prediction_type="v_prediction")
+    other = dataclasses.replace(teacher, schedule=DiscreteBetas(teacher.scheduler.alphas_cumprod, "v_prediction"))
     assert len(seen) == 1 + count and other.fingerprint() not in seen

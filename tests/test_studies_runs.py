@@ -206,13 +206,13 @@ def test_documented_extensions_work(tiny_config, known_again):
     from test_synthetic import source_of
 
     from sidfast.config.schema import build_config
-    from sidfast.method import noise, synthetic
+    from sidfast.method import densities, synthetic
 
     (density, density_line), (source, source_line) = examples()
     assert max(len(code.strip().splitlines()) for code in (density, source)) <= 10
     with pytest.raises(UserError):
         build_config(tiny_config | density_line, "before")
-    exec(density, vars(noise).copy())
+    exec(density, vars(densities).copy())
     exec(source, vars(synthetic).copy())
     config = build_config(tiny_config | density_line | source_line, "after")
 
