@@ -1,5 +1,6 @@
 """A teacher that is damaged, or would replace what is there: one clear line, exit code 2, nothing written or lost."""
 
+import codecs
 import shutil
 
 import pytest
@@ -71,6 +72,11 @@ def test_weights_of_a_larger_network(capsys, write_config, broken_teacher, tmp_p
     assert "does not know" in line and "(more)" in line
 
 
+def byte_order_mark(name):
+    """damage(folder): puts one in front of a file, as some editors do."""
+    return lambda folder: (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+
+
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "vae/config.json",
                                   "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize("text", ["5", "null", "[]"])
@@ -100,8 +106,12 @@ def test_json_that_is_no_object(capsys, write_config, broken_teacher, tmp_path, 
     (lambda f: next((f / "unet").glob("*.safetensors")).unlink(), "unet"),
     (lambda f: next((f / "unet").glob("*.safetensors")).write_bytes(b"x" * 100), "unet"),
     (edit("unet/config.json", _class_name="Transformer2DModel"), "UNet2DConditionModel"),
+    (edit("model_index.json", text_encoder=[None, None]), "model_index.json has no text_encoder"),
+    (byte_order_mark("vae/config.json"), "vae/config.json begins with a byte order mark"),
+    (byte_order_mark("model_index.json"), "model_index.json begins with a byte order mark"),
 ], ids=["no-index", "no-size", "three-sizes", "size-0", "factor", "beta", "one-level", "no-tokenizer", "broken-index",
-        "no-vae", "prediction", "scheduler", "no-weights", "broken-weights", "no-unet"])
+        "no-vae", "prediction", "scheduler", "no-weights", "broken-weights", "no-unet", "null", "mark",
+        "mark-of-index"])
 def test_teacher(capsys, write_config, broken_teacher, tmp_path, change, words):
     config = write_config(**{"model.teacher": str(broken_teacher(change))})
     line = fails(capsys, train.main, "--config", config, "--out", tmp_path / "run")

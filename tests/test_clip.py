@@ -192,6 +192,14 @@ def test_features_that_are_not_finite(clip):
         FeatureExtractors(clip=load_clip(clip, "cpu")).rows(torch.rand(2, 3, 64, 64), TEXTS)
 
 
+@pytest.mark.parametrize("part, kind", [("text_projection", "texts"), ("visual_projection", "images")])
+def test_a_projection_without_weights(clip, part, kind):
+    """All scores would be 0."""
+    weights(lambda t: t[f"{part}.weight"].zero_())(clip)
+    with pytest.raises(UserError, match=f"gives embeddings of {kind} that are all 0"):
+        FeatureExtractors(clip=load_clip(clip, "cpu")).rows(torch.rand(2, 3, 64, 64), TEXTS)
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda t: t["features.0.weight"].fill_(float("nan")), "features.0.weight has values that are not finite"),
     (lambda t: t.pop("features.0.weight"), "is no checker"), (lambda t: t.update(extra=torch.ones(1)), "is no checker"),

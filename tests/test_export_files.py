@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers_training import train_here
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import write_tiny_teacher
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -186,6 +188,22 @@ def test_weights_that_fp16_cannot_hold(pipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
     write_export(large, tmp_path / "export", torch.bfloat16)
     assert load_pipeline(tmp_path / "export", "cpu")[0].unet.conv_in.bias[0] == pytest.approx(1e5, rel=0.01)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_run_whose_weights_fp16_cannot_hold(write_config, tmp_path, capsys, part):
+    """Its exports are in bfloat16, and it says so once."""
+    folder = write_tiny_teacher(tmp_path / "teacher")
+    [path] = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = {"unet": "conv_in.bias", "vae": "encoder.conv_in.bias"}[part]
+    tensors[name][0] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    config = write_config(**{"model.teacher": str(folder), "train.steps": 2, "train.save_every": 1})
+    train_here(config, tmp_path / "run")
+    assert capsys.readouterr().err.count("so the export is in bfloat16") == 1
+    network = getattr(load_pipeline(tmp_path / "run" / "export", "cpu")[0], part)
+    assert dict(network.named_parameters())[name][0] == pytest.approx(1e5, rel=0.01)
 
 
 def test_tokenizer_files_do_not_depend_on_its_last_call(pipe, tmp_path):

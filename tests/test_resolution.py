@@ -68,7 +68,11 @@ def test_flops_follow_the_area(write_config):
     assert flops([16, 32]) == flops([32, 16]) > 1.9 * flops(16)
 
 
-@pytest.mark.parametrize("value", ["[16]", "[16, 16, 16]", "[16, 4]", "[16, 20000]", "[16, 16.0]", '"16x16"', "true"])
-def test_what_is_no_size(write_config, value):
-    with pytest.raises(UserError, match=r"model\.resolution"):
+@pytest.mark.parametrize("value, words", [
+    ("[16]", "list should have at least 2 items"), ("[16, 16, 16]", "list should have at most 2 items"),
+    ("[16, 4]", "greater than or equal to 8, not 4"), ("[16, 20000]", "less than or equal to 16384, not 20000"),
+    ("[16, 16.5]", "not 16.5"), ("4", "greater than or equal to 8, not 4"), ('"16x16"', "not '16x16'"),
+    ("true", "not True")])
+def test_what_is_no_size(write_config, value, words):
+    with pytest.raises(UserError, match=rf"model\.resolution: .*{words}"):
         load_config(write_config(), [f"model.resolution={value}"])

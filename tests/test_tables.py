@@ -116,6 +116,8 @@ BAD = {
     "cut.txt.gz": (gzip.compress(bytes(range(250)))[:-9], "gzip"),
     "bytes.txt.gz": (gzip.compress(b"a\n\xff"), ", line 2: not UTF-8"),
     "lines.txt": ('{"file_name": "1.jpg", "text": "a cat"}\n', "its lines are JSON, not prompts; name it .jsonl"),
+    "table.txt": ("id,caption\n1,a red circle\n2,blue\n", "its lines are rows of a table, not prompts; name it .csv"),
+    "quoted.txt": ('"Text"\t"url"\na cat\tx.png\n', "not prompts; name it .tsv"),
     "lines.txt.gz": (gzip.compress(b'{"a": 1}\n'), "its lines are JSON"),
     "unknown": (b"SQLite format 3\0", ", line 1: has a null character"),
 }
@@ -129,6 +131,11 @@ def test_bad_tables(tmp_path, name):
         open_lines(path)
     assert str(caught.value).startswith(f"--prompts {path}") and words in str(caught.value), str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("lines", ["text, logo\nred, blue\n", "a,text\nred\n", "caption\na, b\n", "cat,dog\n1,2\n"])
+def test_prompts_with_commas_are_prompts(tmp_path, lines):
+    assert read_prompts(written(tmp_path, "p.txt", lines)) == lines.splitlines()
 
 
 def test_a_column_of_what_has_none(tmp_path, capsys, write_config):

@@ -150,6 +150,15 @@ def test_epsilon_where_there_is_no_signal(capsys, write_config, folder, tmp_path
     check_teacher_fits(both, load_teacher(folder, **both.model.loading), "config")
 
 
+def test_thresholding_that_does_not_work(capsys, write_config, folder, tmp_path):
+    edit("scheduler/scheduler_config.json", thresholding=True, dynamic_thresholding_ratio=2)(folder)
+    config = write_config(**{"model.teacher": str(folder), "train.samples": 1})
+    for command in ((train.main, "--out", tmp_path / "run"), (cli.main, "plan")):
+        line = fails(capsys, *command, "--config", config)
+        assert "train.samples: the scheduler's thresholding does not work (quantile() q must be" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("density", sorted(DENSITIES))
 def test_levels_up_to_no_signal(folder, density):
     """With v prediction the last level can be drawn, by every density that has an end."""

@@ -14,7 +14,7 @@ _NO_SECTION = ("model_type", "dict_type")                # pydantic's names of t
 def explain(validation, of, under=""):
     """One line out of pydantic's ValidationError about the Section `of`: its first fault, or a section that is none.
     `under`: what keys begin with."""
-    error = first_fault(validation)
+    error = _told(validation, of)
     key = under + ".".join(str(part) for part in _place(error["loc"], of))
     if error["type"] == "extra_forbidden":
         near = _nearest(error["loc"], of)
@@ -37,6 +37,16 @@ def _words(validation, error, of):
     place = _place(error["loc"], of)
     return [other["ctx"]["expected"] for other in validation.errors()
             if other["type"] == "literal_error" and other["loc"] != error["loc"] and _place(other["loc"], of) == place]
+
+
+def _told(validation, of):
+    """The first fault; of a union's members, that of one whose type the value has ([H, W] is no wrong number)."""
+    first = first_fault(validation)
+    if not first["type"].endswith("_type") or first["type"] in _NO_SECTION:
+        return first
+    place = _place(first["loc"], of)
+    same = [e for e in validation.errors() if e["type"] != "literal_error" and _place(e["loc"], of) == place]
+    return max([first, *same], key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))         # inside the value
 
 
 def first_fault(validation):

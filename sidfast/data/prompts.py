@@ -16,7 +16,7 @@ import torch
 from sidfast.common.errors import UserError
 from sidfast.data import shapes
 from sidfast.data.lines import Lines, WatchedFile, find_lines
-from sidfast.data.tables import READERS, Table
+from sidfast.data.tables import CAPTIONS, READERS, Table
 
 _BLOCK = 1024
 _KINDS = f"a text file, one prompt a line, or {', '.join(sorted(READERS))} (all of them also as .gz)"
@@ -88,7 +88,21 @@ def open_lines(path, column=None, option="--prompts", tell=None):
                         f"prompt a {'row' if ending in READERS else 'line'}")
     if ending not in READERS and _is_json(lines[0]):
         raise UserError(f"{label}: its lines are JSON, not prompts; name it .jsonl, and their texts are read")
+    table = None if ending in READERS else _kind_of_table(lines)
+    if table:
+        raise UserError(f"{label}: its lines are rows of a table, not prompts; name it {table}, and its captions "
+                        "are read")
     return lines
+
+
+def _kind_of_table(lines):
+    """".csv" or ".tsv" for rows under a header of names, one of them of captions; None for prompts."""
+    for ending, mark in ((".csv", ","), (".tsv", "\t")):
+        names = [name.strip('"') for name in lines[0].split(mark)]
+        header = len(names) > 1 and all(map(str.isidentifier, names)) and any(n.lower() in CAPTIONS for n in names)
+        if header and all(mark in lines[i] for i in range(1, min(len(lines), 10))):
+            return ending
+    return None
 
 
 def _is_json(line):

@@ -10,7 +10,7 @@ import numpy as np
 from sidfast.common.errors import UserError
 from sidfast.data.lines import LIMIT, Lines, clean, too_long
 
-_USUAL = ("caption", "captions", "prompt", "prompts", "text", "texts", "description")
+CAPTIONS = ("caption", "captions", "prompt", "prompts", "text", "texts", "description")
 _ROW = 2**24                                             # bytes of a line of .jsonl, .csv, .tsv
 _SPACE = re.compile(r"[ \t\r\n]*")
 _PYARROW = 15                                            # older ones unpickle what a file brings (CVE-2023-47248)
@@ -45,7 +45,7 @@ class Table:
     def choose(self, names):
         """The name of the column of prompts, given those of all columns. Raises UserError."""
         if self.column is None:
-            usual = [name for name in names if name.strip().lower() in _USUAL]
+            usual = [name for name in names if name.strip().lower() in CAPTIONS]
             if len(usual) != 1:
                 raise UserError(f"{self.label}: which column has the prompts? There are {_listed(names)}; give one as "
                                 f"{self.option}")

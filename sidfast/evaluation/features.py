@@ -56,12 +56,18 @@ class ClipFeatures:
     def embed(self, images):
         """Unit-length embeddings [N, D], fp32, of images [N, 3, H, W] in [0, 1]."""
         pixels = self.preprocess(images)
-        return F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        return self._unit(self.clip.get_image_features(pixel_values=pixels).pooler_output.float(), "images")
 
     def embed_text(self, texts):
         """Unit-length embeddings [N, D] of N texts."""
         ids = tokenize(self.tokenizer, texts).to(self.clip.device)
-        return F.normalize(self.clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
+        return self._unit(self.clip.get_text_features(input_ids=ids).pooler_output.float(), "texts")
+
+    def _unit(self, embeddings, kind):
+        if not embeddings.any(1).all():
+            raise UserError(f"--clip: the network gives embeddings of {kind} that are all 0; its projection has no "
+                            "weights, it seems")
+        return F.normalize(embeddings, dim=-1)
 
     def describe(self):
         """What a result says of it."""

@@ -170,6 +170,13 @@ def read_distillation(folder):
     return load(path, Distillation, f"{path}: is damaged", "write the export again, or remove this file")
 
 
+def half_type(*modules):
+    """float16, or bfloat16 if a weight of the modules is beyond float16's range (65504)."""
+    most = torch.finfo(torch.float16).max
+    fits = all(p.abs().max() <= most for module in modules for p in module.parameters() if p.numel())
+    return torch.float16 if fits else torch.bfloat16
+
+
 def save_module(module, folder, dtype=torch.float16):
     """Write a diffusers or transformers module in `dtype`, in a way that loads in the type that the caller asks for."""
     module = nn.Module.to(copy.deepcopy(module), "cpu", dtype)                  # (diffusers' own `to` warns of fp16)

@@ -13,7 +13,7 @@ from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.report import write_report
 from sidfast.publishing.card import write_card
-from sidfast.publishing.export import one_step_pipeline, read_distillation, student_unet, write_export
+from sidfast.publishing.export import half_type, one_step_pipeline, read_distillation, student_unet, write_export
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import teacher_pipeline
 from sidfast.runs.evaluate import Evaluator
@@ -36,10 +36,12 @@ class Preview:
         self.size = teacher.image_size(config.model.resolution)
         self._device = teacher.vae.device
         self._evaluator = Evaluator(config, run, self.size, self._device, memo) if config.evaluation.images else None
-        halves = {name: torch.nn.Module.to(copy.deepcopy(getattr(teacher, name)), "cpu", torch.float16)
+        half = half_type(teacher.vae, teacher.text_encoder)
+        halves = {name: torch.nn.Module.to(copy.deepcopy(getattr(teacher, name)), "cpu", half)
                   for name in ("vae", "text_encoder")}
         self._exported = dataclasses.replace(teacher, **halves)                  # so that exports leave the GPU alone
         self._thread = self._error = None
+        self._told = False                               # of an export in bfloat16
 
     def begin(self, step):
         """Everything that shows the teacher, before training casts it to its own type."""
@@ -96,9 +98,18 @@ class Preview:
             with self.run.attempt("the export"):
                 unet = student_unet(self.teacher, weights, self.config.model.resolution)
                 pipe = one_step_pipeline(self._exported, unet, self.config.noise.t_init)
-                write_export(pipe, folder, distillation=self._distillation(step))
+                write_export(pipe, folder, self._half_type(pipe), self._distillation(step))
         except Exception as error:                       # raised where training can see it
             self._error = error
+
+    def _half_type(self, pipe):
+        """The type of an export, told of if it is not the usual one."""
+        half = half_type(pipe.unet, pipe.vae, pipe.text_encoder)
+        if half != torch.float16 and not self._told:
+            self._told = True
+            print("sidfast: a weight is beyond float16's range (65504), so the export is in bfloat16", file=sys.stderr,
+                  flush=True)
+        return half
 
     def finish(self):
         """The model cards of the exports, and the report, once everything else is there. The run is complete without

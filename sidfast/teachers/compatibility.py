@@ -72,7 +72,7 @@ def _check_parts(folder, index, what):
     if "text_encoder_2" in given:
         raise UserError(f"{what}: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
     for part in PARTS:
-        if part not in index:
+        if part not in given:
             raise UserError(f"{what}: {folder}/model_index.json has no {part}; {_KIND}")
         if not (folder / part).is_dir():
             raise UserError(f"{what}: {folder} has no folder {part}")

@@ -2,6 +2,8 @@
 
 import copy
 
+import torch
+
 from sidfast.common.errors import UserError
 from sidfast.method.schedule import PREDICTION_TYPES
 from sidfast.teachers.folders import first_reason
@@ -76,6 +78,8 @@ def check_steps(scheduler, steps, where):
         return
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
+    if scheduler.config.get("thresholding"):
+        _try_thresholding(scheduler, where)
     reached = scheduler.timesteps.max().item()
     if reached > len(levels) - 1:
         raise UserError(f"{where}: {steps} steps begin at timestep {reached:g}, and the model has {len(levels)}; take "
@@ -85,3 +89,13 @@ def check_steps(scheduler, steps, where):
                         "says nothing about the image: in scheduler_config.json, set timestep_spacing to leading, or "
                         "prediction_type to v_prediction if that is what the network predicts (for training: "
                         "model.prediction_type)")
+
+
+def _try_thresholding(scheduler, where):
+    """Take one step, for libraries check thresholding's settings only then."""
+    x = torch.ones(1, 4, 8, 8)
+    try:
+        scheduler.step(x, scheduler.timesteps[0], x)
+    except Exception as error:                           # the library raises many kinds
+        raise UserError(f"{where}: the scheduler's thresholding does not work ({first_reason(error)}); see "
+                        "dynamic_thresholding_ratio and sample_max_value in scheduler_config.json") from None

@@ -4,6 +4,7 @@ Weights are read from safetensors alone, classes are those of diffusers and tran
 is refused with a line that says what to do about it, before anything is built from it.
 """
 
+import codecs
 import json
 import math
 from importlib.util import find_spec
@@ -78,7 +79,11 @@ def read_config(path, what):
             raise UserError(f"{what}: {path} is not a file")
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{what}: {path} is larger than any configuration ({path.stat().st_size} bytes)")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = path.read_bytes()
+        if data.startswith(codecs.BOM_UTF8):             # (diffusers and transformers read the file again)
+            raise UserError(f"{what}: {path} begins with a byte order mark, which diffusers and transformers do not "
+                            "read; save it as UTF-8 without one")
+        value = json.loads(data)
     except FileNotFoundError:
         raise UserError(f"{what}: {path} is missing; a folder that diffusers or transformers wrote has one") from None
     except (OSError, ValueError, RecursionError):
