@@ -143,7 +143,8 @@ def outcome(capsys, main, args, out):
         assert "Traceback" not in captured.err
         assert set(out.parent.iterdir()) == before, "something was written"
     elif code == 1:                                      # the one way in which a run fails by itself
-        assert "diverged" in captured.err.strip().splitlines()[-1] and "Traceback" not in captured.err, captured.err
+        last = captured.err.strip().splitlines()[-1]
+        assert ("diverged" in last or "the run ends" in last) and "Traceback" not in captured.err, captured.err
     else:
         assert code == 0, captured.err
     return code

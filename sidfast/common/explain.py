@@ -46,7 +46,7 @@ def _told(validation, of):
         return first
     place = _place(first["loc"], of)
     same = [e for e in validation.errors() if e["type"] != "literal_error" and _place(e["loc"], of) == place]
-    return max([first, *same], key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))         # inside the value
+    return max([first, *same], key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
 
 
 def first_fault(validation):
