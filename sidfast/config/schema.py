@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from sidfast.common.errors import UserError
 from sidfast.common.explain import explain
 from sidfast.common.parse import check_finite, parse_json
+from sidfast.common.records import Measure
 from sidfast.config.deepspeed import check_deepspeed
 from sidfast.config.sections import Noise, Section, Synthetic
 from sidfast.method.synthetic import capture_blocker
@@ -45,10 +46,10 @@ class Guidance(Section):
     """Guidance scales (method.md, section 2): kappa1 trains the fake score, kappa2 and kappa3 evaluate it, kappa4
     evaluates the teacher."""
 
-    kappa1: float = 1.5
-    kappa2: float = 1.5
-    kappa3: float = 1.5
-    kappa4: float = 1.5
+    kappa1: Measure = 1.5
+    kappa2: Measure = 1.5
+    kappa3: Measure = 1.5
+    kappa4: Measure = 1.5
     prompt_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty prompts while the fake score trains, "
                                                                "if kappa1, kappa2 or kappa3 is not 1")
 
