@@ -105,7 +105,7 @@ WRONG_TYPE = ("train.steps=abc", "train.steps=1.5", "train.steps=[1]", "train.st
               "deepspeed.generator=5")
 OUT_OF_RANGE = ("train.steps=0", "train.batch_size=-4", "train.micro_batch=0", "train.seed=-1", "train.samples=-1",
                 "train.keep=0", "noise.t_min=-1", "noise.t_init=0", "noise.density=edn", "model.resolution=4",
-                "guidance.kappa1=1e30", "guidance.kappa4=-1e31",
+                "guidance.kappa1=1e+30", "guidance.kappa4=-1e+31",
                 "guidance.prompt_dropout=1", "guidance.prompt_dropout=-0.1", "optimizer.generator.lr=0",
                 "optimizer.fake_score.beta2=1", "optimizer.generator.eps=0", "ema.half_life=-1", "ema.ramp_up=0",
                 "evaluation.images=-1", "evaluation.resize=16385", "evaluation.seeds_per_prompt=1000000001")
