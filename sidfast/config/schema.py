@@ -1,7 +1,7 @@
 """The configuration of a run: a small JSON file that names what differs from the defaults.
 
 Every key is typed and explained here; unknown keys are errors. The `deepspeed` section is DeepSpeed's own (its keys:
-config_deepspeed.py) and is passed through as it stands, once for each engine.
+config/deepspeed.py) and is passed through as it stands, once for each engine.
 """
 
 import json
