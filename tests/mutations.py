@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+_LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build")
 _PORT = re.compile(r"\b(29[6-9]\d\d|30[01]1\d)\b")       # written into tests; 29500, PyTorch's own, is none of these
 _PORTS_APART = 1000                                      # of copies that are tested at the same time
 _SELECTION = ["-m", "not gpu and not slow"]
@@ -84,7 +84,8 @@ def attempt(mutation, slot, all_tests, timeout):
 
 def prepare(copy, mutation, slot):
     """Copy the checkout and put the mutation in. Returns what went wrong, or None."""
-    shutil.copytree(ROOT, copy, ignore=_LEFT_BEHIND, symlinks=True)
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=lambda folder, names: (
+        _LEFT_BEHIND(folder, names) | ({"runs"} if Path(folder) == ROOT else set())))        # (not sidfast/runs)
     (copy / "sidfast" / "kernels").symlink_to(copy / "kernels")          # where an installation has it
     (copy / "import").mkdir()
     (copy / "import" / "sidfast").symlink_to(copy / "sidfast")
