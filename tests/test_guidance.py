@@ -11,7 +11,7 @@ from sidfast.accel.unet import fuse
 from sidfast.method.equations import copies, predict_guided
 from sidfast.method.equations import passes as passes_of
 from sidfast.method.generator import generate
-from sidfast.method.schedule import DiscreteBetas
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.sd import predict
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")

@@ -16,7 +16,7 @@ from helpers_method import (
 )
 
 from sidfast.method.equations import fake_score_loss, generator_loss
-from sidfast.method.schedule import DiscreteBetas
+from sidfast.teachers.paths import DiscreteBetas
 
 SHAPE = (4, 5, 3)
 

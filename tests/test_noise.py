@@ -8,7 +8,7 @@ from helpers_method import ALPHAS_CUMPROD, LOG_SIGMA, log_sigma_at
 from scipy import stats
 
 from sidfast.method.densities import DENSITIES, NoiseLevels
-from sidfast.method.schedule import DiscreteBetas
+from sidfast.teachers.paths import DiscreteBetas
 
 SCHEDULE = DiscreteBetas(ALPHAS_CUMPROD)
 DRAWS = 50_000

@@ -18,7 +18,7 @@ from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.store import by_age, complete, content_fault, step_folder
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
-from sidfast.method.schedule import DiscreteBetas
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.monitoring.spikes import Spikes
 from sidfast.runs import lock
 from sidfast.runs.directory import open_run

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sidfast.method.schedule import linear_betas
-
 DENSITIES = {}                                           # name -> class (method.md, section 6)
 
 
@@ -192,7 +190,7 @@ class Ddpm(Grid, name="ddpm"):
     @classmethod
     def for_schedule(cls, schedule, low, high):
         """Over the teacher's grid; no options."""
-        return _grid(cls, schedule)
+        return cls(schedule.log_sigma(torch.arange(len(schedule))))
 
 
 class Linear(Grid, name="linear"):
@@ -200,12 +198,9 @@ class Linear(Grid, name="linear"):
 
     @classmethod
     def for_schedule(cls, schedule, low, high):
-        """Over the grid of `linear_betas`; no options."""
-        return _grid(cls, linear_betas())
-
-
-def _grid(cls, schedule):
-    return cls(schedule.log_sigma(torch.arange(len(schedule))))
+        """Over DDPM's grid, whatever the teacher's; no options."""
+        a2 = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+        return cls(0.5 * ((1 - a2) / a2).log())
 
 
 @dataclass(frozen=True)

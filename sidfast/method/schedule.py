@@ -1,15 +1,12 @@
 """Noise schedules: the path from image to noise, and what a network on it predicts (method.md, sections 1, 2 and 5).
 
 The equations see a teacher through a Schedule alone: (a, s) at each time, the times of noise levels, (A, B) of eq. 2,
-and target and weight of eq. 5.
+and target and weight of eq. 5. The schedules that teachers have are in sidfast/teachers/paths.py.
 """
 
 from typing import Protocol
 
 import torch
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-
 
 class Schedule(Protocol):
     """A path x_t = a x + s eps, and the kind of a network's output on it. Its length is T, the number of timesteps."""
@@ -35,70 +32,3 @@ class Schedule(Protocol):
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a network should output at a x + s eps, [N, C, H, W], and its weight w [N] (eq. 5), for x and eps
         [N, C, H, W], a and s [N]."""
-
-
-class DiscreteBetas:
-    """A variance-preserving path (a^2 + s^2 = 1) given on a grid of T timesteps, as Stable Diffusion has it. Between
-    grid points ln sigma is linear in t."""
-
-    def __init__(self, alphas_cumprod, prediction_type: str = "epsilon"):
-        """`alphas_cumprod`: a_t^2 for t = 0 .. T-1 [T], falling. Raises ValueError for a prediction type that is not
-        one of PREDICTION_TYPES."""
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
-        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
-        self.prediction_type = prediction_type
-        self._table = 0.5 * ((1 - alphas) / alphas).log()                    # ln sigma [T], rising, float64
-        self._on_grid = _coefficients(self._table)
-
-    def __len__(self):
-        return len(self._table)
-
-    def to(self, device):
-        """As Schedule's."""
-        other = object.__new__(DiscreteBetas)
-        other.prediction_type, other._table = self.prediction_type, self._table.to(device)
-        other._on_grid = tuple(v.to(device) for v in self._on_grid)
-        return other
-
-    def log_sigma(self, t):
-        """As Schedule's, for t in [0, T-1] of any shape."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=self._table.device)
-        low = t.long().clamp(0, len(self) - 2)
-        between = torch.lerp(self._table[low], self._table[low + 1], t - low)
-        return torch.where(t == t.round(), self._table[t.round().long()], between)         # the last may be infinite
-
-    def timestep(self, log_sigma):
-        """As Schedule's, any shape; levels on the grid give whole numbers, those beyond its ends the ends."""
-        high = torch.searchsorted(self._table, log_sigma.contiguous()).clamp(1, len(self) - 1)
-        below, above = self._table[high - 1], self._table[high]
-        between = ((log_sigma - below) / (above - below)).clamp(0, 1)
-        return high - 1 + torch.where(log_sigma == above, 1, between)            # (above may be infinite)
-
-    def coefficients(self, t):
-        """As Schedule's: a = 1 / sqrt(1 + sigma^2), s = sigma a."""
-        if t.is_floating_point():
-            return _coefficients(self.log_sigma(t))
-        a, s = self._on_grid                             # (interpolating takes two dozen launches)
-        return a[t.long()], s[t.long()]
-
-    def to_x0(self, a, s):
-        """As Schedule's."""
-        return (1 / a, -s / a) if self.prediction_type == "epsilon" else (a, -s)
-
-    def target(self, x, eps, a, s):
-        """As Schedule's."""
-        if self.prediction_type == "epsilon":
-            return eps, torch.ones_like(a)
-        target = a[:, None, None, None] * eps - s[:, None, None, None] * x
-        return target, a**2                              # SNR / (SNR + 1) = a^2
-
-
-def _coefficients(log_sigma):
-    return torch.sigmoid(-2 * log_sigma).sqrt().float(), torch.sigmoid(2 * log_sigma).sqrt().float()
-
-
-def linear_betas(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteBetas:
-    """The schedule of betas evenly spaced from beta_start to beta_end: DDPM's original (arXiv 2006.11239)."""
-    betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-    return DiscreteBetas(torch.cumprod(1 - betas, 0))

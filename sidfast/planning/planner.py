@@ -16,7 +16,7 @@ from sidfast.common.sizes import Sized, as_diffusers_sizes
 from sidfast.engines.engine import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.kernels.backend import without_launches
 from sidfast.method.equations import passes
-from sidfast.method.schedule import DiscreteBetas
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.method.updates import Objective
 from sidfast.planning import memory
 from sidfast.planning.footprint import UPDATES, image_flops, measure_update

@@ -10,7 +10,7 @@ from torch import nn
 
 from sidfast.common.errors import UserError
 from sidfast.common.sizes import Sized, as_diffusers_sizes
-from sidfast.method.schedule import DiscreteBetas
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.compatibility import check_teacher, check_tokenizer
 from sidfast.teachers.folders import find_teacher, first_reason
 from sidfast.teachers.schedulers import load_schedulers

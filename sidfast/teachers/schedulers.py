@@ -5,7 +5,7 @@ import copy
 import torch
 
 from sidfast.common.errors import UserError
-from sidfast.method.schedule import PREDICTION_TYPES
+from sidfast.teachers.paths import PREDICTION_TYPES
 from sidfast.teachers.folders import first_reason
 
 _FILE = "scheduler/scheduler_config.json"
