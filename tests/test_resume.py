@@ -86,6 +86,9 @@ def killed(config, tmp_path_factory):
         if moment is not saving:
             time.sleep(chance.random() * 0.5)
         kill(process)
+    for folder in (out, out / "samples", checkpoints, checkpoints / ".partial-step-00000020"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".sidfast-0123456789abcdef.partial").touch()               # (a kill seldom hits so small a write)
     finish(fork_training(config, out, 29722))
     return out
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from sidfast.checkpoints.format import STATE, check_state, file_name, files_of, is_steady, read_state, seal
 from sidfast.common.errors import UserError
 from sidfast.common.files import flush, remove, write_atomically
+from sidfast.common.files import sweep as sweep_files
 from sidfast.engines.blocks import param_slices
 from sidfast.engines.engine import (
     ENGINES,
@@ -107,7 +108,8 @@ def discard(folder):
 
 
 def sweep(folder):
-    """Remove what killed processes left half-done."""
+    """Remove what killed processes left half-done: folders, and files in the making. For the run's owner alone."""
+    sweep_files(folder, age=0)
     for prefix in (_PARTIAL, _OLD):
         for left in Path(folder).glob(f"{prefix}*"):
             if _step(left.name.removeprefix(prefix)) is not None:
