@@ -33,9 +33,9 @@ lint: $(READY)
 # first import, if it may.
 unexport PYTHONDONTWRITEBYTECODE
 
-$(READY): setup.py
+$(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]"
 	touch $(READY)
 
 clean:

@@ -1,6 +1,5 @@
 """`sidfast demo` and `sidfast export`: a real gradio page in this process, and folders that diffusers loads."""
 
-import builtins
 import json
 import math
 import os
@@ -113,19 +112,6 @@ def test_bad_input(export, tiny_teacher, capsys, args, words):
     assert cli.main(["demo", *(places.get(arg, arg) for arg in args)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("sidfast: ") and words in error and "\n" not in error
-
-
-def test_gradio_is_not_installed(export, capsys, monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.split(".")[0] == "gradio":
-            raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    assert cli.main(["demo", "--model", str(export)]) == 2
-    assert "needs gradio, which is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

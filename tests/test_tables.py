@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-import sys
 import tracemalloc
 
 import pytest
@@ -163,12 +162,6 @@ def test_commands_take_the_column(tmp_path, capsys, write_config, tiny_teacher):
     line = fails(capsys, cli.main, *evaluate, "--out", tmp_path / "r.json")
     assert "There are 'long', 'short'; give one as --prompts-column" in line
     assert "no CLIP" in fails(capsys, cli.main, *evaluate, "--prompts-column", "long", "--out", tmp_path / "r.json")
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"p.parquet: pyarrow is needed to read it \(pip install pyarrow\)"):
-        open_lines(written(tmp_path, "p.parquet", b"PAR1"))
 
 
 def test_parquet(tmp_path):

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sidfast.accel.graphs import GraphedStep
+from sidfast.common.errors import UserError
+from sidfast.common.extras import need
 
 
 def _sdpa(backend):
@@ -21,9 +23,7 @@ def _sdpa(backend):
 
 
 def _xformers(q, k, v):
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q, k, v)
+    return need("xformers.ops", "xformers", "it").memory_efficient_attention(q, k, v)
 
 
 IMPLEMENTATIONS = {"cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION), "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
@@ -44,7 +44,7 @@ def choose_attention(shapes, dtype, device, names=None, repeat=5):
         attend = IMPLEMENTATIONS[name]
         try:
             results[name] = sum(count * _measure(attend, shape, dtype, device, repeat) for *shape, count in shapes)
-        except (RuntimeError, ImportError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, UserError) as error:
             results[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return dict(sorted(results.items(), key=lambda item: (isinstance(item[1], str), item[1])))
 

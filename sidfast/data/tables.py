@@ -8,6 +8,7 @@ from array import array
 import numpy as np
 
 from sidfast.common.errors import UserError
+from sidfast.common.extras import need
 from sidfast.data.lines import LIMIT, Lines, clean, too_long
 
 CAPTIONS = ("caption", "captions", "prompt", "prompts", "text", "texts", "description")
@@ -191,11 +192,9 @@ def _separated(table, stream, separator):
 
 
 def _read_parquet(table, stream):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        table.refuse("", "pyarrow is needed to read it (pip install pyarrow), or write it as .csv or .jsonl")
+    pyarrow = need("pyarrow", "parquet", f"{table.label}: reading Parquet")
+    from pyarrow import parquet
+
     if int(pyarrow.__version__.partition(".")[0]) < _PYARROW:
         table.refuse("", f"pyarrow {pyarrow.__version__} is too old to read files of others; {_PYARROW} is needed")
     try:

@@ -19,6 +19,7 @@ import torch
 from sidfast.accel.pipeline import fuse_pipeline
 from sidfast.accel.precision import tf32
 from sidfast.common.errors import UserError, one_line, say, speaks
+from sidfast.common.extras import need
 from sidfast.common.files import check_file, drop_lock, remove, sweep, take_lock, write_atomically
 from sidfast.data.lengths import count_cut, most_tokens, prompt_limit
 from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
@@ -156,6 +157,8 @@ class _Job:
     """
 
     def __init__(self, request, device):
+        if request.seeds > 1:
+            need("scipy", "eval", f"--seeds {request.seeds}")
         self.request, self.folder = request, _image_folder(request)
         self.protocol = EvaluationSpec(request, device, len(self.folder) if self.folder else None, _tell)
         clip = self.protocol.judge.clip

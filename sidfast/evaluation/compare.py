@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sidfast.common.errors import UserError
 from sidfast.common.escape import markdown, plot_label, spreadsheet
+from sidfast.common.extras import need
 from sidfast.common.files import check_folder, sweep, write_atomically
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.results import read_groups
@@ -119,6 +120,7 @@ def _fid_names(groups, paper):
 
 def _plot(groups, key, paper):
     """{file name: contents} of one plot, as PNG and as SVG."""
+    need("matplotlib", "report", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

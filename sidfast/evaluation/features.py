@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sidfast.common.errors import UserError
+from sidfast.common.extras import need
 from sidfast.data import shapes
 from sidfast.evaluation.preprocessing import Preprocessing, read_preprocessing
 from sidfast.teachers.compatibility import check_tokenizer
@@ -161,6 +162,7 @@ def _fit_tokenizer(tokenizer, config, folder, what):
 def load_inception(path, device):
     """InceptionFeatures of a file of weights as torch-fidelity publishes it. Raises UserError if it is none, or if a
     weight is missing, unknown or not finite."""
+    need("torch_fidelity", "eval", f"--features inception:{path}")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = Path(path)

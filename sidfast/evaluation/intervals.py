@@ -8,9 +8,11 @@ these: a sample drawn with replacement has fewer different images, which by itse
 import math
 
 import torch
-from scipy import stats
+
+from sidfast.common.extras import need
 
 LEVEL = 0.95
+_Z = 1.959963984540054                                   # quantile of the normal distribution, at (1 + LEVEL) / 2
 
 
 def of_mean(values):
@@ -18,14 +20,16 @@ def of_mean(values):
     if len(values) < 2:
         return None
     values = torch.as_tensor(values).double()
-    half = stats.norm.ppf(0.5 + LEVEL / 2) * values.std().item() / math.sqrt(len(values))
+    half = _Z * values.std().item() / math.sqrt(len(values))
     return values.mean().item() - half, values.mean().item() + half
 
 
 def of_share(flags):
     """Wilson's interval of the share of true flags [N]: it has a width where all or none are true."""
-    low, high = stats.binomtest(int(flags.sum()), len(flags)).proportion_ci(LEVEL, method="wilson")
-    return float(low), float(high)
+    n, share = len(flags), int(flags.sum()) / len(flags)
+    center = share + _Z**2 / (2 * n)
+    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, (center - half) / (1 + _Z**2 / n)), min(1.0, (center + half) / (1 + _Z**2 / n))
 
 
 def of_repeats(values, share=False):
@@ -37,7 +41,8 @@ def of_repeats(values, share=False):
     if len(values) < 2:
         return mean, None
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * deviation / math.sqrt(len(values))
+    half = need("scipy.stats", "eval", "an interval over seeds").t.ppf(0.5 + LEVEL / 2, len(values) - 1) * (
+        deviation / math.sqrt(len(values)))
     interval = mean - half, mean + half
     return mean, clipped(interval) if share else interval
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidfast.common.errors import UserError
+from sidfast.common.extras import need
 from sidfast.data import shapes
 from sidfast.data.prompts import read_prompts
 from sidfast.evaluation import metrics as numbers
@@ -61,6 +62,8 @@ class EvaluationSpec:
 
     def __init__(self, measures, device, stored=None, tell=None):
         self.measures, self.metrics = measures, measures.metric_set()
+        for name in sorted(self.metrics & {"kid", "precision", "recall"}):
+            need("torch_fidelity", "eval", f"--metrics {name}")
         if "diversity" in self.metrics and measures.seeds_per_prompt < 2:
             raise UserError("--metrics diversity: needs several images of each prompt; give --seeds-per-prompt 2")
         self.prompts = _prompts(measures, self.metrics, stored, tell)

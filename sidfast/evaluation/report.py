@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from sidfast.common.errors import UserError, one_line
+from sidfast.common.extras import need
 from sidfast.common.files import write_atomically
 from sidfast.common.records import Count, Measure, Schema, check, read_evaluations, read_metrics, read_run
 from sidfast.evaluation.charts import line_chart
@@ -26,6 +27,7 @@ _FRAMES, _SIDE, _SMALL = 24, 256, 128                    # steps in the slider; 
 
 def write_report(run):
     """Write `run`/report.html. Returns its path. Raises UserError for a folder that is no run directory."""
+    need("jinja2", "report", "report.html")
     from jinja2 import Environment, PackageLoader
 
     run = Path(run)

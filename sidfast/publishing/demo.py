@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sidfast.common.errors import UserError
+from sidfast.common.extras import need
 from sidfast.common.records import read_run, recorded
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.generate import make_images, to_pil
@@ -177,11 +178,7 @@ def _bind(run, model):
 def _gradio():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"     # before it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        import gradio
-    except ImportError:
-        raise UserError('the demo needs gradio, which is not installed: pip install "gradio>=6.31"') from None
-    return gradio
+    return need("gradio", "demo", "sidfast demo")
 
 
 def _open(model, device, option="--model"):

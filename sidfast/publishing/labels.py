@@ -50,8 +50,12 @@ def _spelled(character):
 
 
 def _choose_font(characters):
-    """(DejaVu Sans, or an installed font that has all of the characters if it does not; those to be spelled out.)"""
-    usual = _default_font()
+    """(DejaVu Sans, or an installed font that has all of the characters if it does not; those to be spelled out.)
+    Without matplotlib, which brings DejaVu and finds fonts: Pillow's own font, for ASCII."""
+    try:
+        usual = _default_font()
+    except ModuleNotFoundError:
+        return ImageFont.load_default(_SIZE), {c for c in characters if not c.isascii()}
     missing = characters - _characters(usual)
     seen = {c for c in characters if unicodedata.category(c) not in ("Cc", "Cf", "Mn")}
     for path in _installed_fonts() if missing & seen else ():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sidfast.common.environment import omp_threads
 from sidfast.common.errors import UserError
+from sidfast.common.extras import need
 from sidfast.common.files import check_folder, sweep, write_atomically
 from sidfast.studies.plots import encode, plots
 from sidfast.studies.record import check_record, is_final, read_record
@@ -26,6 +27,8 @@ def ablate(path, out, jobs=1):
     `jobs`: runs at once on each GPU, or on the CPU. Results come to `out`, also those of a study that is not finished.
     Returns whether it is. Raises UserError for whatever can be found at fault before training begins.
     """
+    for library, extra in (("scipy", "eval"), ("jinja2", "report"), ("matplotlib", "report")):
+        need(library, extra, "sidfast ablate")
     study, out = read_study(path), Path(out or Path("runs") / "ablations" / Path(path).stem)
     if not 1 <= jobs <= 1000:
         raise UserError(f"--jobs must be 1 to 1000, not {jobs}")

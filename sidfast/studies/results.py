@@ -1,23 +1,15 @@
 """Numbers over seeds: means, intervals, and differences to the variant that a study compares with."""
 
-import math
-
-import numpy as np
-from scipy import stats
-
+from sidfast.evaluation.intervals import of_repeats
 from sidfast.studies.record import COST, is_final, read_record
-
-LEVEL = 0.95
 
 
 def interval(values):
     """{"mean", "low", "high", "n"} of numbers: their mean, and the 95 % interval of the mean by Student's t (null for a
     single number: it says nothing about the spread)."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return {"mean": mean, "low": None, "high": None, "n": n}
-    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    mean, ends = of_repeats(values)
+    low, high = ends or (None, None)
+    return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
 
 def collect(study, out):
