@@ -144,5 +144,5 @@ def test_a_broken_library_is_not_called_missing(monkeypatch):
         raise ImportError("libcudart.so.12: cannot open shared object file\nmore")
 
     monkeypatch.setattr("importlib.import_module", broken)
-    with pytest.raises(UserError, match=r"xformers, which cannot be imported \(libcudart.so.12: .* file\): pip install"):
+    with pytest.raises(UserError, match=r"xformers, which cannot be imported \(libcudart.so.12: .* file\): pip"):
         need("xformers.ops", "xformers", "it")
