@@ -6,12 +6,11 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, fork_training, losses, start_launcher
+from conftest import ROOT, fork_training, losses, start_launcher
 from helpers_checkpoint import write_checkpoint
 
 from sidfast.checkpoints.format import read_state, seal
@@ -262,26 +261,3 @@ def test_run_directory_is_complete(whole):
     board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
     assert [e.step for e in board.Scalars("generator_loss")] == [step for step, *_ in losses(whole)]
-
-
-def test_export_loads_without_this_package(whole, tmp_path):
-    """In plain diffusers, with `sidfast` not importable, an export makes the image that our own loader makes."""
-    script = f"""
-import sys; sys.modules["sidfast"] = None
-import torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({str(whole / 'export')!r}, trust_remote_code=True, low_cpu_mem_usage=False)
-noise = [torch.Generator().manual_seed(i) for i in range(4)]
-images = pipe(["a red circle", "x"], num_images_per_prompt=2, generator=noise, output_type="pt").images
-torch.save(images, {str(tmp_path / 'images.pt')!r})
-"""
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment(0), check=True, capture_output=True)
-    got = torch.load(tmp_path / "images.pt", weights_only=True)
-    from sidfast.publishing.load import load_pipeline
-
-    pipe, one_step = load_pipeline(whole, "cpu")
-    assert one_step and not (ROOT / "pipeline.py").exists()
-    noise = [torch.Generator().manual_seed(i) for i in range(4)]
-    want = pipe(["a red circle", "a red circle", "x", "x"], generator=noise, output_type="pt").images
-    assert got.shape == (4, 3, 16, 16) and got.std() > 0
-    assert torch.allclose(got, want, atol=1e-5)

@@ -8,7 +8,10 @@ denoiser (Score identity Distillation with Long and Short Guidance, arXiv 2406.0
 tried: diffusers 0.30.3 with transformers 4.44.2.
 """
 
+import json
 import math
+import shutil
+from pathlib import Path
 
 import diffusers
 import torch
@@ -19,6 +22,8 @@ from diffusers.utils.torch_utils import randn_tensor
 if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 30):
     raise ImportError(f"this model needs diffusers 0.30 or newer, not {diffusers.__version__}: older versions do not "
                       "know all settings of its networks, and would draw the weights of others at random")
+
+_CODE = "pipeline.py"                                    # the name of this file in an export
 
 
 class OneStepPipeline(DiffusionPipeline):
@@ -94,6 +99,16 @@ class OneStepPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_config(self, save_directory, **kwargs):
+        """Write model_index.json and, next to it, this file: `save_pretrained` and `push_to_hub` call this, and what
+        they write loads again with trust_remote_code."""
+        super().save_config(save_directory, **kwargs)
+        index, code = Path(save_directory, self.config_name), Path(save_directory, _CODE)
+        described = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": [code.stem, type(self).__name__]}
+        index.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if not (code.exists() and code.samefile(__file__)):
+            shutil.copyfile(__file__, code)
 
     def encode_prompt(self, prompts):
         """Text embeddings [N, L, D] of N prompts."""
