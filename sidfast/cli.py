@@ -272,9 +272,10 @@ def _plan(args):
 
 def _report(args):
     from sidfast.evaluation.report import write_report
+    from sidfast.runs.lock import is_claimed
 
     try:
-        say(write_report(args.folder))
+        say(write_report(args.folder, is_claimed(args.folder)))
     except OSError as error:
         raise UserError(f"--run {args.folder}: report.html cannot be written ({error.strerror})") from None
 

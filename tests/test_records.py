@@ -10,6 +10,7 @@ import pytest
 from helpers_input import fails
 from PIL import Image, PngImagePlugin
 from test_fuzz import alone  # noqa: F401 (a fixture)
+from test_report import points_of
 
 from sidfast import cli, train
 from sidfast.common.errors import UserError
@@ -113,8 +114,7 @@ def test_metrics_out_of_order(run):
     (out / "metrics.jsonl").write_text("".join(
         json.dumps({"step": step, "generator_loss": loss}) + "\n" for step, loss in ((4, 1.0), (2, 3.0), (2, 2.0))))
     write_report(out)
-    points = (out / "report.html").read_text().split('points="')[1].split('"')[0].split()
-    x = [float(point.split(",")[0]) for point in points]
+    x = [x for x, _ in points_of((out / "report.html").read_text().split("<svg")[1])]
     assert len(x) == 3 and x == sorted(x)
 
 

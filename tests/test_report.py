@@ -4,7 +4,9 @@ import base64
 import html
 import io
 import json
+import re
 import shutil
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,10 +15,11 @@ from conftest import ROOT
 from PIL import Image
 
 from sidfast import cli
+from sidfast.common.files import drop_lock, take_lock
 from sidfast.config.schema import load_config
 from sidfast.evaluation.charts import line_chart
 from sidfast.evaluation.metrics import title
-from sidfast.evaluation.report import _samples
+from sidfast.evaluation.report import _samples, duration
 from sidfast.publishing.grid import image_grid, read_grid, save_grid
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,9 +33,11 @@ def run(tmp_path_factory):
     config = load_config(ROOT / "configs" / "ddpm.json").model_dump()
     (out / "config.json").write_text(json.dumps({
         "config": config, "command": ["train.py", "--config", "configs/ddpm.json"], "versions": {"torch": "2.15.0"},
-        "git": "abc", "hardware": {"gpus": [], "cpus": 2}, "processes": 1}))
+        "git": "abc", "hardware": {"gpus": ["NVIDIA H200"] * 2, "cpus": 2}, "processes": 2,
+        "started": "2026-11-30T23:59:07+00:00"}))
     lines = [{"step": n, "images": 16 * n, "fake_score_loss": 1 / n, "generator_loss": -0.1 * n, "non_finite": 0.0,
-              "images_per_s": 20.0 + n} for n in range(5, 241, 5)]
+              "images_per_s": 4.0, "learning_rate/generator": 1e-6, "learning_rate/fake_score": min(n, 50) * 2e-8,
+              "gradient_norm/generator": 50.0 / n, "gradient_norm/fake_score": None} for n in range(5, 241, 5)]
     measures = {"images": 1000, "accuracy": 0.618, "clip_score": 0.7854, "fid_small_clip": 12.84}
     spread = {"intervals": {"accuracy": [0.5875, 0.6476], "clip_score": [0.771, 0.8]}, "protocol": "p"}
     for n, accuracy in ((0, 0.09), (120, 0.4), (240, 0.618)):
@@ -61,37 +66,110 @@ class Links(HTMLParser):
         self.found = []
 
     def handle_starttag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster", "data")]
+        if tag != "a":                                   # (which a reader must click)
+            self.found += [value for name, value in attrs if name in (
+                "src", "href", "xlink:href", "srcset", "action", "poster", "data")]
 
 
 def test_page_is_self_contained_and_complete(run):
     page = (run / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert len(links.found) == 7 and all(link.startswith("data:") for link in links.found)       # images, and the icon
-    assert "http:" not in page and "https:" not in page and "@import" not in page and "url(" not in page
+    assert sum(link.startswith("data:") for link in links.found) == 7            # images, and the icon
+    assert all(link.startswith(("data:", "#")) for link in links.found)
+    assert "http:" not in page and "@import" not in page and set(re.findall(r"url\((.)", page)) == {"#"}
+    assert re.findall("https:[^\"]*", page) == ["https://arxiv.org/abs/2406.01561"]
     assert "a &lt;b&gt; run" in page and "<b> run" not in page
     assert all(word in page for word in ("0.618", "12.84", "guidance.kappa1", "2.15.0", "after 240 updates",
                                          "0.5875 to 0.6476", "11.5", "<td>best<small>after 120 updates</small>",
                                          "two &lt;i&gt;"))
-    assert page.count("<svg") == 5                       # losses, three measures, speed; nothing of a GPU
-    assert page.count('class="level"') == 3              # the teacher's numbers
+    assert page.count("<svg") == 7                       # two of losses, norms, rates; three measures, speed; no memory
+    assert page.count(">teacher</text>") == 3            # its numbers
+    assert all(f">{title}</h3>" in page for title in ("Learning rates", "Gradient norms, before clipping"))
     for pattern in ("fetch(", "XMLHttpRequest", "<link rel=\"stylesheet", "<iframe"):
         assert pattern not in page
 
 
-def test_command_as_one_would_type_it(run, tmp_path, monkeypatch):
-    """Paths below the working directory are shown from there; what the launcher adds is left out."""
-    monkeypatch.chdir(tmp_path)
+def facts_of(run):
+    """{label: text} at the head of a run's report."""
+    return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", (run / "report.html").read_text()))
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A run directory that a test may change, and `describe(**changes)` of its config.json."""
     copy = shutil.copytree(run, tmp_path / "run")
-    described = json.loads((copy / "config.json").read_text())
+
+    def describe(**changes):
+        described = json.loads((copy / "config.json").read_text()) | changes
+        (copy / "config.json").write_text(json.dumps(described))
+        return described
+
+    return copy, describe
+
+
+def test_how_far_and_how_long(run, copy):
+    """Updates and their total, and time of training by the rates: 240 of 16 images at 4 a second."""
+    facts = facts_of(run)
+    assert facts["Updates"] == "240 of 240" and facts["Started"] == "2026-11-30 23:59 UTC"
+    assert facts["Training, without samples and measures"] == "16 min 0 s" and facts["GPU-hours of training"] == "0.533"
+    copy, describe = copy
+    config = describe()["config"]
+    describe(config=config | {"train": config["train"] | {"steps": None, "images": 100 * 16 * 240 - 1}},
+             hardware={"gpus": [], "cpus": 2}, started=None)
+    assert cli.main(["report", "--run", str(copy)]) == 0
+    facts = facts_of(copy)
+    assert facts["Updates"] == "240 of 24,000, stopped"
+    assert "Started" not in facts and "GPU-hours of training" not in facts
+    lock = take_lock(copy / ".lock")
+    assert cli.main(["report", "--run", str(copy)]) == 0 and facts_of(copy)["Updates"] == "240 of 24,000, running"
+    drop_lock(lock)
+
+
+@pytest.mark.parametrize("seconds, text", [(9.96, "10.0 s"), (60, "1 min 0 s"), (3599.7, "60 min 0 s"),
+                                           (3661, "1 h 1 min"), (100000, "1 d 4 h")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_numbers_of_a_teacher_that_was_not_measured(copy):
+    """Those of its own file that do not depend on the count of images."""
+    copy, describe = copy
+    known = json.loads((copy / "evaluation.json").read_text())
+    del known["teacher"]
+    (copy / "evaluation.json").write_text(json.dumps(known))
+    describe(paths={"model.teacher": str(ROOT / "assets" / "teacher")})
+    assert cli.main(["report", "--run", str(copy)]) == 0
+    page = (copy / "report.html").read_text()
+    row, = re.findall("<tr><td>teacher</td>.*?</tr>", page, re.DOTALL)
+    assert re.findall("<td>(.*?)</td>", row)[1:] == ["5,000", "0.9986", "0.9206", ""]        # (no FID)
+    assert page.count(">teacher</text>") == 2
+    describe(paths={"model.teacher": str(copy)})
+    assert cli.main(["report", "--run", str(copy)]) == 0
+    assert "<td>teacher</td>" not in (copy / "report.html").read_text()
+
+
+def test_command_as_one_would_type_it(copy, tmp_path, monkeypatch):
+    """It runs as it stands: with the launcher, from the folder where it was started. Paths below that are shown from
+    there; what the launcher adds is left out."""
+    monkeypatch.chdir(tmp_path)
+    copy, describe = copy
+    describe(folder=str(tmp_path / "else where"))
+    assert cli.main(["report", "--run", "run"]) == 0
+    assert html.escape(f"cd '{tmp_path}/else where' && deepspeed --num_gpus 2 train.py --config configs/ddpm.json"
+                       ).replace("&#x27;", "&#39;") in (copy / "report.html").read_text()
+    described = describe(folder=str(tmp_path), hardware={"gpus": []})
     described["command"] = [f"{tmp_path}/sidfast/train.py", "--local_rank=0", "--config",
                             f"{tmp_path}/my configs/a.json", f"--out={tmp_path}/runs/a", "--set",
                             f"model.teacher={tmp_path}", "data.prompts=/else/p.txt"]
     (copy / "config.json").write_text(json.dumps(described))
     assert cli.main(["report", "--run", "run"]) == 0
-    assert html.escape("sidfast/train.py --config 'my configs/a.json' --out=runs/a --set model.teacher=. "
-                       "data.prompts=/else/p.txt").replace("&#x27;", "&#39;") in (copy / "report.html").read_text()
+    assert "<code>" + html.escape(
+        "deepspeed sidfast/train.py --config 'my configs/a.json' --out=runs/a --set model.teacher=. "
+        "data.prompts=/else/p.txt").replace("&#x27;", "&#39;") + "</code>" in (copy / "report.html").read_text()
+    describe(command=["/x/bin/sidfast", "train", "--config", "a.json"])
+    assert cli.main(["report", "--run", "run"]) == 0
+    assert "<code>sidfast train --config a.json</code>" in (copy / "report.html").read_text()
 
 
 def test_grid_gives_its_images_back(tmp_path):
@@ -138,21 +216,45 @@ def test_no_run_directory(tmp_path, capsys):
 @pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])
 @pytest.mark.parametrize("points", [
     [(0, 1.0)], [(0, 3.0), (5, 3.0)], [(1, float("nan")), (2, -1e-9), (9, 2e6)], [(0, 1e-13), (1, 3e-13)],
-    [(0, 1.0), (1, 1 + 2e-16)], [(0, 5e-324), (1, 1e-320)], [(0, -9e299), (2**62, 9e299)], [(7, 0.0), (7, -0.0)],
-    [(2**63 - 2, 1e-300), (2**63 - 1, 1e300)], [(0, 1e308), (1, 1e-200), (2, float("inf"))]],
+    [(0, 1.0), (1, 1 + 2e-16)], [(0, 5e-324), (1, 1e-320)], [(0, -9e99), (2**62, 9e99)], [(7, 0.0), (7, -0.0)],
+    [(2**63 - 2, 1e-99), (2**63 - 1, 1e99)], [(0, 1e308), (1, 1e-200), (2, float("inf"))]],
     ids=["one", "constant", "wide", "tiny", "nearly-equal", "denormal", "huge", "zero", "steps", "left-out"])
 def test_chart_stays_in_its_frame(points, log):
-    import re
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = line_chart({"a": points}, "x", None, log)
+    frame = [float(v) for v in re.search('<rect x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', svg).groups()]
+    spots = points_of(svg)
+    assert len(spots) == sum(abs(y) < 1e100 for _, y in points)
+    for x, y in spots:
+        assert frame[0] <= x <= frame[0] + frame[2] and frame[1] <= y <= frame[1] + frame[3]
+    heights = re.findall('text-anchor: end" x="[^"]*" y="([^"]*)"', svg)
+    assert len(set(heights)) == len(heights) >= 2        # numbers of the axis are apart
+    assert line_chart({"a": [(1, float("nan")), (2, 1e101)]}, "x") is None
 
-    svg = line_chart({"a": points}, "x", ("teacher", points[0][1]), log)
-    spots = re.search(r'points="([^"]*)"', svg)[1].split()
-    assert len(spots) == sum(abs(y) < 1e300 for _, y in points)
-    for spot in spots:
-        x, y = map(float, spot.split(","))
-        assert 58 <= x <= 448 and 12 <= y <= 200
-    heights = re.findall(r'<line class="grid" [^>]* y1="([^"]*)"', svg)
-    assert len(set(heights)) == len(heights) >= 2        # lines of the grid are apart
-    assert line_chart({"a": [(1, float("nan")), (2, 1e301)]}, "x") is None
+
+def points_of(svg):
+    """[(x, y), ...] of the first line's points, from the left."""
+    return [tuple(map(float, spot)) for spot in re.findall(
+        'x="([^"]*)" y="([^"]*)" style="fill: var\\(--a\\)', svg.split("<g clip-path")[1].split("</g>")[0])]
+
+
+def test_chart_is_drawn_to_scale():
+    """Twice as far is twice as far, in the same bytes each time; on a logarithmic axis ten times is."""
+    (x0, y0), (x1, y1), (x2, y2) = points_of(line_chart({"a": [(0, 1.0), (2, 9.0), (1, 3.0)]}, "x"))
+    assert x2 - x1 == pytest.approx(x1 - x0) and (y0 - y2) / (y0 - y1) == pytest.approx(4, rel=1e-4)
+    args = {"a": [(0, 1.0), (1, 10.0), (2, 100.0)]}, "x", ("teacher", 50.0), True
+    svg = line_chart(*args)
+    assert svg == line_chart(*args) and ">teacher</text>" in svg
+    (_, y0), (_, y1), (_, y2) = points_of(svg)
+    assert y0 - y1 == pytest.approx(y1 - y2, rel=1e-4)
+
+
+# The sizes in pixels in which the page shows the texts of its plots, and their colours.
+SVG_TEXT = """(() => { const texts = [...document.querySelectorAll("svg text")].map(e => [e, e.closest("svg")]);
+    return [texts.map(([e, svg]) => parseFloat(getComputedStyle(e).fontSize) *
+                                    svg.getBoundingClientRect().width / svg.viewBox.baseVal.width),
+            [...new Set(texts.map(([e]) => getComputedStyle(e).fill))]]; })()"""
 
 
 def colors(page, selector):
@@ -192,6 +294,8 @@ def test_in_a_browser(run, width, scheme):
         inside = page.evaluate("""[...document.querySelectorAll('.pair img, svg')].every(
             e => e.getBoundingClientRect().right <= innerWidth && e.getBoundingClientRect().width > 50)""")
         assert inside
+        sizes, inks = page.evaluate(SVG_TEXT)
+        assert min(sizes) >= 11 and inks == {"light": ["rgb(27, 29, 34)"], "dark": ["rgb(232, 233, 235)"]}[scheme]
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(251, 250, 248)", "dark": "rgb(20, 22, 26)"}[scheme]
         browser.close()

@@ -300,7 +300,7 @@ def test_table_says_what_was_left_out(results):
 
 
 def test_plots(results):
-    from sidfast.studies.plots import encode
+    from sidfast.evaluation.charts import encode
 
     figures = plots(results[0])
     assert set(figures) == {"fid-clip", *(f"{metric}-{kind}" for metric in ("fid-small-clip", "clip-score", "accuracy")

@@ -63,6 +63,8 @@ class RunFile(Schema):
     python: str | None = None
     versions: dict[str, str | None] = {}
     git: str | None = None
+    started: str | None = None                           # for the first time, ISO 8601 in UTC
+    folder: str | None = None                            # in which it was last started
     hardware: Hardware = Hardware()
     inputs: dict[str, Any] | None = None
     paths: dict[str, str] | None = None
@@ -214,6 +216,17 @@ def _bad_line(path, number, fault):
 def read_metrics(run):
     """The lines of a run's metrics.jsonl. Raises UserError for one that is damaged."""
     return list(read_lines(Path(run) / LINES[0], Metrics))
+
+
+def training_seconds(lines):
+    """Seconds that a run trained, by the rates in its metrics.jsonl: without samples, evaluations and checkpoints."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        images, rate = line.get("images"), line.get("images_per_s")
+        if images and rate:
+            seconds += max(0, images - before) / rate
+            before = max(before, images)
+    return seconds
 
 
 def read_evaluations(run):

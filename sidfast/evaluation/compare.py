@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sidfast.common.errors import UserError
 from sidfast.common.escape import markdown, plot_label, spreadsheet
-from sidfast.common.extras import need
 from sidfast.common.files import check_folder, sweep, write_atomically
+from sidfast.evaluation.charts import FONT, encode, new_figure
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.results import read_groups
 
@@ -120,13 +120,7 @@ def _fid_names(groups, paper):
 
 def _plot(groups, key, paper):
     """{file name: contents} of one plot, as PNG and as SVG."""
-    need("matplotlib", "report", "a plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(7, 5)
     shown = [group for group in groups if key in group.first["metrics"] and "clip_score" in group.first["metrics"]]
     for curve in dict.fromkeys(group.curve for group in shown):
         members = [group for group in shown if group.curve == curve]
@@ -136,15 +130,12 @@ def _plot(groups, key, paper):
         kappas, fids, scores = zip(*points, strict=True)
         axes.plot(scores, fids, "o--", markerfacecolor="none", linewidth=0.8, label=name)
         for kappa, x, y in zip(kappas, scores, fids, strict=True):
-            axes.annotate(f"{kappa:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(f"{kappa:g}", (x, y), (4, 4), textcoords="offset points", fontsize=9)
     axes.set(xlabel="CLIP score (higher is better)", ylabel=f"{title(key)} (lower is better)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=FONT)
     stem = key.replace("_", "-") + "-clip-score"
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return {f"{stem}.png": png.getvalue(), f"{stem}.svg": svg.getvalue()}
+    return {f"{stem}.{kind}": encode(figure, kind) for kind in ("png", "svg")}
 
 
 def _curve(axes, groups, key, label):
@@ -158,4 +149,4 @@ def _curve(axes, groups, key, label):
     axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o-", markersize=5, linewidth=1, capsize=2, label=label)
     for group, place in zip(groups, zip(x, y, strict=True), strict=True):
         if len(groups) > 1 and group.guidance() is not None:
-            axes.annotate(_cell(group.guidance()), place, (4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(_cell(group.guidance()), place, (4, 4), textcoords="offset points", fontsize=9)

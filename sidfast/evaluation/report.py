@@ -3,46 +3,70 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
+from pydantic import Field
 
 from sidfast.common.errors import UserError, one_line
 from sidfast.common.extras import need
 from sidfast.common.files import write_atomically
-from sidfast.common.records import Count, Measure, Schema, check, read_evaluations, read_metrics, read_run
+from sidfast.common.records import (
+    Count,
+    Evaluation,
+    Measure,
+    Schema,
+    check,
+    read_evaluations,
+    read_json,
+    read_metrics,
+    read_run,
+    recorded,
+    training_seconds,
+)
 from sidfast.evaluation.charts import line_chart
 from sidfast.evaluation.metrics import lower_is_better, title
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import read_grid
+from sidfast.teachers.fingerprint import TEACHER
 
 _CHARTS = (("Losses", {"fake_score_loss": "fake score", "generator_loss": "generator"}),
+           ("Gradient norms, before clipping", {"gradient_norm/fake_score": "fake score",
+                                                "gradient_norm/generator": "generator"}),
+           ("Learning rates", {"learning_rate/fake_score": "fake score", "learning_rate/generator": "generator"}),
            ("Training speed, images/s", {"images_per_s": "images/s"}),
            ("Peak GPU memory, GiB", {"peak_gib": "GiB"}),
            ("Samples left out as non-finite", {"non_finite": "samples"}))
+_MEANS = ("accuracy", "clip_score")
+_DOCS = Path(__file__).parents[2] / "docs"               # of a checkout
 _FRAMES, _SIDE, _SMALL = 24, 256, 128                    # steps in the slider; pixels of an image; of one kept as it is
 
 
-def write_report(run):
-    """Write `run`/report.html. Returns its path. Raises UserError for a folder that is no run directory."""
+def write_report(run, running=False):
+    """Write `run`/report.html. Returns its path. Raises UserError for a folder that is no run directory.
+
+    `running`: whether a job is at work in it.
+    """
     need("jinja2", "report", "report.html")
     from jinja2 import Environment, PackageLoader
 
     run = Path(run)
     described = _read_run(run)
-    evaluations, lines = _evaluations(run), read_metrics(run)
+    evaluations, lines = _evaluations(run, described), read_metrics(run)
     environment = Environment(loader=PackageLoader("sidfast.evaluation"), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)
     page = environment.get_template("report.html").render(
-        name=one_line(run.resolve().name), facts=_facts(described["config"], described, lines),
+        name=one_line(run.resolve().name), facts=_facts(described["config"], described, lines, running),
         charts=_charts(lines, evaluations.get("teacher", {})),
         samples=_samples(run), headline=_headline(evaluations), table=_table(evaluations),
         settings=_flatten(described["config"]),
         small_clip=any("_small_clip" in key for values in evaluations.values() for key in values),
         versions={"python": described.get("python"), **described.get("versions", {})},
-        command=_command(described.get("command") or [], Path.cwd()))
+        command=_command(described, Path.cwd()), docs=os.path.relpath(_DOCS, run) if _DOCS.is_dir() else None)
     write_atomically(run / "report.html", page)
     return run / "report.html"
 
@@ -63,10 +87,17 @@ class _Noise(Schema):
 
 
 class _Train(Schema):
-    batch_size: Count
+    batch_size: Annotated[int, Field(ge=1, lt=2**63)]
+    steps: Count | None = None
+    images: Count | None = None
+
+
+class _Data(Schema):
+    prompts: str
 
 
 class _Shown(Schema):                                    # of a configuration, which may be an older version's
+    data: _Data
     guidance: _Kappas
     model: _Model
     noise: _Noise
@@ -83,10 +114,20 @@ def _read_run(run):
     return described
 
 
-def _command(words, here):
-    """The command of a run as one would type it in the folder `here`: without what a launcher adds to it."""
+def _command(described, here):
+    """The command that goes on with a run, as one would type it in the folder `here`: with the launcher, and without
+    what that adds."""
+    if not described.get("command"):
+        return None
+    program, *words = described["command"]
     words = [_relative(word, here) for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
-    return shlex.join(words)
+    if Path(program).name == "train.py":
+        gpus = recorded(described, "hardware").get("gpus") and described.get("processes")
+        words = ["deepspeed", *(["--num_gpus", str(gpus)] if gpus else []), _relative(program, here), *words]
+    else:
+        words = [Path(program).name, *words]
+    folder = described.get("folder")
+    return (f"cd {shlex.quote(folder)} && " if folder and folder != str(here) else "") + shlex.join(words)
 
 
 def _relative(word, here):
@@ -97,20 +138,47 @@ def _relative(word, here):
     return f"{head}{equals}{Path(path).relative_to(here)}"
 
 
-def _facts(config, described, lines):
-    g, hardware = config["guidance"], described.get("hardware", {})
+def _facts(config, described, lines, running):
+    g, train, hardware = config["guidance"], config["train"], described.get("hardware", {})
     images = max((line.get("images") or 0 for line in lines), default=0)
-    where = ", ".join(sorted(set(hardware.get("gpus", [])))) or f"{hardware.get('cpus')} CPU cores, no GPU"
+    gpus, seconds = hardware.get("gpus", []), training_seconds(lines)
+    where = ", ".join(sorted(set(gpus))) or f"{hardware.get('cpus')} CPU cores, no GPU"
     return {"Teacher": config["model"]["teacher"],
             "Guidance κ1 to κ4": " · ".join(f"{g[f'kappa{k}']:g}" for k in range(1, 5)),
-            "Noise levels": config["noise"]["density"], "Batch": config["train"]["batch_size"],
-            "Updates": f"{max((line['step'] for line in lines), default=0):,}", "Images": f"{images:,}",
+            "Noise levels": config["noise"]["density"], "Batch": f"{train['batch_size']:,}",
+            "Updates": _updates(train, max((line["step"] for line in lines), default=0), running),
+            "Images": f"{images:,}", "Started": _date(described.get("started")),
+            "Training, without samples and measures": duration(seconds) if seconds else None,
+            "GPU-hours of training": f"{seconds * described['processes'] / 3600:.3g}"
+            if seconds and gpus and described.get("processes") else None,
             "Hardware": where, "Processes": described.get("processes"),
             "Code": (described.get("git") or "")[:12] or None}
 
 
+def _updates(train, done, running):
+    """"120 of 240, stopped"."""
+    if not (train.get("steps") or train.get("images")):  # (a configuration of another version)
+        return f"{done:,}"
+    total = train.get("steps") or -(-train["images"] // train["batch_size"])
+    return f"{done:,} of {total:,}" + ("" if done >= total else ", running" if running else ", stopped")
+
+
+def _date(started):
+    """"2026-12-01 17:55 UTC", of what config.json has."""
+    return started and f"{started[:16].replace('T', ' ')} UTC"
+
+
+def duration(seconds):
+    """"6 min 10 s", "2 h 5 min" or "3 d 4 h"."""
+    for unit, above, size, below in (("d", 86400, 3600, "h"), ("h", 3600, 60, "min"), ("min", 60, 1, "s")):
+        if seconds >= above:
+            whole = round(seconds / size)
+            return f"{whole * size // above} {unit} {whole * size % above // size} {below}"
+    return f"{seconds:.1f} s"
+
+
 def _charts(lines, teacher):
-    """[(title, [names], name of the dashed line or None, svg), ...] of what was measured."""
+    """[(title, svg), ...] of what was measured."""
     charts = []
     for name in dict.fromkeys(key.removeprefix("evaluation/") for line in lines for key in line
                               if key.startswith("evaluation/")):
@@ -121,15 +189,14 @@ def _charts(lines, teacher):
     for name, keys in _CHARTS:
         if "non_finite" in keys and not any(line.get("non_finite") for line in lines):
             continue                                     # nothing was left out: nothing to show
-        charts.append(_chart(lines, name, keys))
+        charts.append(_chart(lines, name, keys, log=name.startswith("Gradient")))
     return [chart for chart in charts if chart[-1]]
 
 
 def _chart(lines, name, keys, level=None, log=False):
     series = {label: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
               for key, label in keys.items()}
-    return name, list(series) if len(series) > 1 or level else [], level and level[0], line_chart(
-        series, "updates", level, log)
+    return name, line_chart(series, "updates", level, log)
 
 
 def _samples(run):
@@ -163,15 +230,32 @@ def _data(image):
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _evaluations(run):
+def _evaluations(run, described):
     """{name: numbers} of the teacher, the start, and the best and the last generator."""
     known = read_evaluations(run)
+    if known and "teacher" not in known:
+        known |= _of_card(described)
     steps = sorted((values.get("step") or 0, name) for name, values in known.items() if name.startswith("step "))
     last = ["end"] if "end" in known else [name for _, name in steps[-1:]]               # (while the run goes on)
     best = read_distillation(run / "best").get("evaluation")
     if last and best and best.get("protocol") == known[last[0]].get("protocol"):
         known["best"] = best
     return {name: known[name] for name in ("teacher", "start", "best", *last) if name in known}
+
+
+def _of_card(described):
+    """The toy teacher's own numbers, where a run of the shapes world did not measure it: those that are means over
+    images, and so are the same for another count of them."""
+    config = described["config"]
+    if not config["data"]["prompts"].startswith("shapes:") or config.get("evaluation", {}).get("prompts"):
+        return {}
+    place = str(recorded(described, "paths").get(TEACHER, config["model"]["teacher"]))
+    try:
+        numbers = read_json(Path(place) / "numbers.json")[f"guidance {config['guidance']['kappa4']:.1f}"]
+        values = check(numbers, Evaluation)
+    except (OSError, ValueError, TypeError, KeyError):   # another teacher, or another guidance
+        return {}
+    return {"teacher": {key: value for key, value in values.items() if key == "images" or key.startswith(_MEANS)}}
 
 
 def _names(evaluations):

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -95,7 +96,8 @@ class RunDirectory:
         `facts`: JSON values that config.json keeps beside the configuration. Raises RunError if the disk is full.
         """
         self.out, self.lost, self.inputs = Path(out), [], facts.get("inputs")
-        about = json.dumps(_describe(config) | facts, indent=2) + "\n"
+        started = read_own(self.out).get("started") if (self.out / "config.json").is_file() else _now()
+        about = json.dumps(_describe(config) | {"started": started} | facts, indent=2) + "\n"
         try:
             self._open(about, step)
         except WRITE_ERRORS as error:
@@ -201,9 +203,14 @@ def _describe(config):
     packages = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "safetensors", "sidfast")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"config": config.model_dump(), "paths": locate_inputs(config), "command": sys.argv,
+            "folder": os.getcwd(),
             "python": platform.python_version(), "versions": {name: _version(name) for name in packages},
             "git": _git_commit(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "hardware": {"gpus": gpus, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}}
+
+
+def _now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _version(package):

@@ -41,6 +41,17 @@ def claimed(out, first, patience=45):
         raise
 
 
+def is_claimed(out):
+    """Whether a job is at work in the run directory `out`."""
+    try:
+        lock = take_lock(Path(out).resolve() / NAME)
+    except OSError:                                      # (no such folder, or one that cannot be written)
+        return False
+    if lock is not None:
+        drop_lock(lock)
+    return lock is None
+
+
 def _hold(out, path, patience):
     """Take the lock, in a folder that is made for it. Returns the folders that were made, outermost first."""
     deadline, made, told = time.monotonic() + patience, [], False

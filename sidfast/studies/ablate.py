@@ -11,7 +11,8 @@ from sidfast.common.environment import omp_threads
 from sidfast.common.errors import UserError
 from sidfast.common.extras import need
 from sidfast.common.files import check_folder, sweep, write_atomically
-from sidfast.studies.plots import encode, plots
+from sidfast.evaluation.charts import encode
+from sidfast.studies.plots import plots
 from sidfast.studies.record import check_record, is_final, read_record
 from sidfast.studies.report import page
 from sidfast.studies.results import collect, costs

@@ -1,9 +1,9 @@
 """A study's plots, as PNG and SVG: FID against CLIP score, and each metric variant by variant and against training
 images."""
 
-import io
 import math
 
+from sidfast.evaluation.charts import FONT, logarithmic, new_figure
 from sidfast.studies.results import interval, metric_names
 from sidfast.studies.table import label
 
@@ -28,25 +28,6 @@ def _stem(metric):
     return metric.replace("_", "-")
 
 
-def encode(figure, kind):
-    """The bytes of a figure's "png" or "svg", the same for the same figure."""
-    data = io.BytesIO()
-    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    figure.savefig(data, format=kind, dpi=150, metadata=metadata)
-    return data.getvalue()
-
-
-def _figure(height=5):
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "sidfast"      # or the names inside an SVG would be random
-    figure = Figure(figsize=(9, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
 def _styles(results):
     """{variant: (colour, marker)}: the reference is black."""
     from matplotlib import colormaps
@@ -59,7 +40,7 @@ def _styles(results):
 
 def _against(results, x, y):
     """A point for each variant with the intervals of both means, and a small one for each seed."""
-    figure, axes = _figure()
+    figure, axes = new_figure(9, 5)
     teacher = [point for point in results["teacher"] if {x, y} <= point["summary"].keys()]
     heights = [point["summary"][y]["mean"] for point in teacher]
     drawn = False
@@ -81,10 +62,11 @@ def _against(results, x, y):
         axes.errorbar(*means, **spread, color="gray", marker="s", markerfacecolor="white", linestyle="--", capsize=2,
                       label="teacher, 50 steps")
         for point, *place in zip(teacher, *means, strict=True):
-            axes.annotate(f"{point['guidance']:g}", place, textcoords="offset points", xytext=(5, 5), color="gray")
+            axes.annotate(f"{point['guidance']:g}", place, textcoords="offset points", xytext=(5, 5), color="gray",
+                          fontsize=FONT)
     axes.set(xlabel=f"{label(x)} (higher is better)", ylabel=f"{label(y)} (lower is better)")
     if 0 < 10 * min(heights) < max(heights):
-        _logarithmic(axes)
+        logarithmic(axes)
     return _finish(figure, axes)
 
 
@@ -102,7 +84,7 @@ def _by_variant(results, metric):
     names = [name for name, variant in results["variants"].items() if metric in variant["summary"]]
     if not names:
         return None
-    figure, axes = _figure(1.2 + 0.24 * len(names))
+    figure, axes = new_figure(9, 1.2 + 0.24 * len(names))
     values = {name: [value for run in results["variants"][name]["runs"].values() if run["status"] == "done"
                      and (value := run["metrics"].get(metric)) is not None] for name in names}
     colors = {name: "black" if name == results["reference"] else "tab:blue" for name in names}
@@ -118,7 +100,6 @@ def _by_variant(results, metric):
         _mark_cut(axes, row, results["variants"][name]["summary"][metric], color)
     axes.set(xlabel=f"{label(metric)}: seeds, their mean and its 95 % interval", yticks=range(len(names)),
              yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    axes.tick_params(axis="y", labelsize=8)
     axes.grid(alpha=0.3)
     return figure
 
@@ -136,7 +117,7 @@ def _room(axes, metric, values):
     """Limits of the x axis around all values; a logarithmic axis where FIDs differ much."""
     low, high = min(values), max(values)
     if metric.startswith("fid") and 0 < 4 * low < high:
-        _logarithmic(axes, "x")
+        logarithmic(axes, "x")
         axes.set(xlim=(low / 1.2, high * 1.2))
     elif low < high:
         left = low - 0.1 * (high - low)
@@ -145,7 +126,7 @@ def _room(axes, metric, values):
 
 def _over_images(results, metric):
     """A line for each variant through the means over seeds, with the interval as a band."""
-    figure, axes = _figure()
+    figure, axes = new_figure(9, 5)
     drawn, lowest, highest = False, math.inf, 0.0
     for name, (color, marker) in _styles(results).items():
         by_images = {}
@@ -168,25 +149,15 @@ def _over_images(results, metric):
         return None
     axes.set(xlabel="training images", ylabel=label(metric))
     if metric.startswith("fid") and 0 < 10 * lowest < highest:
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set(ylim=(lowest / 2, None))
     elif metric.startswith("fid"):
         axes.set(ylim=(0, None))
     return _finish(figure, axes)
 
 
-def _logarithmic(axes, which="y"):
-    from matplotlib.ticker import LogLocator
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
-
-
 def _finish(figure, axes):
     axes.grid(alpha=0.3)
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, loc="outside right upper")
+    figure.legend(handles, names, fontsize=FONT, loc="outside right upper")
     return figure

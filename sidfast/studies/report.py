@@ -2,7 +2,7 @@
 
 import base64
 
-from sidfast.studies.plots import encode
+from sidfast.evaluation.charts import inline
 from sidfast.studies.record import STRIP
 from sidfast.studies.table import notes, rows
 
@@ -16,7 +16,7 @@ def page(study, out, results, costs, figures):
     header, body, marks = rows(results, costs)
     return environment.get_template("study.html").render(
         results=results, header=header, rows=[list(zip(*row, strict=True)) for row in zip(body, marks, strict=True)],
-        notes=notes(results, costs), figures={name: _data(encode(figure, "png")) for name, figure in figures.items()},
+        notes=notes(results, costs), figures=[inline(figure, name) for name, figure in figures.items()],
         strips=_strips(study, out), prompts=_prompts(study), settings=study.file.settings, base=study.file.base)
 
 
