@@ -172,7 +172,7 @@ def test_report_in_a_browser(whole):
         page.check("input[value='1']")
         assert page.eval_on_selector_all("#strips tr", shown) == ["1", "1"]
         sizes, inks = page.evaluate(SVG_TEXT)
-        assert min(sizes) >= 10.8 and "rgb(231, 232, 234)" in inks and "rgb(0, 0, 0)" not in inks
+        assert min(sizes) >= 11 and "rgb(231, 232, 234)" in inks and "rgb(0, 0, 0)" not in inks
         widths = page.eval_on_selector_all("img", "es => es.map(e => e.naturalWidth)")
         assert all(widths) and widths[-1] == 2 * 64
         browser.close()

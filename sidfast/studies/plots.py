@@ -40,7 +40,7 @@ def _styles(results):
 
 def _against(results, x, y):
     """A point for each variant with the intervals of both means, and a small one for each seed."""
-    figure, axes = new_figure(9, 5)
+    figure, axes = new_figure(8, 5)
     teacher = [point for point in results["teacher"] if {x, y} <= point["summary"].keys()]
     heights = [point["summary"][y]["mean"] for point in teacher]
     drawn = False
@@ -84,7 +84,7 @@ def _by_variant(results, metric):
     names = [name for name, variant in results["variants"].items() if metric in variant["summary"]]
     if not names:
         return None
-    figure, axes = new_figure(9, 1.2 + 0.24 * len(names))
+    figure, axes = new_figure(8, 1.2 + 0.24 * len(names))
     values = {name: [value for run in results["variants"][name]["runs"].values() if run["status"] == "done"
                      and (value := run["metrics"].get(metric)) is not None] for name in names}
     colors = {name: "black" if name == results["reference"] else "tab:blue" for name in names}
@@ -126,7 +126,7 @@ def _room(axes, metric, values):
 
 def _over_images(results, metric):
     """A line for each variant through the means over seeds, with the interval as a band."""
-    figure, axes = new_figure(9, 5)
+    figure, axes = new_figure(8, 5)
     drawn, lowest, highest = False, math.inf, 0.0
     for name, (color, marker) in _styles(results).items():
         by_images = {}
