@@ -17,6 +17,7 @@ from sidfast.common.errors import (
     tell,
     unfailing_streams,
 )
+from sidfast.common.shipped import find_config, shipped
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
           "folder", "checkpoint", "teacher", "out")
@@ -43,6 +44,9 @@ def main(argv=None):
 def _run(argv):
     check_environment()
     args = _parser().parse_args(argv)
+    for name in ("model", "teacher", "clip", "assets", "config", "study"):
+        if isinstance(given := getattr(args, name, None), str):
+            setattr(args, name, find_config(given) if name in ("config", "study") else shipped(given))
     check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
                  for name in _PATHS if getattr(args, name, None) is not None})
     if getattr(args, "out", None) is not None and not Path(args.out).name:

@@ -14,6 +14,7 @@ from sidfast.common.errors import UserError
 from sidfast.common.explain import explain
 from sidfast.common.parse import check_finite, parse_json
 from sidfast.common.records import Measure
+from sidfast.common.shipped import find_config, shipped
 from sidfast.config.deepspeed import check_deepspeed
 from sidfast.config.sections import Noise, Section, Synthetic
 from sidfast.method.synthetic import capture_blocker
@@ -229,13 +230,21 @@ class Config(Section):
 def load_config(path, overrides=()):
     """Read a configuration file and apply `section.key=value` overrides (values as JSON, or else as plain text).
 
-    Raises UserError, naming file and key, for whatever is wrong with either.
+    `path`: as `find_config` takes it. In the result, names of the package's own assets are whole paths. Raises UserError,
+    naming file and key, for whatever is wrong with either.
     """
-    path = Path(path)
+    path = Path(find_config(str(path)))
     values = read_values(path)
     for override in overrides:
         _override(values, override)
-    return build_config(values, path)
+    return with_own_assets(build_config(values, path))
+
+
+def with_own_assets(config):
+    """A Config with the places of the package's own assets for names of them (`shipped`)."""
+    return config.model_copy(update={
+        "model": config.model.model_copy(update={"teacher": shipped(config.model.teacher)}),
+        "evaluation": config.evaluation.model_copy(update={"assets": shipped(config.evaluation.assets)})})
 
 
 def read_values(path):

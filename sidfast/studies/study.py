@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sidfast.common.errors import UserError
 from sidfast.common.explain import explain
-from sidfast.config.schema import Config, build_config, read_values, set_key
+from sidfast.common.shipped import find_config, shipped
+from sidfast.config.schema import Config, build_config, read_values, set_key, with_own_assets
 from sidfast.config.sections import Section
 from sidfast.evaluation.metrics import OF_FEATURES, parse_metrics
 
@@ -155,7 +156,7 @@ class Study:
 
 def read_study(path):
     """A Study from its file. Raises UserError, naming file and key, for whatever is wrong with it or with a variant."""
-    path = Path(path)
+    path = Path(find_config(str(path)))
     values = read_values(path)
     if "variants" not in values and not values.keys().isdisjoint(Config.model_fields.keys() - {"evaluation"}):
         raise UserError(f"{path}: is no study (docs/ablations.md) but a configuration, which sidfast/train.py trains")
@@ -163,6 +164,8 @@ def read_study(path):
         file = StudyFile.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, StudyFile)}") from None
+    file = file.model_copy(update={"evaluation": file.evaluation.model_copy(
+        update={"assets": shipped(file.evaluation.assets)})})
     base = path.parent / file.base
     values = read_values(base)
     runs = tuple(Run(variant, seed, _config(values, file, variant, seed, f"{path}: variants.{variant}"))
@@ -197,7 +200,7 @@ def _config(values, file, variant, seed, source):
     if isinstance(train, dict):                          # (otherwise the configuration says what is wrong)
         train.pop("steps", None)
         train |= {"images": file.images, "seed": seed, "samples": file.evaluation.samples}
-    config = build_config(values | {"evaluation": {}}, source)
+    config = with_own_assets(build_config(values | {"evaluation": {}}, source))
     if not config.train.save_every:
         raise UserError(f"{source}: train.save_every is 0; a study needs checkpoints to go on after an interruption")
     if not config.data.prompts.startswith("shapes:"):
