@@ -239,7 +239,7 @@ def test_card_escapes_what_others_wrote(write_config, tmp_path):
     teacher = tmp_path / HOSTILE.replace("/", "").replace("\n", " ")
     teacher.mkdir()
     (teacher / "README.md").write_text("---\nlicense: mit | `x` $y$ <b>\n---\n")
-    text, _ = written_card(tmp_path, write_config, {HOSTILE: {"images": 9, HOSTILE: 1.5}}, 4,
+    text, _ = written_card(tmp_path, write_config, {HOSTILE: {"images": 9, "step": 4, HOSTILE: 1.5}}, 4,
                            **{"model.teacher": str(teacher), "data.prompts": HOSTILE})
     head, body = text.split("\n---\n", 1)
     assert "license" not in head
@@ -247,23 +247,41 @@ def test_card_escapes_what_others_wrote(write_config, tmp_path):
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 4}         # (of two tables: no cell was split)
     prompts, = (row for row in rows if row.startswith("| prompts "))
     assert prompts == r"| prompts | ```a\|b`c``d\n# e $x$ <img src=x> [l](u) *s*``` |"
-    numbers, = (row for row in rows if row.endswith("| 9 | 1.5 |"))
-    assert numbers.startswith(r"| a\|b\`c\`\`d\\n\# e \$x\$ \<img src=x\> \[l\](u) \*s\* |")
+    assert "| this generator | 9 | 1.5 |" in rows
+    assert rows[0].endswith(r"| a\|b\`c\`\`d\\n\# e \$x\$ \<img src=x\> \[l\](u) \*s\* |")
     assert r"That of the teacher: ``mit \| `x` $y$ <b>``, as its folder states." in body
 
 
 def test_card_is_of_its_own_model(write_config, tmp_path):
-    """Numbers and samples of later steps of the run are of another generator."""
+    """Numbers and samples of other steps of the run, before or after, are of another generator."""
     numbers = {"start": {"images": 9, "accuracy": 0.1, "step": 0}, "step 4": {"images": 9, "accuracy": 0.4, "step": 4},
-               "end": {"images": 9, "accuracy": 0.8, "step": 8},
+               "end": {"images": 9, "accuracy": 0.8, "step": 8}, "old": {"images": 9, "accuracy": 0.3},
                "teacher": {"images": 9, "accuracy": 0.9, "step": None}}
     text, run = written_card(tmp_path, write_config, numbers, 4)
-    rows = [line for line in text.splitlines() if line.endswith("| 9 |") or " | 9 | " in line]
-    assert [row.split()[1] for row in rows] == ["start", "step", "teacher"]
+    assert numbers_of(text) == {"teacher": "0.9", "start": "0.1", "this generator": "0.4"}
     with Image.open(run / "export" / "grid.png") as grid, Image.open(run / "samples" / "step-00000004.png") as own:
         assert list(grid.getdata()) == list(own.getdata())
     assert card.OLDEST in text and card.OLDEST in " ".join(pipeline.__doc__.split())
-    for path in (run / "samples").iterdir():
-        path.unlink()
-    card.write_card(run, run / "export", title)
-    assert not (run / "export" / "grid.png").exists() and "grid.png" not in (run / "export" / "README.md").read_text()
+    for about in ({"step": 5}, {"step": None}, {}):      # (no grid, and no numbers, are of these)
+        (run / "export" / "distillation.json").write_text(json.dumps(about))
+        card.write_card(run, run / "export", title)
+        text = (run / "export" / "README.md").read_text()
+        assert numbers_of(text) == {"teacher": "0.9", "start": "0.1"}
+        assert not (run / "export" / "grid.png").exists() and "grid.png" not in text
+
+
+def test_card_of_the_best_has_its_own_record(write_config, tmp_path):
+    """Numbers of another evaluation, as settings may ask later, do not stand beside it."""
+    numbers = {"start": {"images": 9, "accuracy": 0.1, "step": 0, "protocol": "new"},
+               "end": {"images": 9, "accuracy": 0.8, "step": 4, "protocol": "new"}}
+    _, run = written_card(tmp_path, write_config, numbers, 4)
+    for protocol, shown in (("new", {"start": "0.1", "this generator": "0.7"}), ("old", {"this generator": "0.7"})):
+        best = {"images": 9, "accuracy": 0.7, "step": 4, "protocol": protocol}
+        (run / "export" / "distillation.json").write_text(json.dumps({"step": 4, "evaluation": best}))
+        card.write_card(run, run / "export", title)
+        assert numbers_of((run / "export" / "README.md").read_text()) == shown
+
+
+def numbers_of(text):
+    """{row: accuracy} of a card's numbers."""
+    return dict(re.findall(r"^\| ([\w ]+) \| 9 \| (\S+) \|$", text, re.MULTILINE))

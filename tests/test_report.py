@@ -1,5 +1,6 @@
 """RUN/report.html: complete, self-contained, and alive in a real browser."""
 
+import ast
 import base64
 import html
 import io
@@ -327,17 +328,26 @@ def test_model_card(run, tmp_path, head, words):
     write_card(copy, copy / "export", title)
     assert not (copy / "export").exists()                # nothing to describe
     (copy / "export").mkdir()
+    (copy / "export" / "distillation.json").write_text('{"step": 240}')
     write_card(copy, copy / "export", title)
+    (copy / "export" / "distillation.json").unlink()
     card = (copy / "export" / "README.md").read_text()
-    assert all(word in card for word in [*words, "library_name: diffusers",
-                                         "| end | 1000 | 0.618 (0.5875 to 0.6476) | 0.7854 (0.771 to 0.8) | 12.84 |",
-                                         "| t_init | 625 |", "(grid.png)", "1.5, 1.5, 1.5, 1.5"])
+    assert all(word in card for word in [
+        *words, "library_name: diffusers", "| t_init | 625 |", "(grid.png)", "1.5, 1.5, 1.5, 1.5",
+        "| this generator | 1000 | 0.618 (0.5875 to 0.6476) | 0.7854 (0.771 to 0.8) | 12.84 |",
+        "| images seen | 3,840 |", "| hours of training | 0.267 |", "| GPU-hours | 0.533 |", "| torch | 2.15.0 |",
+        "| hardware | 2 x NVIDIA H200 |", "from diffusers import DiffusionPipeline\n", "- one-step\n",
+        "@inproceedings{"])
+    ast.parse(re.search("```python\n(.*?)```", card, re.DOTALL)[1])
     assert sorted(p.name for p in (copy / "export").iterdir()) == ["README.md", "grid.png"]
     assert read_grid(copy / "export" / "grid.png")[1]["student after 240"][0].getpixel((0, 0)) == (0, 0, 255)
     shutil.copy(copy / "best" / "distillation.json", copy / "export")
     write_card(copy, copy / "export", title)
     card = (copy / "export" / "README.md").read_text()
     assert "| after updates | 120 |" in card and "| chosen as the best of the run by | FID (small CLIP) |" in card
+    assert "| this generator | 1000 | 0.618 (0.5875 to 0.6476) | 0.7854 (0.771 to 0.8) | 11.5 |" in card
+    assert "12.84 |\n| this" in card and "(grid.png)" not in card               # (no grid is of that step)
+    assert "| images seen | 1,920 |" in card and "| hours of training | 0.133 |" in card
 
 
 @pytest.mark.parametrize("teacher, readme, words", [
@@ -361,6 +371,12 @@ def test_licence_of_a_hub_teacher(run, tmp_path, monkeypatch, teacher, readme, w
     write_card(copy, copy / "export", title)
     card = (copy / "export" / "README.md").read_text()
     assert all(word in card for word in words) and ("license:" in card) == ("license:" in (readme or ""))
+    assert "base_model:" not in card                     # (an older run, which does not say where the teacher was)
+    described = json.loads((copy / "config.json").read_text())
+    for place, stated in ((teacher, teacher == "someone/sd"), (str(tmp_path / teacher), False)):
+        (copy / "config.json").write_text(json.dumps(described | {"paths": {"model.teacher": place}}))
+        write_card(copy, copy / "export", title)
+        assert ("\nbase_model: someone/sd\n" in (copy / "export" / "README.md").read_text()) == stated
 
 
 def test_a_download_brings_the_licence(monkeypatch, tmp_path):
