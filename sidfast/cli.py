@@ -69,6 +69,7 @@ def _parser():
     random.add_argument("--out", required=True, metavar="DIR", help="gets a diffusers pipeline of about 2 GB")
     random.set_defaults(run=_random_teacher)
 
+    _add_prompts(commands)
     sample = commands.add_parser("sample", help="make images")
     sample.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
     prompts = sample.add_mutually_exclusive_group(required=True)
@@ -163,6 +164,24 @@ def _parser():
     return parser
 
 
+def _add_prompts(commands):
+    prompts = commands.add_parser("prompts", help="write a file of prompts from captions (docs/prompts.md)")
+    prompts.add_argument("source", nargs="+", metavar="SOURCE",
+                         help="a text file, a table, or owner/name of a dataset on the hub")
+    prompts.add_argument("--column", metavar="NAME", help="of tables: the captions (caption, prompt or text)")
+    prompts.add_argument("--files", metavar="PATTERN", help="of a dataset on the hub ('*.parquet')")
+    prompts.add_argument("--revision", metavar="NAME", help="of a dataset on the hub: branch, tag or commit")
+    for unit in ("words", "characters"):
+        prompts.add_argument(f"--min-{unit}", type=int, metavar="N", help=f"drop captions with fewer {unit}")
+        prompts.add_argument(f"--max-{unit}", type=int, metavar="N", help=f"drop captions with more {unit}")
+    prompts.add_argument("--teacher", metavar="DIR",
+                         help="drop captions with more tokens than its text encoder takes (a folder or hub id)")
+    prompts.add_argument("--sample", type=int, metavar="N", help="draw N of the prompts at random")
+    prompts.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    prompts.add_argument("--out", required=True, metavar="FILE.txt", help="gets one prompt a line")
+    prompts.set_defaults(run=_prompts)
+
+
 def _at_most(most):
     """A type of an option: a whole number that PyTorch and memory can be asked for."""
 
@@ -196,6 +215,19 @@ def _check_architecture(name):
 
     if name not in ARCHITECTURES:
         raise UserError(f"--architecture {name}: must be one of {', '.join(ARCHITECTURES)}")
+
+
+def _prompts(args):
+    from sidfast.data.selection import Bounds, TokenLimit, select_prompts
+    from sidfast.data.sources import captions_of
+
+    captions, tokens = captions_of(args.source, args.column, args.files, args.revision), None
+    if args.teacher is not None:
+        from sidfast.teachers.token_limit import load_token_limit
+
+        tokens = TokenLimit(*load_token_limit(args.teacher, f"--teacher {args.teacher}"))
+    bounds = Bounds(args.min_words, args.max_words, args.min_characters, args.max_characters)
+    say(select_prompts(captions, args.out, bounds, tokens, args.sample, args.seed).text(args.out))
 
 
 def _sample(args):

@@ -114,6 +114,13 @@ def one_line(error, limit=1000):
     return text if len(text) <= limit else f"{text[:limit // 2]} [...] {text[-limit // 2:]}"
 
 
+def first_reason(error):
+    """The first line of an exception's text that says something: not one that ends in a colon, unless there is no
+    other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if not line.endswith(":")), lines[0])[:300]
+
+
 def check_paths(names):
     """Raise UserError for names {option: text or None} that are empty, or that no file system takes: too long, or with
     a null character."""

@@ -4,8 +4,11 @@ Prompt number n of a source depends on the source, the seed and n alone. A run t
 number of processes, from the count of prompts that it has used.
 """
 
+import contextlib
 import functools
 import gzip
+import io
+import itertools
 import json
 import zlib
 from pathlib import Path
@@ -15,10 +18,11 @@ import torch
 
 from sidfast.common.errors import UserError
 from sidfast.data import shapes
-from sidfast.data.lines import Lines, WatchedFile, find_lines
-from sidfast.data.tables import CAPTIONS, READERS, Table
+from sidfast.data.lines import LIMIT, Lines, WatchedFile, find_lines
+from sidfast.data.tables import CAPTIONS, READERS, Table, prompt_of
 
 _BLOCK = 1024
+_LOOKED_AT = 10                                          # lines that tell a table from prompts
 _KINDS = f"a text file, one prompt a line, or {', '.join(sorted(READERS))} (all of them also as .gz)"
 _REFUSED = {
     ".7z", ".arrow", ".avro", ".bin", ".bmp", ".bz2", ".db", ".doc", ".docx", ".feather", ".gif", ".h5",
@@ -59,11 +63,67 @@ def open_lines(path, column=None, option="--prompts", tell=None):
     `option`: how messages call the file; `tell(message)`: is given what the user should know of a table. Raises
     UserError for a file that is missing, of another kind, damaged, not UTF-8, or without a prompt.
     """
+    path, named = str(path), f"{option}{'-' if option.startswith('--') else '_'}column"
+    label = f"{option}{'' if option.startswith('--') else ':'} {path[:200]}"
     if not path:
         raise UserError(f"{option} is empty; give {_KINDS}")
-    path, colon = Path(path), "" if option.startswith("--") else ":"
-    label = f"{option}{colon} {str(path)[:200]}"
-    named = f"{option}{'_' if colon else '-'}column"
+    path = Path(path)
+    with _opening(path, label, column, named) as (ending, zipped):
+        if ending in READERS:
+            lines = _open_table(path, zipped, ending, Table(label, column, named), tell)
+        else:
+            lines = _open_zipped(path, label) if zipped else _open_text(path, label)
+    if not len(lines):
+        raise UserError(f"{label} holds {'no caption' if ending in READERS else 'empty lines only'}; it needs one "
+                        f"prompt a {'row' if ending in READERS else 'line'}")
+    if ending not in READERS:
+        _check_text(lines, label)
+    return lines
+
+
+def read_captions(path, column=None, label=None, tell=None):
+    """Each caption of a file of any size in turn, as a prompt (`prompt_of`) that is not checked; an empty one where
+    there is none.
+
+    `label`: opens messages; the other arguments, and UserError for a file that cannot be read: as for `open_lines`.
+    """
+    path, label = Path(path), label or str(path)
+    with _opening(path, label, column, "--column") as (ending, zipped), (gzip.open if zipped else open)(
+            path, "rb") as file:
+        if ending in READERS:
+            table = Table(label, column, "--column")
+            rows = (text for _, text in table.captions(ending, file))
+        else:
+            rows = _text_lines(file)
+        first = list(itertools.islice(rows, _LOOKED_AT))
+        if ending in READERS:
+            if tell and table.note():
+                tell(table.note())
+        elif seen := [text for text in first if text]:
+            _check_text(seen, label)
+        yield from first
+        yield from rows
+
+
+def is_readable(name):
+    """Whether a file's name says that it has prompts."""
+    return Path(name.lower().removesuffix(".gz")).suffix in (".txt", *READERS)
+
+
+def _text_lines(file):
+    """The lines of a text file as prompts. What is not UTF-8 becomes halves of characters, and a line that is too long
+    comes cut off, but too long still."""
+    text, whole = io.TextIOWrapper(file, "utf-8", errors="surrogateescape"), True
+    while line := text.readline(LIMIT + 2):
+        if whole:
+            yield prompt_of(line)
+        whole = line.endswith("\n")
+
+
+@contextlib.contextmanager
+def _opening(path, label, column, named):
+    """(the ending of a file of prompts, whether it is compressed) for a block that reads it. Raises UserError for a
+    file that is missing, empty, damaged, or of another kind; `named`: how the user names a `column`."""
     zipped = path.suffix.lower() == ".gz"
     ending = (path.with_suffix("") if zipped else path).suffix.lower()
     try:
@@ -73,26 +133,23 @@ def open_lines(path, column=None, option="--prompts", tell=None):
             raise UserError(f"{label}: {ending} is not a kind of file that prompts are read from; give {_KINDS}")
         if path.stat().st_size == 0:
             raise UserError(f"{label} is empty; it needs one prompt a line")
-        if ending in READERS:
-            lines = _open_table(path, zipped, ending, Table(label, column, named), tell)
-        elif column is not None:
+        if ending not in READERS and column is not None:
             raise UserError(f"{named} {column}: {path.name} is a text file, which has no columns")
-        else:
-            lines = _open_zipped(path, label) if zipped else _open_text(path, label)
+        yield ending, zipped
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{label}: is not a gzip file, or a damaged one ({error})") from None
     except OSError as error:
         raise UserError(f"{label} cannot be read ({error.strerror})") from None
-    if not len(lines):
-        raise UserError(f"{label} holds {'no caption' if ending in READERS else 'empty lines only'}; it needs one "
-                        f"prompt a {'row' if ending in READERS else 'line'}")
-    if ending not in READERS and _is_json(lines[0]):
+
+
+def _check_text(lines, label):
+    """Raise UserError for lines of a text file that are rows of a table."""
+    if _is_json(lines[0]):
         raise UserError(f"{label}: its lines are JSON, not prompts; name it .jsonl, and their texts are read")
-    table = None if ending in READERS else _kind_of_table(lines)
+    table = _kind_of_table(lines)
     if table:
         raise UserError(f"{label}: its lines are rows of a table, not prompts; name it {table}, and its captions "
                         "are read")
-    return lines
 
 
 def _kind_of_table(lines):
@@ -100,7 +157,7 @@ def _kind_of_table(lines):
     for ending, mark in ((".csv", ","), (".tsv", "\t")):
         names = [name.strip('"') for name in lines[0].split(mark)]
         header = len(names) > 1 and all(map(str.isidentifier, names)) and any(n.lower() in CAPTIONS for n in names)
-        if header and all(mark in lines[i] for i in range(1, min(len(lines), 10))):
+        if header and all(mark in lines[i] for i in range(1, min(len(lines), _LOOKED_AT))):
             return ending
     return None
 

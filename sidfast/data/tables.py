@@ -9,11 +9,12 @@ import numpy as np
 
 from sidfast.common.errors import UserError
 from sidfast.common.extras import need
-from sidfast.data.lines import LIMIT, Lines, clean, too_long
+from sidfast.data.lines import LIMIT, Lines, clean
 
 CAPTIONS = ("caption", "captions", "prompt", "prompts", "text", "texts", "description")
 _ROW = 2**24                                             # bytes of a line of .jsonl, .csv, .tsv
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BREAKS = re.compile(r"\s*[\r\n]+\s*")
 _PYARROW = 15                                            # older ones unpickle what a file brings (CVE-2023-47248)
 
 
@@ -27,15 +28,23 @@ class Table:
     def lines(self, kind, stream):
         """The Lines of an open file of a kind of READERS. They are in memory, as UTF-8. Raises UserError."""
         data, ends = bytearray(), array("q", [0])
-        for place, value in READERS[kind](self, stream):
-            text = self._text(place, value)
+        for place, text in self.captions(kind, stream):
+            if fault := fault_of(text):
+                self.refuse(place, fault)
             if text:
-                data += text
+                data += text.encode()
                 ends.append(len(data))
             else:
                 self.without += 1
         ends = np.frombuffer(ends, np.int64)
         return Lines(np.stack([ends[:-1], ends[1:]], 1), lambda start, stop: bytes(data[start:stop]))
+
+    def captions(self, kind, stream):
+        """(place, prompt) of each row, as `prompt_of` has it and unchecked; an empty one where there is none."""
+        for place, value in READERS[kind](self, stream):
+            if value is not None and not isinstance(value, str):
+                self.refuse(place, f"the caption is not a text ({str(value)[:40]!a})")
+            yield place, prompt_of(value or "")
 
     def note(self):
         """What the user should know of how the table was read, or None."""
@@ -61,20 +70,22 @@ class Table:
         """Raise the UserError for a fault at a place in the table."""
         raise UserError(f"{self.label}{place and f', {place}'}: {fault}")
 
-    def _text(self, place, value):
-        if value is None:
-            return b""
-        if not isinstance(value, str):
-            self.refuse(place, f"the caption is not a text ({str(value)[:40]!a})")
-        try:
-            text = clean(re.sub(r"\s*[\r\n]+\s*", " ", value)).encode()
-        except UnicodeEncodeError:
-            self.refuse(place, f"the caption has half a character ({value[:40]!a})")
-        if b"\0" in text:
-            self.refuse(place, "the caption has a null character")
-        if len(text) > LIMIT:
-            raise too_long(f"{self.label}, {place}")
-        return text
+
+def prompt_of(text):
+    """A text as a prompt: in one line, and empty if nothing of it is visible."""
+    text = clean(text)
+    return _BREAKS.sub(" ", text) if "\n" in text or "\r" in text else text
+
+
+def fault_of(prompt):
+    """What keeps a text from being a prompt, or None."""
+    try:
+        size = len(prompt.encode())
+    except UnicodeEncodeError:
+        return f"the caption has half a character ({prompt[:40]!a})"
+    if "\0" in prompt:
+        return "the caption has a null character"
+    return f"is longer than {LIMIT:,} bytes; give one prompt a line" if size > LIMIT else None
 
 
 def _listed(names):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sidfast.common.errors import UserError
+from sidfast.common.errors import UserError, first_reason
 from sidfast.teachers.weights import STEMS, find_variants
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -104,10 +104,3 @@ def _patterns(variant):
     return [pattern for stem in STEMS.values() for pattern in (
         f"{stem}{dotted}.safetensors", f"{stem}.safetensors.index{dotted}.json",
         f"{stem}{dotted}-[0-9]*-of-*[0-9].safetensors")]
-
-
-def first_reason(error):
-    """The first line of an exception's text that says something: not one that ends in a colon, unless there is no
-    other."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if not line.endswith(":")), lines[0])[:300]
