@@ -15,8 +15,8 @@ from torch import nn
 from sidfast.engines.module import EngineModule
 from sidfast.engines.update import Networks
 from sidfast.method.conditions import split
-from sidfast.teachers.paths import DiscreteBetas
 from sidfast.method.updates import Batch, Objective
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.sd import predict
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sidfast import train
 from sidfast.config.schema import Adam, build_config
 from sidfast.engines.engine import build_engine, engine_config
-from sidfast.teachers.paths import DiscreteBetas
 from sidfast.method.updates import Objective
 from sidfast.planning import footprint, memory
 from sidfast.planning.planner import load_meta_teacher
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.sd import predict
 
 SCHEDULE = DiscreteBetas(torch.linspace(0.999, 0.005, 1000))

@@ -18,11 +18,11 @@ from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.store import by_age, complete, content_fault, step_folder
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
-from sidfast.teachers.paths import DiscreteBetas
 from sidfast.monitoring.spikes import Spikes
 from sidfast.runs import lock
 from sidfast.runs.directory import open_run
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.training import progress as progress_module
 from sidfast.training.loop import Loop
 from sidfast.training.progress import Progress

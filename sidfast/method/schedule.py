@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+
 class Schedule(Protocol):
     """A path x_t = a x + s eps, and the kind of a network's output on it. Its length is T, the number of timesteps."""
 

@@ -16,13 +16,13 @@ from sidfast.common.sizes import Sized, as_diffusers_sizes
 from sidfast.engines.engine import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.kernels.backend import without_launches
 from sidfast.method.equations import passes
-from sidfast.teachers.paths import DiscreteBetas
 from sidfast.method.updates import Objective
 from sidfast.planning import memory
 from sidfast.planning.footprint import UPDATES, image_flops, measure_update
 from sidfast.teachers.compatibility import check_teacher
 from sidfast.teachers.folders import check_hub_id, find_cached, find_teacher
 from sidfast.teachers.load import load_tokenizer
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.schedulers import load_schedulers
 from sidfast.teachers.sd import predict
 from sidfast.teachers.untrusted import build_on_meta

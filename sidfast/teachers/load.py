@@ -10,9 +10,9 @@ from torch import nn
 
 from sidfast.common.errors import UserError
 from sidfast.common.sizes import Sized, as_diffusers_sizes
-from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.compatibility import check_teacher, check_tokenizer
 from sidfast.teachers.folders import find_teacher, first_reason
+from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.schedulers import load_schedulers
 from sidfast.teachers.untrusted import attention_of, build_on_meta, library_of, refuse_pickles
 from sidfast.teachers.weights import choose_variant, find_variants

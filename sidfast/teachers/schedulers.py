@@ -5,8 +5,8 @@ import copy
 import torch
 
 from sidfast.common.errors import UserError
-from sidfast.teachers.paths import PREDICTION_TYPES
 from sidfast.teachers.folders import first_reason
+from sidfast.teachers.paths import PREDICTION_TYPES
 
 _FILE = "scheduler/scheduler_config.json"
 _MOST_STEPS = 100_000
