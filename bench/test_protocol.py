@@ -15,7 +15,7 @@ import pytest
 from random_judges import write_clip, write_inception
 
 from sidfast.data.prompts import open_prompts
-from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.export import write_export
 from sidfast.teachers.load import load_teacher
 from sidfast.teachers.random_init import write_random_teacher
 
@@ -50,7 +50,7 @@ def parts(machine, tmp_path_factory):
         features = {"--features": f"inception:{write_inception(folder / 'inception.pth')}",
                     "--clip": write_clip(folder / "clip"), "--resize": 256, "--dtype": "bf16"}
     loaded = load_teacher(str(teacher))
-    write_export(one_step_pipeline(loaded, loaded.unet, 625), folder / "export")
+    write_export(loaded.one_step_pipeline(loaded.network, 625), folder / "export")
     return common | features
 
 

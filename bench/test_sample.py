@@ -12,9 +12,8 @@ from harness import free, seconds
 
 from sidfast.accel.pipeline import fuse_pipeline
 from sidfast.evaluation.evaluate import pipeline_generator
-from sidfast.publishing.export import one_step_pipeline
-from sidfast.publishing.pipeline import OneStepPipeline
-from sidfast.teachers.random_init import build_networks
+from sidfast.teachers.sd import StableDiffusion
+from sidfast.teachers.sd_pipeline import OneStepPipeline
 from sidfast.teachers.tokenizer import build_tokenizer
 
 TEACHER = Path(__file__).parents[1] / "assets" / "teacher"
@@ -25,13 +24,13 @@ def pipeline(machine):
         from sidfast.teachers.load import load_teacher
 
         teacher = load_teacher(str(TEACHER))
-        return one_step_pipeline(teacher, teacher.unet, 625)
+        return teacher.one_step_pipeline(teacher.network, 625)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 77
     torch.manual_seed(0)
     with torch.device(machine.device):
-        parts = build_networks("sd15", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                               pad_token_id=tokenizer.pad_token_id)
+        parts = StableDiffusion().build("sd15", **{
+            name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     return OneStepPipeline(**parts, tokenizer=tokenizer, scheduler=scheduler).to(machine.device, machine.dtype)
 

@@ -211,7 +211,7 @@ def _random_teacher(args):
 
 
 def _check_architecture(name):
-    from sidfast.teachers.random_init import ARCHITECTURES
+    from sidfast.teachers.families import ARCHITECTURES
 
     if name not in ARCHITECTURES:
         raise UserError(f"--architecture {name}: must be one of {', '.join(ARCHITECTURES)}")
@@ -289,8 +289,8 @@ def _plan(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
     from sidfast.config.schema import load_config
     from sidfast.planning.plan import parse_memory, plan
-    from sidfast.planning.planner import load_meta_teacher
     from sidfast.studies.study import is_study, load_study
+    from sidfast.teachers.load import load_meta_teacher
 
     if args.architecture is not None:
         _check_architecture(args.architecture)
@@ -301,7 +301,7 @@ def _plan(args):
     else:
         configs = [(Path(args.config).stem, load_config(args.config, args.set))]
     model = configs[0][1].model                          # (of all runs of a study)
-    plan(configs, lambda: load_meta_teacher(args.architecture or model.teacher, model), args.gpus,
+    plan(configs, lambda: load_meta_teacher(args.architecture or model.teacher, **model.loading), args.gpus,
          None if args.memory is None else parse_memory(args.memory), args.throughput, args.measured, args.bandwidth,
          out=say)
 

@@ -129,7 +129,7 @@ def _train(config, out, args, teacher, inputs, device):
     config = find_micro_batch(config, teacher, processes, device)
     checkpoint = choose_checkpoint(out, args.resume, tell)
     if checkpoint:
-        check_fits(checkpoint, teacher.unet, config.optimizer)
+        check_fits(checkpoint, teacher.network, config.optimizer)
         if checkpoint.parent == out / "checkpoints":      # (--resume may name one of any other run)
             check_origin(checkpoint, config, inputs, f"--out {out}: ")
     tell(f"{'resuming from ' + str(checkpoint) if checkpoint else 'starting'}, run directory {out}")
@@ -147,10 +147,10 @@ def _tell_cut(prompts, teacher):
     """A line if the text encoder does not take all of the prompts, of which it looks at some."""
     from sidfast.common.errors import tell
     from sidfast.data.diversity import some_prompts
-    from sidfast.data.lengths import LOOKED_AT, cut_note, most_tokens
+    from sidfast.data.lengths import LOOKED_AT, cut_note
 
-    some, total = some_prompts(prompts, LOOKED_AT)
-    note = cut_note(teacher.tokenizer, some, most_tokens(teacher.tokenizer, teacher.text_encoder.config), total)
+    limit, (some, total) = teacher.prompt_limit(), some_prompts(prompts, LOOKED_AT)
+    note = limit and cut_note(limit[0], some, limit[1], total)
     if note:
         tell(f"data.prompts: {note}")
 

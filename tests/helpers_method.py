@@ -17,7 +17,7 @@ from sidfast.engines.update import Networks
 from sidfast.method.conditions import split
 from sidfast.method.updates import Batch, Objective
 from sidfast.teachers.paths import DiscreteBetas
-from sidfast.teachers.sd import predict
+from sidfast.teachers.sd import StableDiffusion
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 KAPPAS = {
@@ -234,7 +234,7 @@ class Setting(NamedTuple):
 def objective_of(kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0, alpha=1.0, prediction_type="epsilon", t_init=625):
     """An Objective on Stable Diffusion's noise schedule."""
     schedule = DiscreteBetas(ALPHAS_CUMPROD, prediction_type)
-    return Objective(schedule, predict, kappa1, kappa2, kappa3, kappa4, alpha, t_init)
+    return Objective(schedule, StableDiffusion().predict, kappa1, kappa2, kappa3, kappa4, alpha, t_init)
 
 
 def random_batch(n, seed=0, shape=(4, 5, 3), words=3, text_width=TEXT_WIDTH, num_extra_noise=0):

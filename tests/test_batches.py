@@ -8,7 +8,7 @@ from helpers_method import TEXT, objective_of
 from sidfast.common.errors import UserError
 from sidfast.config.schema import Synthetic, build_config
 from sidfast.data.diversity import fixed_z, some_prompts, training_prompts
-from sidfast.data.lengths import count_cut, cut_note, most_tokens
+from sidfast.data.lengths import count_cut, cut_note
 from sidfast.data.prompts import open_prompts
 from sidfast.teachers.fit import noise_levels
 from sidfast.teachers.load import load_teacher
@@ -37,7 +37,7 @@ def test_text_is_encoded_by_a_graph(tiny_teacher):
         captured.append(result[TEXT].shape)
         return lambda: result[TEXT].copy_(function()[TEXT]), result
 
-    plain, graphed = (TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.bfloat16, *options)
+    plain, graphed = (TextEncoder(teacher, torch.bfloat16, *options)
                       for options in ((), (capture,)))
     ids = [plain.tokenize([f"a {color} circle", "a cross"]) for color in ("red", "green", "blue")]
     got = [graphed(i)[TEXT] for i in ids]
@@ -195,17 +195,17 @@ def test_some_prompts(lines, options, total):
 def test_prompts_that_are_cut_off(tiny_teacher):
     """Counted with the tokens of start and end, as many as the text encoder has positions."""
     teacher = load_teacher(tiny_teacher)
-    limit = most_tokens(teacher.tokenizer, teacher.text_encoder.config)
+    limit = teacher.prompt_limit()[1]
     texts = [" ".join(["red"] * n) for n in (1, limit - 2, limit - 1, 3 * limit)]
-    ids = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32).tokenize(texts)
+    ids = TextEncoder(teacher, torch.float32).tokenize(texts)
     assert ids.shape[1] == limit == 24 and torch.equal(ids[1], ids[2])           # (the last word is lost)
-    assert [count_cut(teacher.tokenizer, [text], limit) for text in texts] == [0, 0, 1, 1]
-    assert count_cut(teacher.tokenizer, texts * 700, limit) == 1400
-    assert cut_note(teacher.tokenizer, texts[:2], limit) is None
-    note = cut_note(teacher.tokenizer, texts, limit, 10**6)
+    assert [count_cut(teacher.parts["tokenizer"], [text], limit) for text in texts] == [0, 0, 1, 1]
+    assert count_cut(teacher.parts["tokenizer"], texts * 700, limit) == 1400
+    assert cut_note(teacher.parts["tokenizer"], texts[:2], limit) is None
+    note = cut_note(teacher.parts["tokenizer"], texts, limit, 10**6)
     assert note.startswith("2 of 4 prompts drawn from 1,000,000 are longer than the 24 tokens")
-    teacher.tokenizer.model_max_length = 10**30          # (a tokenizer that does not say)
-    assert most_tokens(teacher.tokenizer, teacher.text_encoder.config) == limit
+    teacher.parts["tokenizer"].model_max_length = 10**30          # (a tokenizer that does not say)
+    assert teacher.prompt_limit()[1] == limit
 
 
 def test_more_prompts_than_there_are(lines):

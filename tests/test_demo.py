@@ -13,7 +13,7 @@ from PIL import Image
 from sidfast import cli
 from sidfast.common.errors import UserError
 from sidfast.config.schema import build_config
-from sidfast.publishing.export import one_step_pipeline, read_distillation, write_export
+from sidfast.publishing.export import read_distillation, write_export
 from sidfast.publishing.load import load_pipeline
 from sidfast.teachers.load import load_teacher
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def export(tiny_teacher, tmp_path_factory):
     """An export that names its teacher."""
     teacher, folder = load_teacher(str(tiny_teacher)), tmp_path_factory.mktemp("demo") / "export"
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), folder, distillation={"teacher": str(tiny_teacher)})
+    write_export(teacher.one_step_pipeline(teacher.network, 625), folder, distillation={"teacher": str(tiny_teacher)})
     return folder
 
 

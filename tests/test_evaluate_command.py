@@ -19,11 +19,11 @@ from sidfast.evaluation.rows import FolderRows, collect
 @pytest.fixture(scope="module")
 def export(tiny_teacher, tmp_path_factory):
     """A one-step pipeline of 16 x 16 images, as a training run exports it."""
-    from sidfast.publishing.export import one_step_pipeline, write_export
+    from sidfast.publishing.export import write_export
     from sidfast.teachers.load import load_teacher
 
     teacher, folder = load_teacher(str(tiny_teacher)), tmp_path_factory.mktemp("export") / "export"
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), folder)
+    write_export(teacher.one_step_pipeline(teacher.network, 625), folder)
     return folder
 
 

@@ -22,7 +22,7 @@ from sidfast.common.files import drop_lock, take_lock
 from sidfast.config.schema import load_config
 from sidfast.evaluation.metrics import title
 from sidfast.publishing import card, pipeline
-from sidfast.publishing.export import one_step_pipeline, recover_export, save_tokenizer, write_export
+from sidfast.publishing.export import recover_export, save_tokenizer, write_export
 from sidfast.publishing.grid import image_grid, save_grid
 from sidfast.publishing.load import load_pipeline
 from sidfast.teachers.load import load_teacher
@@ -40,7 +40,7 @@ def export(request, tmp_path_factory):
     file = folder / "teacher" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.5}))
     teacher = load_teacher(str(folder / "teacher"))
-    write_export(one_step_pipeline(teacher, teacher.unet, T_INIT), folder / "export", torch.float32)
+    write_export(teacher.one_step_pipeline(teacher.network, T_INIT), folder / "export", torch.float32)
     return folder / "export"
 
 
@@ -181,8 +181,8 @@ def test_two_processes_do_not_mix_their_files(pipe, tmp_path):
 
 def test_weights_that_fp16_cannot_hold(pipe, tmp_path):
     teacher = load_teacher(str(write_tiny_teacher(tmp_path / "teacher")))
-    teacher.unet.conv_in.bias[0] = 1e5
-    large = one_step_pipeline(teacher, teacher.unet, T_INIT)
+    teacher.network.conv_in.bias[0] = 1e5
+    large = teacher.one_step_pipeline(teacher.network, T_INIT)
     with pytest.raises(UserError, match=r"weights of the unet, as float16, are not finite \(conv_in\.bias\)"):
         write_export(large, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]

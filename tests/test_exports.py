@@ -36,7 +36,7 @@ def begun(write_config, tiny_teacher, tmp_path, monkeypatch):
     (run / "export").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({
         "config": config.model_dump(), "paths": locate_inputs(config), "inputs": inputs}))
-    weights = {name: value + 0.01 for name, value in teacher.unet.state_dict().items()}
+    weights = {name: value + 0.01 for name, value in teacher.network.state_dict().items()}
     write_checkpoint(run / "checkpoints", 3, weights, run=describe_run(config, inputs))
     return path, run
 

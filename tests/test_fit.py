@@ -9,8 +9,8 @@ from conftest import fork_training, free_port, losses
 from sidfast.common.errors import UserError
 from sidfast.config.schema import build_config
 from sidfast.planning import fit
-from sidfast.planning.planner import Planner, load_meta_teacher
-from sidfast.teachers.load import load_teacher
+from sidfast.planning.planner import Planner
+from sidfast.teachers.load import load_meta_teacher, load_teacher
 
 CPU = torch.device("cpu")
 

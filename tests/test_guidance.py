@@ -12,7 +12,9 @@ from sidfast.method.equations import copies, predict_guided
 from sidfast.method.equations import passes as passes_of
 from sidfast.method.generator import generate
 from sidfast.teachers.paths import DiscreteBetas
-from sidfast.teachers.sd import predict
+from sidfast.teachers.sd import StableDiffusion
+
+predict = StableDiffusion().predict
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEPS = (1, 20, 400, 979)

@@ -152,7 +152,7 @@ def numbers(protocol="p", **values):
     ids=["lower", "not finite", "first not finite", "equal"])
 def test_which_is_the_best(measuring, values, kept):
     judge, teacher = measuring
-    pipe = Preview(judge.config, teacher, judge.run, {})._pipeline(teacher.unet)
+    pipe = Preview(judge.config, teacher, judge.run, {})._pipeline(teacher.network)
     for step, value in enumerate(values, 1):
         judge.keep_best(numbers(fid_small_clip=value), pipe, step)
     assert read_distillation(judge.run.out / "best")["step"] == kept
@@ -163,7 +163,7 @@ def test_the_record_survives(measuring):
     another protocol are no record."""
     judge, teacher = measuring
     best = judge.run.out / "best"
-    pipe = Preview(judge.config, teacher, judge.run, {})._pipeline(teacher.unet)
+    pipe = Preview(judge.config, teacher, judge.run, {})._pipeline(teacher.network)
     judge.keep_best(numbers(fid_small_clip=3.0), pipe, 1)
     best.rename(best.with_name(".best.old"))
     again = Evaluator(judge.config, judge.run, (16, 16), torch.device("cpu"), judge.memo)
@@ -208,7 +208,7 @@ def test_exports_make_images_of_the_resolution_of_the_run(config, tiny_teacher, 
     settings, teacher = load_config(config(images=0), ["model.resolution=32"]), load_teacher(str(tiny_teacher))
     run = RunDirectory(tmp_path / "run", settings, 0)
     preview = Preview(settings, teacher, run, {})
-    preview.export(teacher.unet.state_dict(), tmp_path / "export", 1)
+    preview.export(teacher.network.state_dict(), tmp_path / "export", 1)
     preview.wait()
     run.close()
     assert load_pipeline(tmp_path / "export", "cpu")[0]("x").images[0].size == (32, 32)

@@ -26,7 +26,7 @@ from sidfast.evaluation.metrics import lower_is_better
 from sidfast.evaluation.protocol import EvaluationOptions, EvaluationSpec
 from sidfast.evaluation.reference import measure_reference, open_reference
 from sidfast.evaluation.rows import FolderRows
-from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.export import write_export
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import load_pipeline
 from sidfast.runs.preview import Preview
@@ -131,7 +131,7 @@ def begun(place, tiny_teacher, tmp_path, monkeypatch):
     teacher, options = load_teacher(str(tiny_teacher)), {
         "model": str(tmp_path / "export"), "prompts": str(tmp_path / "prompts.txt"), "clip": str(CLIP),
         "metrics": "clip", "images": "8", "batch_size": "4", "resize": "64"}
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export")
+    write_export(teacher.one_step_pipeline(teacher.network, 625), tmp_path / "export")
     shutil.copy(place / "prompts.txt", tmp_path)
     put = FolderRows.put
 

@@ -19,7 +19,7 @@ from sidfast.config.schema import build_config, load_config
 from sidfast.engines.engine import ENGINES, build_engine, engine_config
 from sidfast.monitoring.observe import Monitor, PhaseTimer, Profiler, peak_tflops
 from sidfast.runs.directory import RunDirectory
-from sidfast.toy.networks import build_unet
+from sidfast.teachers.sd_shapes import build_unet
 
 CPU = torch.device("cpu")
 

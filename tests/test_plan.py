@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from sidfast.config.schema import Adam, build_config
 from sidfast.engines.engine import build_engine, engine_config
 from sidfast.method.updates import Objective
 from sidfast.planning import footprint, memory
-from sidfast.planning.planner import load_meta_teacher
-from sidfast.teachers.load import load_teacher
+from sidfast.teachers.base import Teacher
+from sidfast.teachers.load import load_meta_teacher, load_teacher
 from sidfast.teachers.paths import DiscreteBetas
-from sidfast.teachers.sd import predict
+from sidfast.teachers.sd import StableDiffusion
 
 SCHEDULE = DiscreteBetas(torch.linspace(0.999, 0.005, 1000))
 LATENT, TEXT = (4, 8, 8), (32, 128)
@@ -39,8 +40,14 @@ def unets(device, dtype=torch.float32, checkpointing=False):
     return {name: copy.deepcopy(unet) for name in ("generator", "fake_score", "teacher")}
 
 
+TEACHER = Teacher(StableDiffusion(), None, {
+    "unet": unets("meta")["teacher"], "tokenizer": SimpleNamespace(model_max_length=TEXT[0]),
+    "text_encoder": SimpleNamespace(config=None)}, SCHEDULE, None)
+CONDITIONS = TEACHER.conditions
+
+
 def objective(device, *kappas):
-    return Objective(SCHEDULE.to(device), predict, *(kappas or (1.5,) * 4))
+    return Objective(SCHEDULE.to(device), TEACHER.family.predict, *(kappas or (1.5,) * 4))
 
 
 @pytest.mark.parametrize("kappas", [pytest.param((1.5,) * 4, marks=pytest.mark.slow), (1.5, 1, 1, 3.0)], ids=str)
@@ -49,9 +56,9 @@ def test_flops(kappas):
     nets = unets("meta")
     total = 0
     for name in footprint.UPDATES:
-        found = footprint.measure_update(name, nets, objective("meta", *kappas), LARGE, TEXT, torch.float32)
+        found = footprint.measure_update(name, nets, objective("meta", *kappas), LARGE, CONDITIONS, torch.float32)
         total += found.flops
-    assert total == pytest.approx(footprint.image_flops(nets["teacher"], LARGE, TEXT, kappas), rel=1e-9)
+    assert total == pytest.approx(footprint.image_flops(TEACHER, LARGE, kappas), rel=1e-9)
     x, t, text = (torch.zeros(1, *shape, device="meta") for shape in (LARGE, (), TEXT))
     with FlopCounterMode(display=False) as counter:
         nets["teacher"](x, t, text)
@@ -65,26 +72,26 @@ def test_flops(kappas):
 @pytest.mark.parametrize("name", ["fake_score", pytest.param("generator", marks=pytest.mark.slow)])
 def test_memory_of_an_update(name, checkpointing):
     """The meta device's count against what PyTorch's CPU allocator gave out in the same update at micro-batch 4."""
-    counted = footprint.measure_update(name, unets("meta", checkpointing=checkpointing), objective("meta"), LARGE, TEXT,
+    counted = footprint.measure_update(name, unets("meta", checkpointing=checkpointing), objective("meta"), LARGE, CONDITIONS,
                                        torch.float32)
     nets = unets("cpu", checkpointing=checkpointing)
-    footprint._run(name, nets, objective("cpu"), LARGE, TEXT, torch.float32, 2)                     # warm up
+    footprint._run(name, nets, objective("cpu"), LARGE, CONDITIONS, torch.float32, 2)                     # warm up
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        footprint._run(name, nets, objective("cpu"), LARGE, TEXT, torch.float32, 4)
+        footprint._run(name, nets, objective("cpu"), LARGE, CONDITIONS, torch.float32, 4)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     level = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)
     assert counted.peak(4) == pytest.approx(peak, rel=0.1)
-    without = footprint.measure_update(name, unets("meta"), objective("meta"), LARGE, TEXT, torch.float32)
+    without = footprint.measure_update(name, unets("meta"), objective("meta"), LARGE, CONDITIONS, torch.float32)
     assert not checkpointing or counted.peak(64) < 0.6 * without.peak(64)
 
 
 def test_the_peak_is_known_for_every_micro_batch():
     """From two of them: the same as measured at a third."""
-    at_two = footprint.measure_update("generator", unets("meta"), objective("meta"), LARGE, TEXT, torch.float32)
-    timeline, _ = footprint._run("generator", unets("meta"), objective("meta"), LARGE, TEXT, torch.float32, 7)
+    at_two = footprint.measure_update("generator", unets("meta"), objective("meta"), LARGE, CONDITIONS, torch.float32)
+    timeline, _ = footprint._run("generator", unets("meta"), objective("meta"), LARGE, CONDITIONS, torch.float32, 7)
     assert at_two.peak(7) == max(map(sum, timeline))
     assert at_two.peak(7, gradients=False) == max(beside + rest for _, beside, rest in timeline)
     assert at_two.peak(7, gradients=False, beside=False) == max(rest for _, _, rest in timeline)
@@ -193,7 +200,8 @@ def test_communication(stage, sent):
 def test_shapes_of_a_folder_are_those_of_its_weights(tiny_teacher):
     shapes, teacher = load_meta_teacher(str(tiny_teacher)), load_teacher(str(tiny_teacher))
     for name in ("unet", "vae", "text_encoder"):
-        got, want = getattr(shapes, name), getattr(teacher, name)
+        got, want = shapes.parts[name], teacher.parts[name]
         assert {k: v.shape for k, v in got.named_parameters()} == {k: v.shape for k, v in want.named_parameters()}
         assert all(p.is_meta for p in got.parameters())
-    assert shapes.text_length == teacher.tokenizer.model_max_length
+    assert {k: v.shape for k, v in shapes.conditions(3).items()} == {
+        k: v.shape for k, v in teacher.encode(teacher.tokenize(["", "a", "b"])).items()}

@@ -13,7 +13,8 @@ from sidfast.config.schema import build_config, load_config
 from sidfast.engines.engine import ENGINES, engine_section, offloads, zero_stage
 from sidfast.planning import memory, plan_text, planner
 from sidfast.planning.plan import measured_throughput, parse_memory, parse_throughput
-from sidfast.planning.planner import GIB, Option, Planner, load_meta_teacher, recommend
+from sidfast.planning.planner import GIB, Option, Planner, recommend
+from sidfast.teachers.load import load_meta_teacher
 
 MEASURE = Planner._measure
 
@@ -37,8 +38,9 @@ def measured_once():
     known = {}
 
     def measured(self, checkpointing, names):
-        key = (checkpointing, *names, self.dtype, self.latent_shape, self.shapes.text_length, self.fused,
-               self.shapes.schedule.prediction_type, self.shapes.unet.to_json_string(),
+        key = (checkpointing, *names, self.dtype, self.latent_shape,
+               *(value.shape for value in self.teacher.conditions(1).values()), self.fused,
+               self.teacher.schedule.prediction_type, self.teacher.network.to_json_string(),
                self.config.guidance.model_dump_json(),
                self.config.loss.alpha)
         if key not in known:

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, environment, free_port
 
 from sidfast import cli
-from sidfast.teachers.random_init import ARCHITECTURES
+from sidfast.teachers.families import ARCHITECTURES
 
 MICRO_BATCH = {"sd15": 8, "sd21": 8, "sd21-768": 2}
 

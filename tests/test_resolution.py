@@ -12,9 +12,9 @@ from sidfast import cli, train
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
 from sidfast.planning.footprint import count_flops
-from sidfast.planning.planner import Planner, load_meta_teacher
+from sidfast.planning.planner import Planner
 from sidfast.publishing.grid import read_grid
-from sidfast.teachers.load import load_teacher
+from sidfast.teachers.load import load_meta_teacher, load_teacher
 
 SIZE = (16, 24)                                          # height, width in pixels; latents 8 x 12
 
@@ -40,7 +40,7 @@ def test_a_run(monkeypatch, write_config, tmp_path, capsys):
     assert {image.size[0] / image.size[1] for row in rows.values() for image in row} == {24 / 16}
     assert json.loads((out / "evaluation.json").read_text())["end"]["clip_score"] > -1
     config = load_config(path)
-    planner = Planner(config, load_meta_teacher(config.model.teacher, config.model))
+    planner = Planner(config, load_meta_teacher(config.model.teacher, **config.model.loading))
     assert planner.latent_shape == (4, 8, 12)
     assert planner.flops == count_flops(config, load_teacher(config.model.teacher), planner.latent_shape)
     for folder in (out / "export", tmp_path / "again"):

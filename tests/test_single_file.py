@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sidfast.common.errors import UserError
 from sidfast.publishing.export import write_export
-from sidfast.publishing.pipeline import OneStepPipeline
-from sidfast.publishing.single_file import check_convertible, original_layout, write_single_file
-from sidfast.teachers.random_init import build_networks
+from sidfast.teachers.sd import StableDiffusion
+from sidfast.teachers.sd_pipeline import OneStepPipeline
+from sidfast.teachers.sd_single_file import check_convertible, original_layout, write_single_file
 
 IDS = {"a": 320, "photo": 1125, "of": 539, "cat": 2368}
 V1 = {"unet": {"attention_head_dim": 8, "use_linear_projection": False, "block_out_channels": (32, 32, 64, 64)},
@@ -115,7 +115,7 @@ TEXT = {"sd15": "cond_stage_model.transformer.text_model.encoder.layers.11.self_
 @pytest.mark.parametrize("name, count", [("sd15", 196), ("sd21", 280)])
 def test_names_of_the_real_architectures(name, count):
     with torch.device("meta"):
-        pipe = SimpleNamespace(**build_networks(name))
+        pipe = SimpleNamespace(**StableDiffusion().build(name))
     names = original_layout(pipe).keys()
     assert {*KNOWN, TEXT[name]} <= names
     parts = Counter(key.split(".")[0] for key in names)

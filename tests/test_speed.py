@@ -67,8 +67,8 @@ def test_attention_is_timed_on_the_shapes_of_the_run(teacher, monkeypatch):
     monkeypatch.setattr(speed, "INTERPRETED", True)
     decided = decide(teacher, fused=True)
     assert decided.fused and not isinstance(decided.attention_ms[decided.attention], str)
-    shapes = speed.attention_shapes(teacher.unet, (4, 8, 8), 32, 2, CPU)
-    layers = sum(type(m).__name__ == "BasicTransformerBlock" for m in teacher.unet.modules())
+    shapes = speed.attention_shapes(teacher.network, (4, 8, 8), 32, 2, CPU)
+    layers = sum(type(m).__name__ == "BasicTransformerBlock" for m in teacher.network.modules())
     assert {shape[:5] for shape in shapes} == {(2, 64, 64, 4, 4), (2, 64, 32, 4, 4)}
     assert sum(count for *_, count in shapes) == 2 * layers
 
@@ -92,10 +92,10 @@ def test_largest_pass(tiny_config, kappas, factor, rows):
 
 
 def test_prepare(teacher):
-    unet = copy.deepcopy(teacher.unet)
-    assert type(decide(teacher).prepare(unet)) is type(teacher.unet) and not unet.is_gradient_checkpointing
+    unet = copy.deepcopy(teacher.network)
+    assert type(decide(teacher).prepare(unet)) is type(teacher.network) and not unet.is_gradient_checkpointing
     assert decide(teacher, gradient_checkpointing=True).prepare(unet).is_gradient_checkpointing
-    assert isinstance(fuse(copy.deepcopy(teacher.unet)), FusedUNet)
+    assert isinstance(fuse(copy.deepcopy(teacher.network)), FusedUNet)
 
 
 def test_every_block_runs_compiled(teacher, monkeypatch):

@@ -21,6 +21,7 @@ from sidfast.config.schema import load_config
 from sidfast.monitoring.spikes import Spikes
 from sidfast.runs import lock
 from sidfast.runs.directory import open_run
+from sidfast.teachers.fingerprint import fingerprint
 from sidfast.teachers.load import load_teacher
 from sidfast.teachers.paths import DiscreteBetas
 from sidfast.training import progress as progress_module
@@ -221,13 +222,14 @@ def test_settings_of_a_run_that_goes_on(write_config, tmp_path, key):
 
 def test_a_teacher_is_known_by_all_of_its_parts(tiny_teacher):
     teacher = load_teacher(str(tiny_teacher))
-    seen = {teacher.fingerprint()}
-    for module in (teacher.unet, teacher.vae, teacher.text_encoder):
+    seen = {fingerprint(teacher)}
+    for module in teacher.networks.values():
         for name, parameter in list(module.named_parameters())[::10]:
             with torch.no_grad():
                 parameter.flatten()[0] += 1
-            seen.add(teacher.fingerprint())
+            seen.add(fingerprint(teacher))
             assert len(seen) > 1, name
-    count = sum(len(list(module.parameters())[::10]) for module in (teacher.unet, teacher.vae, teacher.text_encoder))
-    other = dataclasses.replace(teacher, schedule=DiscreteBetas(teacher.scheduler.alphas_cumprod, "v_prediction"))
-    assert len(seen) == 1 + count and other.fingerprint() not in seen
+    count = sum(len(list(module.parameters())[::10]) for module in teacher.networks.values())
+    levels = teacher.parts["scheduler"].alphas_cumprod
+    other = dataclasses.replace(teacher, schedule=DiscreteBetas(levels, "v_prediction"))
+    assert len(seen) == 1 + count and fingerprint(other) not in seen

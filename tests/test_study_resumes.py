@@ -16,7 +16,7 @@ from test_stops import signal_in_step
 
 from sidfast.accel import plan as speed
 from sidfast.evaluation.evaluate import pipeline_generator
-from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.export import write_export
 from sidfast.publishing.load import load_pipeline
 from sidfast.studies import worker as module
 from sidfast.studies.record import STRIP, is_final
@@ -72,7 +72,7 @@ def test_a_stopped_run_is_gone_on_with(study, tmp_path, joined, monkeypatch):
 def test_images_of_a_run_have_noise_of_their_own(tiny_teacher, tmp_path, monkeypatch):
     """Side by side, those of the seeds 0, 1, ...: also of one prompt."""
     teacher, prompts = load_teacher(str(tiny_teacher)), ["a red circle", "a red circle", "x"]
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export")
+    write_export(teacher.one_step_pipeline(teacher.network, 625), tmp_path / "export")
     monkeypatch.setattr(module, "sample_prompts", lambda study: prompts)
     module._strip(tmp_path / "export", SimpleNamespace(), CPU)
     got = torch.from_numpy(np.array(Image.open(tmp_path / "export" / STRIP))).movedim(2, 0)

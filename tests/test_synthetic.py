@@ -28,7 +28,7 @@ from sidfast.method.generator import generate
 from sidfast.method.synthetic import DEGRADATIONS, SOURCES, Generator, TeacherShare, build_source, capture_blocker
 from sidfast.method.updates import leave_out
 from sidfast.teachers.load import load_teacher
-from sidfast.teachers.sd import predict
+from sidfast.teachers.sd import StableDiffusion
 from sidfast.training.loop import with_images
 
 
@@ -118,22 +118,20 @@ def teacher(tiny_teacher):
 def test_teacher_s_images_are_those_of_its_pipeline(teacher, guidance, teacher_draw):
     """Rows below the share are what diffusers' own pipeline makes of the same z; the others the generator's."""
     prompts = ["a red circle", "a blue square", "", "two shapes", "x"]
-    pipe = StableDiffusionPipeline(
-        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet,
-        scheduler=DDIMScheduler.from_config(teacher.scheduler.config), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
+    parts = teacher.parts | {"scheduler": DDIMScheduler.from_config(teacher.parts["scheduler"].config)}
+    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     text, null = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, ""))
     batch = random_batch(5, shape=(4, 8, 8))._replace(cond={TEXT: text}, uncond={TEXT: null},
                                                       teacher_draw=torch.tensor(teacher_draw))
-    generator = copy.deepcopy(teacher.unet)
+    generator = copy.deepcopy(teacher.network)
     with torch.no_grad():
         for p in generator.parameters():
             p += 0.01
     objective = objective_of(kappa4=2.0)
     section = Synthetic(teacher_share=0.4, teacher_steps=4, teacher_guidance=guidance)
-    got = build_source(section, generator, teacher.unet, objective, {},
-                       lambda: DDIMScheduler.from_config(teacher.scheduler.config))(batch)
+    got = build_source(section, generator, teacher.network, objective, {},
+                       lambda: DDIMScheduler.from_config(teacher.parts["scheduler"].config))(batch)
     want = pipe(prompts, latents=batch.z, num_inference_steps=4, guidance_scale=guidance or 2.0,
                 output_type="latent").images
     own = generate(generator, batch.z, {TEXT: text}, objective)
@@ -153,7 +151,7 @@ class Zeros:
 def test_samples_left_out_take_none_of_the_teacher_s_places(monkeypatch):
     """Whatever is put in their place: all others get the images that they got before."""
     monkeypatch.setattr(TeacherShare, "_sample", lambda self, z, cond, uncond: torch.ones_like(z))
-    source = TeacherShare(Zeros(), None, predict, DDIMScheduler(), 0.3, 2, 1.0)
+    source = TeacherShare(Zeros(), None, StableDiffusion().predict, DDIMScheduler(), 0.3, 2, 1.0)
     batch = random_batch(8)._replace(teacher_draw=torch.tensor([.1, .8, .5, .2, .9, .6, .29, 1 - 2**-24]))
     for bad in ([1, 2], [1, 2, 4, 5, 7], [0, 1], [3]):
         finite = torch.ones(8, dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
@@ -167,7 +165,7 @@ def test_the_generator_may_be_bad_where_the_teacher_draws():
     networks, batch, *_ = setting(4, ("generator",), flat=True)
     batch = batch._replace(teacher_draw=torch.tensor([0.1, 0.9, 0.9, 0.9]))
     batch.cond[TEXT][[0, 2], :, POISON] = 3e38
-    source = TeacherShare(source_of(networks), networks.teacher, predict,
+    source = TeacherShare(source_of(networks), networks.teacher, StableDiffusion().predict,
                           DDIMScheduler(clip_sample=False), 0.25, 2, 1.0)
     sums = fake_score_update(networks, objective_of(), source)([batch])
     assert sums.non_finite == 1 and sums.losses.isfinite().all() and (sums.losses > 0).tolist() == [1, 1, 0, 1]

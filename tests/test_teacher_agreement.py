@@ -16,12 +16,12 @@ from sidfast.method.densities import DENSITIES, NoiseLevels
 from sidfast.method.generator import generate
 from sidfast.method.synthetic import Source, TeacherShare
 from sidfast.method.updates import Batch, Objective
-from sidfast.publishing.export import one_step_pipeline, write_export
-from sidfast.publishing.load import load_pipeline, teacher_pipeline
+from sidfast.publishing.export import write_export
+from sidfast.publishing.load import load_pipeline
+from sidfast.teachers.fingerprint import fingerprint
 from sidfast.teachers.fit import check_teacher_fits
 from sidfast.teachers.load import load_teacher
 from sidfast.teachers.schedulers import check_steps
-from sidfast.teachers.sd import predict
 from sidfast.training.batches import TextEncoder
 
 TEXT = "encoder_hidden_states"
@@ -43,7 +43,7 @@ def in_diffusers(folder):
 
 
 def embed(teacher):
-    encoder = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32)
+    encoder = TextEncoder(teacher, torch.float32)
     return encoder(encoder.tokenize(PROMPTS)), encoder.uncond
 
 
@@ -59,7 +59,7 @@ def test_texts(folder, tmp_path, flags):
     want, want_null = in_diffusers(folder).encode_prompt(PROMPTS, "cpu", 1, True)
     torch.testing.assert_close(embeddings[TEXT], want)
     torch.testing.assert_close(null[TEXT], want_null[:1])
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export", torch.float32)
+    write_export(teacher.one_step_pipeline(teacher.network, 625), tmp_path / "export", torch.float32)
     export = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
     torch.testing.assert_close(export.encode_prompt(PROMPTS), want)
     ours, _ = load_pipeline(tmp_path / "export", torch.device("cpu"))
@@ -107,12 +107,12 @@ def test_images_of_the_teacher(folder, flags):
     options = {"num_inference_steps": 4, "guidance_scale": 1.5, "output_type": "latent"}
     want = pipe(PROMPTS, latents=z, **options).images
     assert want.isfinite().all()
-    shown = teacher_pipeline(teacher)
+    shown = teacher.pipeline()
     shown.set_progress_bar_config(disable=True)
     torch.testing.assert_close(shown(PROMPTS, latents=z, **options).images, want)
     text, null = embed(teacher)
     batch = Batch(text, null, z, None, None, None, torch.zeros(3, 0, 4, 8, 8), torch.zeros(3))
-    source = TeacherShare(Nothing(None, None), teacher.unet, predict, teacher.sampler(), 1.0, 4, 1.5)
+    source = TeacherShare(Nothing(None, None), teacher.network, teacher.family.predict, teacher.sampler(), 1.0, 4, 1.5)
     torch.testing.assert_close(source(batch), want)
 
 
@@ -120,17 +120,17 @@ def test_images_of_the_teacher(folder, flags):
 def test_what_the_network_predicts(folder, tmp_path, asked, stored):
     """In place of what scheduler_config.json says: in the loss, the fingerprint, the export, the teacher's images."""
     edit("scheduler/scheduler_config.json", prediction_type=stored)(folder)
-    teacher, predicted = load_teacher(folder, prediction_type=asked), asked or stored
+    teacher, predicted = load_teacher(folder, scheduler=asked and {"prediction_type": asked}), asked or stored
     assert teacher.schedule.prediction_type == teacher.sampler().config.prediction_type == predicted
-    assert (teacher.fingerprint() == load_teacher(folder).fingerprint()) == (predicted == stored)
-    write_export(one_step_pipeline(teacher, teacher.unet, 625), tmp_path / "export", torch.float32)
+    assert (fingerprint(teacher) == fingerprint(load_teacher(folder))) == (predicted == stored)
+    write_export(teacher.one_step_pipeline(teacher.network, 625), tmp_path / "export", torch.float32)
     export = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
     assert DDIMScheduler.from_pretrained(tmp_path / "export" / "scheduler").config.prediction_type == predicted
     z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text, _ = embed(teacher)
-    objective = Objective(teacher.schedule, predict, 1.5, 1.5, 1.5, 1.5)
+    objective = Objective(teacher.schedule, teacher.family.predict, 1.5, 1.5, 1.5, 1.5)
     with torch.no_grad():
-        torch.testing.assert_close(export.denoise(z, text[TEXT]), generate(teacher.unet, z, text, objective))
+        torch.testing.assert_close(export.denoise(z, text[TEXT]), generate(teacher.network, z, text, objective))
 
 
 @pytest.mark.parametrize("settings, key", [
@@ -144,9 +144,9 @@ def test_epsilon_where_there_is_no_signal(capsys, write_config, folder, tmp_path
     config = write_config(**{"model.teacher": str(folder)})
     for command in ((train.main, "--out", tmp_path / "run"), (cli.main, "plan")):
         line = fails(capsys, *command, "--config", config, *options)
-        assert key in line and "without any signal" in line and "model.prediction_type" in line
+        assert key in line and "without any signal" in line and "model.scheduler.prediction_type" in line
     assert not (tmp_path / "run").exists()
-    both = load_config(config, [*settings, "model.prediction_type=v_prediction"])
+    both = load_config(config, [*settings, "model.scheduler.prediction_type=v_prediction"])
     check_teacher_fits(both, load_teacher(folder, **both.model.loading), "config")
 
 

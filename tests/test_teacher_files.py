@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from sidfast import cli, train
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
-from sidfast.planning.planner import load_meta_teacher
 from sidfast.runs.identity import describe_distillation
 from sidfast.teachers.folders import find_teacher
-from sidfast.teachers.load import load_teacher
+from sidfast.teachers.load import load_meta_teacher, load_teacher
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -153,7 +152,7 @@ def test_what_is_downloaded(monkeypatch, folder, tmp_path, change, options, brou
     assert find_teacher("someone/sd", **options) == hub.cache and hub.weights() == brought
     assert hub.revisions == {options.get("revision")} and not [*hub.cache.rglob("*.py"), *hub.cache.rglob("*.bin")]
     load_teacher("someone/sd", **options)
-    load_meta_teacher("someone/sd", None)
+    load_meta_teacher("someone/sd")
 
 
 def test_layers_that_are_not_used(folder, tiny_teacher):

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
 from sidfast.common.errors import UserError
-from sidfast.planning.planner import load_meta_teacher
-from sidfast.teachers.load import load_teacher
+from sidfast.teachers.load import load_meta_teacher, load_teacher
 
 
 @pytest.fixture

@@ -102,12 +102,12 @@ def first_gradients(tiny_config, runs):
     """{network: {name: gradient}} of the first step, in float64 and sample by sample."""
     config = build_config(tiny_config, "test")
     teacher = load_teacher(config.model.teacher)
-    encoder = TextEncoder(teacher.tokenizer, teacher.text_encoder, torch.float32)
+    encoder = TextEncoder(teacher, torch.float32)
     whole = config.train.model_copy(update={"micro_batch": config.train.batch_size})
     batches = Batches(open_prompts(config.data.prompts, config.train.seed), encoder,
                       noise_levels(teacher.schedule, config.noise), (4, 8, 8), whole, config.guidance.prompt_dropout,
                       config.synthetic, 0, torch.device("cpu"))
-    objective, unet = objective_of(1.5, 1.5, 1.5, 1.5), teacher.unet.double().requires_grad_(True)
+    objective, unet = objective_of(1.5, 1.5, 1.5, 1.5), teacher.network.double().requires_grad_(True)
     generator, trained = copy.deepcopy(unet), copy.deepcopy(unet)            # the generator's turn is the second
     checkpoint = runs / "one-step-0" / "checkpoints" / "step-00000001"
     trained.load_state_dict(read_tensors(checkpoint, "fake_score", "weights"))

@@ -48,8 +48,10 @@ def fuse_pipeline(pipe, rows, name):
         raise UserError(f"{name}: cannot run on the fused kernels: {reason}")
     device = pipe.unet.device
     height, width = pair(pipe.unet.config.sample_size)
-    latent = (pipe.unet.config.in_channels, height, width)
-    shapes = attention_shapes(pipe.unet, latent, pipe.tokenizer.model_max_length, rows, device)
+    options = {"device": device, "dtype": pipe.unet.dtype}
+    x = torch.zeros(1, pipe.unet.config.in_channels, height, width, **options)
+    text = torch.zeros(1, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim, **options)
+    shapes = attention_shapes(pipe.unet, rows, lambda unet: unet(x, torch.zeros(1, device=device), text))
     fuse(pipe.unet, next(iter(choose_attention(tuple(shapes), pipe.unet.dtype, device))))
     fuse_decoder(pipe.vae)
     refresh(pipe.unet)

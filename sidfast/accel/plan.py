@@ -64,7 +64,9 @@ def resolve_acceleration(section, teacher, latent_shape, rows, stages, dtype, de
     fused, graphs, overlap, notes = check_speed(section, teacher, stages, device, capturing)
     attention, timed = section.attention, {}
     if fused:
-        shapes = attention_shapes(teacher.unet, latent_shape, teacher.tokenizer.model_max_length, rows, device)
+        x, t = torch.zeros(1, *latent_shape, device=device), torch.zeros(1, device=device)
+        cond = teacher.conditions(1, device, teacher.network.dtype)
+        shapes = attention_shapes(teacher.network, rows, lambda network: teacher.family.predict(network, x, t, cond))
         timed = _timed_attention(tuple(shapes), dtype, device, None if attention == "auto" else (attention,))
         attention = next(iter(timed))
         if isinstance(timed[attention], str):
@@ -88,7 +90,7 @@ def check_speed(section, teacher, stages, device, capturing=None):
     UserErrors."""
     notes, gpu, sharded = [], device.type == "cuda", 3 in stages
     kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
-    reason = fuse_blocker(teacher.unet) if kernels_run else "there is no GPU here"
+    reason = fuse_blocker(teacher.network) if kernels_run else "there is no GPU here"
     if section.compile and section.fused is True:
         raise UserError("speed.compile is for networks without the fused kernels; set speed.fused to false, or auto")
     fused = _wanted("fused", section.fused, reason, notes) and not section.compile

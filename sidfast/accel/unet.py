@@ -165,9 +165,9 @@ def fuse_blocker(unet):
 
 
 @torch.no_grad()
-def attention_shapes(unet, latent_shape, text_length, rows, device):
-    """Every attention of one pass over `rows` latents (C, H, W) and texts of `text_length` tokens: [(N, S, L, heads, d,
-    times it occurs)], as `choose_attention` takes them. Leaves the UNet as diffusers has it.
+def attention_shapes(unet, rows, run):
+    """Every attention of one pass over `rows` images: [(N, S, L, heads, d, times it occurs)], as `choose_attention`
+    takes them. `run(unet)`: the pass, of one image. Leaves the UNet as diffusers has it.
 
     Raises ValueError for a UNet that the fused kernels do not cover.
     """
@@ -182,9 +182,6 @@ def attention_shapes(unet, latent_shape, text_length, rows, device):
     for module in unet.modules():
         if hasattr(module, "attend"):
             module.attend = attend
-    options = {"device": device, "dtype": unet.dtype}
-    x = torch.zeros(1, *latent_shape, **options)
-    text = torch.zeros(1, text_length, unet.config.cross_attention_dim, **options)
-    unet(x, torch.zeros(1, device=device), text)
+    run(unet)
     unfuse(unet)
     return [(*key, count) for key, count in seen.items()]

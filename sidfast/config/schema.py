@@ -4,6 +4,7 @@ Every key is typed and explained here; unknown keys are errors. The `deepspeed` 
 config/deepspeed.py) and is passed through as it stands, once for each engine.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,16 +32,16 @@ class Model(Section):
                           "the plain ones, or else the only variant there is")
     revision: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="branch, tag or commit of a teacher on the hub; default: main")
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="what the teacher predicts; default: what its scheduler_config.json says, which is wrong in "
-                          "some fine-tuned models")
+    scheduler: dict[str, bool | int | float | str | None] = Field(
+        {}, description="values in the place of those of the teacher's scheduler_config.json, which is wrong in some "
+                        "fine-tuned models")
     resolution: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = Field(
         None, description="pixels, one number or [height, width]; default: the teacher's own")
 
     @property
     def loading(self):
         """The options of `load_teacher`."""
-        return {"variant": self.variant, "revision": self.revision, "prediction_type": self.prediction_type}
+        return {"variant": self.variant, "revision": self.revision, "scheduler": self.scheduler}
 
 
 class Guidance(Section):
@@ -262,13 +263,29 @@ def read_values(path):
 
 
 def build_config(values, source):
-    """A Config from nested dictionaries; `source` names them in messages. Raises UserError."""
+    """A Config from nested dictionaries; `source` names them in messages. Keys of older versions count as what they are
+    called now (renamed.json). Raises UserError."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_renamed(values, source))
     except RecursionError:
         raise UserError(f"{source}: sections are nested too deep") from None
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, Config)}") from None
+
+
+def _renamed(values, source):
+    """The values with the keys of older versions under their new names; null stands for none of these."""
+    if not isinstance(values, dict):
+        return values
+    values = copy.deepcopy(values)
+    for old, new in json.loads(Path(__file__).with_name("renamed.json").read_text()).items():
+        section, _, key = old.rpartition(".")
+        place = values.get(section)
+        if isinstance(place, dict) and key in place:
+            value = place.pop(key)
+            if value is not None:
+                set_key(values, new, value, str(source))
+    return values
 
 
 def _override(values, text):

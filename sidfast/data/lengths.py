@@ -4,22 +4,6 @@ LOOKED_AT = 10_000                                       # prompts of a run, whi
 _TOGETHER = 1000
 
 
-def most_tokens(tokenizer, config):
-    """The tokens that a prompt may have, start and end included, by a tokenizer and its text encoder's configuration;
-    None for a text encoder without a fixed length."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions) if positions else None
-
-
-def prompt_limit(pipe):
-    """(tokenizer, `most_tokens`) of a pipeline with one text encoder of fixed length, or None."""
-    parts = [getattr(pipe, name, None) for name in ("tokenizer", "text_encoder")]
-    if None in parts or getattr(pipe, "text_encoder_2", None) is not None:
-        return None
-    most = most_tokens(parts[0], parts[1].config)
-    return most and (parts[0], most)
-
-
 def count_cut(tokenizer, prompts, most):
     """How many of the prompts have more than `most` tokens."""
     cut = 0

@@ -21,7 +21,7 @@ from sidfast.accel.precision import tf32
 from sidfast.common.errors import UserError, one_line, say, speaks
 from sidfast.common.extras import need
 from sidfast.common.files import check_file, drop_lock, remove, sweep, take_lock, write_atomically
-from sidfast.data.lengths import count_cut, most_tokens, prompt_limit
+from sidfast.data.lengths import count_cut
 from sidfast.evaluation.coco import SIDE, caption_count, prepare_coco
 from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.features import hash_files
@@ -33,6 +33,7 @@ from sidfast.evaluation.results import is_result
 from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.load import find_pipeline, load_pipeline, loading_notes, sampler_options
+from sidfast.teachers.clip import most_tokens, prompt_limit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("sidfast", "torch", "torchmetrics", "torch-fidelity", "diffusers", "transformers")

@@ -16,6 +16,7 @@ from sidfast.common.errors import UserError
 from sidfast.common.extras import need
 from sidfast.data import shapes
 from sidfast.evaluation.preprocessing import Preprocessing, read_preprocessing
+from sidfast.teachers.clip import tokenize
 from sidfast.teachers.compatibility import check_tokenizer
 from sidfast.teachers.folders import first_reason
 from sidfast.teachers.load import check_finite_weights, load_network
@@ -96,13 +97,6 @@ class InceptionFeatures:
         """What a result says of it."""
         return {"network": "Inception-v3 (torch-fidelity)", "weights": self.path, "sha256": self.sha256,
                 "dimension": self.dimension}
-
-
-def tokenize(tokenizer, texts):
-    """Token ids [N, L], padded and cut to the tokenizer's length."""
-    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                    return_attention_mask=False, return_tensors="np").input_ids    # half the time of "pt"
-    return torch.from_numpy(ids)
 
 
 def load_features(spec, device):

@@ -95,12 +95,13 @@ class Monitor:
     peak; `clock` times whatever the trainer passes through it.
     """
 
-    def __init__(self, engines, text_encoder, device, dtype, batch_size, processes, flops=None, tf32=True):
+    def __init__(self, engines, text_encoders, device, dtype, batch_size, processes, flops=None, tf32=True):
         self.engines, self.device, self.clock = engines, device, PhaseTimer(device)
         self.batch_size, self.processes, self.flops = batch_size, processes, flops
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak, self._norms = peak_tflops(name, dtype, tf32), {}
-        self.clock.module(text_encoder, "text")
+        for text_encoder in text_encoders:
+            self.clock.module(text_encoder, "text")
         for label, engine in engines.items():
             self._watch_step(label, engine)
 

@@ -10,7 +10,8 @@ from sidfast.accel.plan import largest_pass, resolve_acceleration
 from sidfast.common.errors import UserError
 from sidfast.engines.engine import ENGINES, compute_dtype, zero_stages
 from sidfast.method.synthetic import SOURCES
-from sidfast.planning.planner import CONTEXT, GIB, MetaTeacher, Planner, load_meta_teacher
+from sidfast.planning.planner import CONTEXT, GIB, Planner
+from sidfast.teachers.load import load_meta_teacher
 
 _LARGEST = 32                                            # beyond that a GPU gains little
 
@@ -42,10 +43,8 @@ def find_micro_batch(config, teacher, processes, device):
 
 def _needed(config, teacher, sizes, processes, device):
     """{micro-batch: bytes on this device}."""
-    shapes = MetaTeacher(teacher.unet, teacher.vae, teacher.text_encoder, teacher.tokenizer.model_max_length,
-                         teacher.schedule)
     dtype = compute_dtype(config.deepspeed)
-    teacher.unet.to(device)                              # where training wants it too
+    teacher.network.to(device)                              # where training wants it too
     # (attention that was asked for need not manage the largest micro-batch, only the one that will fit)
     rows = largest_pass(config, sizes[-1 if config.speed.attention == "auto" else 0])
     latent_shape = teacher.latent_shape(config.model.resolution)
@@ -53,18 +52,18 @@ def _needed(config, teacher, sizes, processes, device):
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
 
     def prepare(checkpointing):
-        unet = speed.prepare(copy.deepcopy(teacher.unet).to(device, dtype))
+        unet = speed.prepare(copy.deepcopy(teacher.network).to(device, dtype))
         speed.refresh(unet)
         return unet
 
-    planner = Planner(config, shapes, prepare=prepare)
+    planner = Planner(config, teacher, prepare=prepare)
     try:
         planner.footprints(config.speed.gradient_checkpointing)
     except torch.OutOfMemoryError:                       # whole networks do not fit: by their shapes, then
-        planner = Planner(config, load_meta_teacher(str(teacher.folder), config.model))
+        planner = Planner(config, load_meta_teacher(str(teacher.folder), **config.model.loading))
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    P = sum(p.numel() for p in teacher.unet.parameters())
+    P = sum(p.numel() for p in teacher.network.parameters())
     network = P * torch.empty((), dtype=dtype).element_size()
     copies = 1 if SOURCES[config.synthetic.source].copy else 0
     needed = {m: max(

@@ -51,14 +51,14 @@ class Footprint:
         return (alive * torch.tensor(kinds)).sum(1).max().item()
 
 
-def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
+def measure_update(name, unets, objective, latent_shape, conditions, dtype):
     """The Footprint of update `name` ("fake_score" or "generator").
 
     `unets`: {"generator", "fake_score", "teacher"} in `dtype`, prepared as they will run, on the meta device (or
-    another, for comparisons); latent_shape: (C, H, W), text_shape: (L, D). Raises RuntimeError if the update does not
-    make the same tensors at every micro-batch.
+    another, for comparisons); latent_shape: (C, H, W); `conditions`: Teacher.conditions. Raises RuntimeError if the
+    update does not make the same tensors at every micro-batch.
     """
-    runs = [_run(name, unets, objective, latent_shape, text_shape, dtype, m) for m in _SIZES]
+    runs = [_run(name, unets, objective, latent_shape, conditions, dtype, m) for m in _SIZES]
     small, large = (timeline for timeline, _ in runs)
     if len(small) != len(large):
         raise RuntimeError(f"the {name} update does not do the same at every micro-batch: {len(small)} and "
@@ -71,38 +71,41 @@ def measure_update(name, unets, objective, latent_shape, text_shape, dtype):
     return Footprint(rows, (runs[1][1] - runs[0][1]) / step, parameters)
 
 
-def image_flops(unet, latent_shape, text_shape, kappas, shared=False):
-    """FLOPs of one training image, one update of each network, from one pass of a UNet on the meta device.
+def image_flops(teacher, latent_shape, kappas, shared=False):
+    """FLOPs of one training image, one update of each network, from one pass of the network on the meta device.
 
-    latent_shape: (C, H, W), text_shape: (L, D); `kappas`: (kappa1, ..., kappa4); `shared`: both updates take the same
-    pass of the generator. The same number as that of the two updates as a whole (`Footprint.flops`), in a fraction of
-    the time, for plain networks: those of the method. (A fused one computes once what both texts of an image share.)
-    Memory layout and gradient checkpointing do not matter here.
+    `teacher`: with or without weights; latent_shape: (C, H, W); `kappas`: (kappa1, ..., kappa4); `shared`: both updates
+    take the same pass of the generator. The same number as that of the two updates as a whole (`Footprint.flops`), in a
+    fraction of the time, for plain networks: those of the method. (A fused one computes once what both texts of an
+    image share.) Memory layout and gradient checkpointing do not matter here.
     """
     from sidfast.method.equations import passes
 
-    forward, frozen, trained = _pass_flops(type(unet), unet.to_json_string(), tuple(latent_shape), tuple(text_shape))
+    family = teacher.family
+    cond = tuple((name, tuple(value.shape)) for name, value in teacher.conditions(1, device="meta").items())
+    forward, frozen, trained = _pass_flops(family, teacher.network.to_json_string(), tuple(latent_shape), cond)
     both = passes(kappas[:1])
     denoisers = passes(kappas[1:3]) + passes(kappas[3:])
     return forward * (2 - shared + both + denoisers) + trained * (1 + both) + frozen * denoisers
 
 
 @lru_cache
-def _pass_flops(kind, config, latent_shape, text_shape):
-    """FLOPs of a pass for one image, of its backward pass when frozen, and of that when trained. `kind`: the UNet's
-    class, `config`: its configuration as JSON. Counted once for all runs of a process (those of a study)."""
+def _pass_flops(family, config, latent_shape, cond):
+    """FLOPs of a pass for one image, of its backward pass when frozen, and of that when trained. `config`: the
+    network's configuration as JSON, `cond`: (name, shape) of its conditions. Counted once for all runs of a process
+    (those of a study)."""
     with torch.device("meta"):
-        unet = kind.from_config(json.loads(config)).requires_grad_(False)
-    x = torch.zeros(1, *latent_shape, device="meta", requires_grad=True)
-    inputs = torch.zeros(1, device="meta"), torch.zeros(1, *text_shape, device="meta")
+        network = family.class_of(family.network).from_config(json.loads(config)).requires_grad_(False)
+        x = torch.zeros(1, *latent_shape, requires_grad=True)
+        t, cond = torch.zeros(1), {name: torch.zeros(shape) for name, shape in cond}
     forward, frozen, trained = Ledger(), Ledger(), Ledger()
     with gpu_attention():
         with forward:
-            y = unet(x, *inputs, return_dict=False)[0]
+            y = family.predict(network, x, t, cond)
         with frozen:
             y.sum().backward()
-        unet.requires_grad_(True)
-        y = unet(x.detach(), *inputs, return_dict=False)[0]
+        network.requires_grad_(True)
+        y = family.predict(network, x.detach(), t, cond)
         with trained:
             y.sum().backward()
     return forward.flops, frozen.flops, trained.flops
@@ -111,12 +114,11 @@ def _pass_flops(kind, config, latent_shape, text_shape):
 def count_flops(config, teacher, latent_shape):
     """`image_flops` of a run: its configuration, its Teacher, (C, H, W)."""
     g = config.guidance
-    text_shape = teacher.tokenizer.model_max_length, teacher.unet.config.cross_attention_dim
-    return image_flops(teacher.unet, latent_shape, text_shape, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
+    return image_flops(teacher, latent_shape, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
                        config.speed.share_generator_forward)
 
 
-def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
+def _run(name, unets, objective, latent_shape, conditions, dtype, n):
     """(Ledger.timeline, FLOPs) of one micro-batch of n images."""
     engines, ledger = {k: PlainEngine(u) for k, u in unets.items()}, Ledger()
     options = {"run": ledger.concurrent} if name == "generator" else {}
@@ -124,8 +126,7 @@ def _run(name, unets, objective, latent_shape, text_shape, dtype, n):
                            agree=lambda finite: True, **options)
     device = next(unets[name].parameters()).device
     x = torch.zeros(n, *latent_shape, device=device)
-    cond, uncond = ({"encoder_hidden_states": torch.zeros(rows, *text_shape, device=device, dtype=dtype)}
-                    for rows in (n, 1))
+    cond, uncond = (conditions(rows, device=device, dtype=dtype) for rows in (n, 1))
     batch = Batch(cond, uncond, x, x.clone(),
                   torch.zeros(n, device=device, dtype=torch.int64), torch.zeros(n, device=device, dtype=torch.bool),
                   x[:, None][:, :0], torch.zeros(n, device=device))

@@ -36,9 +36,9 @@ def parse_throughput(text, flops):
     return rate, f"from --throughput {text}"
 
 
-def measured_throughput(run, shapes):
+def measured_throughput(run, teacher):
     """(images/s per GPU, how it is known) of a run directory: the median of the lines of its metrics.jsonl, each on as
-    many GPUs as it was written on. Raises UserError, also for a teacher of another architecture than `shapes`."""
+    many GPUs as it was written on. Raises UserError, also for a teacher of another architecture than `teacher`."""
     run = Path(run)
     about = read_run(run, f"--measured {run}: no run directory", "name another")
     lines = [line for line in read_metrics(run) if line.get("images_per_s")]
@@ -47,7 +47,7 @@ def measured_throughput(run, shapes):
     if not lines or not (known or last):
         raise UserError(f"--measured {run}: no run directory with images_per_s in its metrics.jsonl")
     config = build_config(about["config"], run / "config.json")
-    processes = [_processes(run, line, Planner(config, shapes).flops) for line in known] or [last] * len(lines)
+    processes = [_processes(run, line, Planner(config, teacher).flops) for line in known] or [last] * len(lines)
     rates = sorted(line["images_per_s"] / n for line, n in zip(known or lines, processes, strict=True))
     rate = rates[len(rates) // 2]
     text = f"measured in {run}, median of {len(rates)} lines, {' and '.join(map(str, sorted({*processes})))} processes"
@@ -66,7 +66,7 @@ def _processes(run, line, flops):
 def plan(configs, load, gpus, limit, throughput=None, measured=None, bandwidth=None, out=print):
     """Print the plan of each (name, Config) in `configs`, and of all together. Raises UserError.
 
-    `load()` gives the MetaTeacher of their teacher, which they share; `limit`: bytes of a GPU, or None; `throughput`,
+    `load()` gives their Teacher, which they share, weights or not; `limit`: bytes of a GPU, or None; `throughput`,
     `measured`: as the command takes them; `bandwidth`: GB/s that a GPU sends, or None.
     """
     if bandwidth is not None and not 0 < bandwidth < 1e6:
@@ -78,12 +78,12 @@ def plan(configs, load, gpus, limit, throughput=None, measured=None, bandwidth=N
     for name, config in configs:
         check_sections(config, 1)
         _check_divides(config.train, gpus, f"{name}: " if len(configs) > 1 else "")
-    shapes, counted, hours = load(), {}, 0.0
+    teacher, counted, hours = load(), {}, 0.0
     for name, config in configs:
-        check_teacher_fits(config, shapes, name)
-    known = None if measured is None else measured_throughput(measured, shapes)
+        check_teacher_fits(config, teacher, name)
+    known = None if measured is None else measured_throughput(measured, teacher)
     for name, config in configs:
-        planner = Planner(config, shapes, lambda text: print(f"sidfast: {text}", file=sys.stderr), counted=counted)
+        planner = Planner(config, teacher, lambda text: print(f"sidfast: {text}", file=sys.stderr), counted=counted)
         rate = parse_throughput(throughput, planner.flops) if throughput is not None else known
         text, one = describe(name, planner, gpus, limit, rate, bandwidth and bandwidth * 1e9)
         out(text)

@@ -1,6 +1,7 @@
 """How a plan is written down."""
 
 from sidfast.planning.planner import GIB, STAGES, recommend
+from sidfast.teachers.base import NAMES
 
 _ASSUMED = (100, 200, 400)                               # TFLOP/s: what is shown where nothing was measured
 
@@ -10,11 +11,13 @@ def describe(name, planner, gpus, limit, rate, bandwidth=None):
 
     `rate`: (images/s per GPU, how it is known) or None; `bandwidth`: bytes/s that a GPU sends, or None.
     """
-    config, P = planner.config, planner.shapes.parameters()
+    config, sizes = planner.config, planner.teacher.parameters()
+    network = planner.teacher.family.network
+    sizes = {NAMES.get(name, name): f"{sizes[name] / 1e6:.1f} M" for name in (network, *sorted({*sizes} - {network}))}
+    trained, *others = (f"{name} {size}" for name, size in sizes.items())
     lines = [f"{name}: {gpus} GPU{'s' if gpus > 1 else ''}, global batch {config.train.batch_size}, "
              f"latents {'x'.join(map(str, planner.latent_shape))}, {str(planner.dtype).removeprefix('torch.')}",
-             f"parameters: UNet {P['unet'] / 1e6:.1f} M (generator, fake score and teacher each), text encoder "
-             f"{P['text_encoder'] / 1e6:.1f} M, VAE {P['vae'] / 1e6:.1f} M",
+             f"parameters: {trained} (generator, fake score and teacher each), {', '.join(others)}",
              f"work: {planner.flops / 1e12:.4g} TFLOP per image, one update of each network", ""]
     options = planner.options(gpus)
     best = recommend(options, limit) if limit else None

@@ -5,28 +5,15 @@ Sizes come from the real networks on the meta device (footprint.py) and from wha
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from sidfast.accel.prepacked import pass_layout, prepacked_bytes, refresh
 from sidfast.accel.unet import fuse, fuse_blocker
-from sidfast.common.errors import UserError
-from sidfast.common.sizes import Sized, as_diffusers_sizes
 from sidfast.engines.engine import ENGINES, compute_dtype, engine_section, offloads
 from sidfast.kernels.backend import without_launches
 from sidfast.method.equations import passes
 from sidfast.method.updates import Objective
 from sidfast.planning import memory
 from sidfast.planning.footprint import UPDATES, image_flops, measure_update
-from sidfast.teachers.compatibility import check_teacher
-from sidfast.teachers.folders import check_hub_id, find_cached, find_teacher
-from sidfast.teachers.load import load_tokenizer
-from sidfast.teachers.paths import DiscreteBetas
-from sidfast.teachers.schedulers import load_schedulers
-from sidfast.teachers.sd import predict
-from sidfast.teachers.untrusted import build_on_meta
-from sidfast.teachers.weights import choose_variant, find_variants
 
 GIB = 2**30
 SLACK = 0.1                                              # of all that is counted: fragments, libraries' workspaces
@@ -35,28 +22,6 @@ _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # (label, stage, offload)
 STAGES = (("0", 0, False), ("1", 1, False), ("2", 2, False), ("2, offload", 2, True), ("3", 3, False),
           ("3, offload", 3, True))
-
-
-@dataclass(frozen=True)
-class MetaTeacher(Sized):
-    """A teacher without weights: its networks on the meta device; `text_length`: tokens of a prompt, L; `schedule`,
-    `ddim`: as a Teacher's, which memory does not depend on."""
-
-    unet: torch.nn.Module
-    vae: torch.nn.Module
-    text_encoder: torch.nn.Module
-    text_length: int
-    schedule: DiscreteBetas
-    ddim: object = None
-
-    def sampler(self):
-        """As a Teacher's."""
-        return self.ddim
-
-    def parameters(self):
-        """{network: number of parameters}."""
-        return {name: sum(p.numel() for p in getattr(self, name).parameters())
-                for name in ("unet", "vae", "text_encoder")}
 
 
 @dataclass(frozen=True)
@@ -89,76 +54,25 @@ class Option:
         return " ".join(f"--set {word}" for word in words)
 
 
-def load_meta_teacher(teacher, model=None):
-    """The MetaTeacher of a teacher's folder, of a hub id in the cache (nothing is downloaded), or of an architecture.
-
-    `model`: the configuration's section of that name, which may say more. Raises UserError for anything else, and for
-    what training refuses.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    from sidfast.teachers.random_init import ARCHITECTURES, build_networks, build_scheduler
-
-    asked = model.loading if model else {}
-    if teacher in ARCHITECTURES:
-        ddim = build_scheduler(asked.get("prediction_type") or ARCHITECTURES[teacher][3])
-        with torch.device("meta"):
-            networks = build_networks(teacher)
-        return MetaTeacher(**networks, text_length=77, ddim=ddim,
-                           schedule=DiscreteBetas(ddim.alphas_cumprod, ddim.config.prediction_type))
-    folder = _folder(teacher, ARCHITECTURES, asked.get("revision"))
-    configs = check_teacher(folder, "model.teacher")
-    scheduler, ddim = load_schedulers(folder, configs.scheduler, "model.teacher", asked.get("prediction_type"))
-    tokenizer = load_tokenizer(folder, configs.text_encoder, "model.teacher")
-    networks = {part: _without_weights(folder / part, cls, asked.get("variant")) for part, cls in (
-        ("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel))}
-    as_diffusers_sizes(networks["unet"])
-    return MetaTeacher(**networks, text_length=tokenizer.model_max_length, ddim=ddim,
-                       schedule=DiscreteBetas(scheduler.alphas_cumprod, ddim.config.prediction_type))
-
-
-def _without_weights(folder, cls, variant):
-    """A network on the meta device. Its weights need not be there; if they are, they must be as large."""
-    there = bool(find_variants(folder))
-    variant = choose_variant(folder, "model.teacher", variant) if there else None
-    return build_on_meta(folder, cls, "model.teacher", variant, weights=there)
-
-
-def _folder(teacher, architectures, revision):
-    if Path(teacher).is_dir():
-        return find_teacher(teacher, revision=revision)
-    hint = f"or give --architecture {'|'.join(architectures)}"
-    try:
-        check_hub_id(teacher, "model.teacher")
-        return find_cached(teacher, revision)
-    except UserError as error:
-        raise UserError(f"{error}; {hint}") from None
-    except Exception:                                    # the library's own, for a name that is none as well
-        raise UserError(f"model.teacher: {teacher} is not a folder and not in the hub's cache here; its configurations "
-                        f"are needed, {hint}") from None
-
-
 class Planner:
     """Measures a configuration's updates once, then answers for any stage, micro-batch and number of GPUs."""
 
-    def __init__(self, config, shapes, note=lambda text: None, prepare=None, counted=None):
-        """`prepare(checkpointing)`: a network as it will run, on the device on which to measure; as a GPU would run it,
-        on the meta device, unless given. `counted`: a dictionary that planners without `prepare` share, to measure
-        alike updates once."""
-        self.config, self.shapes, self.note, self._prepare = config, shapes, note, prepare or self._on_a_gpu
-        self.latent_shape = shapes.latent_shape(config.model.resolution)
+    def __init__(self, config, teacher, note=lambda text: None, prepare=None, counted=None):
+        """`teacher`: a Teacher, with or without weights. `prepare(checkpointing)`: a network as it will run, on the
+        device on which to measure; as a GPU would run it, on the meta device, unless given. `counted`: a dictionary
+        that planners without `prepare` share, to measure alike updates once."""
+        self.config, self.teacher, self.note, self._prepare = config, teacher, note, prepare or self._on_a_gpu
+        self.latent_shape = teacher.latent_shape(config.model.resolution)
         self.dtype = compute_dtype(config.deepspeed)
         speed = config.speed                             # whether a GPU would run the networks on the fused kernels
-        self.fused = bool(speed.fused) and not speed.compile and fuse_blocker(shapes.unet) is None
+        self.fused = bool(speed.fused) and not speed.compile and fuse_blocker(teacher.network) is None
         self._counted, self.packed = {} if counted is None else counted, ()
 
     @property
     def flops(self):
         """FLOPs of one training image, one update of each network, without recomputation by checkpointing."""
         g = self.config.guidance
-        text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
-        return image_flops(self.shapes.unet, self.latent_shape, text, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
+        return image_flops(self.teacher, self.latent_shape, (g.kappa1, g.kappa2, g.kappa3, g.kappa4),
                            self.config.speed.share_generator_forward)
 
     def footprints(self, checkpointing):
@@ -177,7 +91,7 @@ class Planner:
         guidance only the passes that they need. (The empty text alone, shared by all images, is copied for them.)"""
         g = self.config.guidance
         denoisers = ((g.kappa1,),) if update == "fake_score" else ((g.kappa2, g.kappa3), (g.kappa4,))
-        return (self.shapes, self.latent_shape, self.dtype, self.fused,
+        return (self.teacher, self.latent_shape, self.dtype, self.fused,
                 *((passes(kappas), not any(kappas)) for kappas in denoisers))
 
     def configured(self, name="generator"):
@@ -190,8 +104,8 @@ class Planner:
         batch, factor = self.config.train.batch_size, self.config.train.fake_score_factor
         if batch % (micro_batch * factor * gpus):
             return None
-        sizes = self.shapes.parameters()
-        P, prints = sizes["unet"], self.footprints(checkpointing)
+        sizes = self.teacher.parameters()
+        P, prints = sizes.pop(self.teacher.family.network), self.footprints(checkpointing)
         zeros = {name: self._zero(name, stage, offload, gpus) for name in ENGINES}
         width, teacher = zeros["generator"].width, max(zeros.values(), key=lambda zero: zero.stage)
         parts = {}
@@ -201,7 +115,7 @@ class Planner:
         ema = zeros["generator"]
         parts["average"] = 4 * P * ema.share(1) * (not ema.offload)
         parts["teacher"] = width * P * teacher.share(3)
-        parts["text encoder and VAE"] = 4 * (sizes["vae"] + sizes["text_encoder"])
+        parts["text encoder and VAE"] = 4 * sum(sizes.values())
         parts["sums of gradients"] = max(memory.sums(zero, P) for zero in zeros.values())
         at_once = {"generator": micro_batch, "fake_score": micro_batch * factor}
         overlap = self._overlaps(zeros.values(), checkpointing)                  # (memory apart: it does not mix)
@@ -227,7 +141,7 @@ class Planner:
     def sent(self, option, gpus):
         """Bytes that a GPU sends in one step."""
         zero = self._zero("generator", option.stage, option.offload, gpus)
-        return memory.sent_per_step(zero, self.shapes.parameters()["unet"], option.accumulation,
+        return memory.sent_per_step(zero, self.teacher.parameters()[self.teacher.family.network], option.accumulation,
                                     self.config.train.fake_score_factor)
 
     def _graphed(self, zeros):
@@ -246,7 +160,7 @@ class Planner:
         return memory.Zero.of(section | {"zero_optimization": zero}, gpus, getattr(self.config.optimizer, name))
 
     def _on_a_gpu(self, checkpointing):
-        unet = copy.deepcopy(self.shapes.unet).to(self.dtype)
+        unet = copy.deepcopy(self.teacher.network).to(self.dtype)
         if self.fused:
             unet = fuse(pass_layout(unet), "flash", checkpointing)
             with without_launches():
@@ -259,11 +173,10 @@ class Planner:
         """({update: Footprint}, what each network packs) of the updates `names`."""
         unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
         packed = [prepacked_bytes(unet) for unet in unets.values()]
-        g, device = self.config.guidance, unets["teacher"].device
-        schedule = DiscreteBetas(torch.linspace(0.999, 0.005, 1000), self.shapes.schedule.prediction_type).to(device)
-        objective = Objective(schedule, predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4, self.config.loss.alpha)
-        text = (self.shapes.text_length, self.shapes.unet.config.cross_attention_dim)
-        return {name: measure_update(name, unets, objective, self.latent_shape, text, self.dtype)
+        g, schedule = self.config.guidance, self.teacher.schedule.to(unets["teacher"].device)
+        objective = Objective(schedule, self.teacher.family.predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4,
+                              self.config.loss.alpha, self.config.noise.t_init)
+        return {name: measure_update(name, unets, objective, self.latent_shape, self.teacher.conditions, self.dtype)
                 for name in names}, packed
 
 

@@ -4,50 +4,30 @@ import contextlib
 import copy
 import ctypes
 import errno
+import inspect
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from safetensors.torch import save_file
 from tokenizers.models import BPE
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sidfast.common.errors import UserError
 from sidfast.common.files import drop_lock, flush, remove, take_lock
 from sidfast.common.records import Distillation, load
-from sidfast.publishing import pipeline as pipeline_module
-from sidfast.publishing.pipeline import OneStepPipeline
 from sidfast.teachers.untrusted import read_index
+from sidfast.teachers.weights import check_exportable
 
-_CODE = "pipeline.py"
+_CODE, _CLASS = "pipeline.py", "OneStepPipeline"         # of every family's exports
 _OLD_PREFIX = "text_model."                              # of a text encoder's weights in transformers 4
 _DISTILLATION = "distillation.json"
-_CONTENTS = {"vae", "text_encoder", "unet", "tokenizer", "scheduler", "model_index.json", _CODE, _DISTILLATION,
-             "README.md", "grid.png"}
+_CONTENTS = {"model_index.json", _CODE, _DISTILLATION, "README.md", "grid.png"}            # besides the parts
 _HERE, _RENAME_EXCHANGE = -100, 2                        # AT_FDCWD; linux/fs.h
-
-
-def one_step_pipeline(teacher, unet, t_init):
-    """The one-step pipeline of a UNet with a teacher's other parts."""
-    return OneStepPipeline(vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet,
-                           scheduler=teacher.scheduler, t_init=t_init)
-
-
-def student_unet(teacher, weights, resolution=None):
-    """A UNet like a teacher's, as diffusers has it, that takes over other weights ({name: fp32 tensor}).
-
-    `resolution`: of its images, as `model.resolution`. Raises RuntimeError for weights of another network.
-    """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(teacher.unet.config)
-    unet.requires_grad_(False).eval().load_state_dict(weights, assign=True)
-    if resolution:
-        height, width = teacher.latent_shape(resolution)[1:]
-        unet.register_to_config(sample_size=height if height == width else [height, width])
-    return unet
 
 
 def write_export(pipe, folder, dtype=torch.float16, distillation=None):
@@ -73,7 +53,9 @@ def write_export(pipe, folder, dtype=torch.float16, distillation=None):
 
 def holds_export(folder):
     """Whether a folder is an export of ours, and holds nothing that would be lost with it."""
-    return is_one_step(Path(folder)) and {path.name for path in Path(folder).iterdir()} <= _CONTENTS
+    if not is_one_step(folder):
+        return False
+    return {path.name for path in Path(folder).iterdir()} <= _CONTENTS | read_index(folder, "").keys()
 
 
 def recover_export(folder):
@@ -116,24 +98,30 @@ def _old(folder):
 
 def _write(pipe, partial, dtype, distillation):
     partial.mkdir(parents=True)
-    for name in ("vae", "unet"):
-        save_module(getattr(pipe, name), partial / name, dtype)
-    save_text_encoder(pipe.text_encoder, partial / "text_encoder", dtype)
-    save_tokenizer(pipe.tokenizer, partial / "tokenizer")
-    pipe.scheduler.save_pretrained(partial / "scheduler")
-    index = {"_class_name": [_CODE.removesuffix(".py"), OneStepPipeline.__name__], "t_init": pipe.config.t_init}
-    for name in ("vae", "unet", "scheduler"):
-        index[name] = ["diffusers", type(getattr(pipe, name)).__name__]
-    for name in ("text_encoder", "tokenizer"):
-        index[name] = ["transformers", type(getattr(pipe, name)).__name__]
+    index = {"_class_name": [_CODE.removesuffix(".py"), _CLASS], "t_init": pipe.config.t_init}
+    for name, part in pipe.components.items():
+        index[name] = [_save_part(part, partial / name, dtype), type(part).__name__]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(pipeline_module.__file__, partial / _CODE)
+    shutil.copy(inspect.getfile(type(pipe)), partial / _CODE)
     if distillation:
         (partial / _DISTILLATION).write_text(json.dumps(distillation, indent=2) + "\n")
     for path in sorted(partial.rglob("*")):
         if path.is_file():                               # (safetensors writes files that their owner alone can read)
             shutil.copymode(partial / "model_index.json", path)
         flush(path)
+
+
+def _save_part(part, folder, dtype):
+    """Write a component of a pipeline; returns the library that loads it."""
+    if isinstance(part, PreTrainedModel):
+        save_text_encoder(part, folder, dtype)
+    elif isinstance(part, PreTrainedTokenizerBase):
+        save_tokenizer(part, folder)
+    elif isinstance(part, ModelMixin):
+        save_module(part, folder, dtype)
+    else:
+        part.save_pretrained(folder)
+    return "transformers" if isinstance(part, (PreTrainedModel, PreTrainedTokenizerBase)) else "diffusers"
 
 
 def replace_folder(new, folder):
@@ -170,6 +158,11 @@ def read_distillation(folder):
     return load(path, Distillation, f"{path}: is damaged", "write the export again, or remove this file")
 
 
+def networks_of(pipe):
+    """The networks of a pipeline."""
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
 def half_type(*modules):
     """float16, or bfloat16 if a weight of the modules is beyond float16's range (65504)."""
     most = torch.finfo(torch.float16).max
@@ -180,21 +173,13 @@ def half_type(*modules):
 def save_module(module, folder, dtype=torch.float16):
     """Write a diffusers or transformers module in `dtype`, in a way that loads in the type that the caller asks for."""
     module = nn.Module.to(copy.deepcopy(module), "cpu", dtype)                  # (diffusers' own `to` warns of fp16)
-    check_finite_weights(module.state_dict(), f"{Path(folder).name}, as {dtype}".replace("torch.", ""))
+    check_exportable(module.state_dict(), f"{Path(folder).name}, as {dtype}".replace("torch.", ""))
     module.save_pretrained(folder)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
     if "dtype" in config:                                # transformers loads in this type, or else as stored, unasked
         config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def check_finite_weights(weights, what):
-    """Raise UserError for {name: tensor} with values that are not finite, such as those beyond 65504 in fp16."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"export: weights of the {what}, are not finite ({name}); if they are in another type, "
-                            "take that: --dtype bf16 or fp32")
 
 
 def save_text_encoder(module, folder, dtype=torch.float16):
@@ -237,4 +222,4 @@ def is_one_step(folder):
         index = read_index(folder, "")
     except UserError:                                    # what comes next says so
         return False
-    return index.get("_class_name") == [_CODE.removesuffix(".py"), OneStepPipeline.__name__]
+    return index.get("_class_name") == [_CODE.removesuffix(".py"), _CLASS]

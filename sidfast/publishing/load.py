@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sidfast.common.errors import UserError
-from sidfast.publishing.export import is_one_step, one_step_pipeline
+from sidfast.publishing.export import is_one_step
 from sidfast.publishing.pipeline_class import check_unet, text_to_image_class
 from sidfast.teachers.compatibility import check_tokenizer
 from sidfast.teachers.folders import check_hub_id, download, first_reason
@@ -63,11 +63,11 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
     logging.disable_progress_bar()                       # of the parts that are read; a second's work
     folder, what = find_pipeline(model, option), f"{option} {model}"
     if is_one_step(folder):                              # its code is ours: nothing of the folder's is run
-        parts = load_teacher(str(folder), what)
+        teacher = load_teacher(str(folder), what)
         t_init = read_index(folder, what).get("t_init")
-        if type(t_init) is not int or not 0 < t_init < len(parts.schedule):
-            raise UserError(f"{what}: t_init in model_index.json must be a timestep, 1 to {len(parts.schedule) - 1}")
-        return one_step_pipeline(parts, parts.unet, t_init).to(device, dtype), True
+        if type(t_init) is not int or not 0 < t_init < len(teacher.schedule):
+            raise UserError(f"{what}: t_init in model_index.json must be a timestep, 1 to {len(teacher.schedule) - 1}")
+        return teacher.one_step_pipeline(teacher.network, t_init).to(device, dtype), True
     index = read_index(folder, what)
     refuse_code(folder, what)
     cls = text_to_image_class(index["_class_name"], folder, what)
@@ -85,29 +85,6 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
         raise UserError(f"{what}: cannot be loaded ({first_reason(error)})") from None
     _check_tokenizers(folder, pipe, what)
     return pipe.to(device), False
-
-
-def teacher_pipeline(teacher):
-    """The pipeline that `load_pipeline` makes of a teacher's folder, with the networks of a loaded Teacher.
-
-    The scheduler is the folder's own, so that training and `sidfast evaluate` sample the teacher alike. Raises
-    UserError where that is not a scheduler of diffusers.
-    """
-    import diffusers
-
-    what = f"model.teacher: {teacher.folder}"
-    name = str(read_index(teacher.folder, what)["scheduler"][-1])
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise UserError(f"{what}: scheduler {name[:60]} (model_index.json) is not one of diffusers")
-    try:
-        scheduler = cls.from_pretrained(teacher.folder / "scheduler",
-                                       prediction_type=teacher.schedule.prediction_type)
-    except Exception as error:                           # the library raises many kinds for a broken folder
-        raise UserError(f"{what}: its {name} cannot be loaded ({first_reason(error)})") from None
-    return diffusers.StableDiffusionPipeline(
-        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=teacher.unet,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def loading_notes(model, option="--model"):

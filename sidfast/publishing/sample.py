@@ -7,11 +7,12 @@ import torch
 
 from sidfast.common.errors import UserError, one_line
 from sidfast.common.files import check_file, check_writable, replacing, sweep
-from sidfast.data.lengths import cut_note, prompt_limit
+from sidfast.data.lengths import cut_note
 from sidfast.data.prompts import read_prompts
 from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.grid import image_grid
 from sidfast.publishing.load import load_pipeline, loading_notes, sampler_options
+from sidfast.teachers.clip import prompt_limit
 
 _MOST = 4096                                             # images in a picture
 

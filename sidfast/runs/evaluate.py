@@ -16,7 +16,7 @@ from sidfast.evaluation.evaluate import pipeline_generator
 from sidfast.evaluation.metrics import lower_is_better
 from sidfast.evaluation.protocol import HELD_OUT, EvaluationOptions, EvaluationSpec
 from sidfast.evaluation.rows import MemoryRows, collect
-from sidfast.publishing.export import half_type, read_distillation, recover_export, write_export
+from sidfast.publishing.export import half_type, networks_of, read_distillation, recover_export, write_export
 from sidfast.runs.identity import describe_distillation
 
 _BATCH_PIXELS = 250 * 64 * 64
@@ -85,7 +85,7 @@ class Evaluator:
             about = describe_distillation(self.config, step, self.run.inputs)
             about |= {"best_by": self.best_by, "evaluation": result}
             with self.run.attempt("the best export"):
-                write_export(pipe, folder, half_type(pipe.unet, pipe.vae, pipe.text_encoder), about)
+                write_export(pipe, folder, half_type(*networks_of(pipe)), about)
 
     def _once(self, *what):
         """The result of a function, the last argument, kept under the other arguments and what is measured."""

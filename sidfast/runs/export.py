@@ -15,11 +15,11 @@ from sidfast.common.records import read_run, recorded
 from sidfast.config.schema import build_config
 from sidfast.evaluation.metrics import title
 from sidfast.publishing.card import write_card
-from sidfast.publishing.export import holds_export, one_step_pipeline, student_unet, write_export
-from sidfast.publishing.single_file import write_single_file
+from sidfast.publishing.export import holds_export, write_export
 from sidfast.runs.identity import check_origin, describe_distillation
 from sidfast.teachers.fingerprint import TEACHER, describe_teacher, teacher_change
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.sd_single_file import write_single_file
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -43,10 +43,10 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
     inputs = recorded(described, "inputs") or describe_teacher(teacher)
     check_origin(checkpoint, config, inputs, option)
     try:
-        unet = student_unet(teacher, read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
+        network = teacher.student(read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
     except RuntimeError:                                 # names or shapes of weights
         raise UserError(f"--checkpoint {checkpoint}: is not of this run's teacher, {config.model.teacher}") from None
-    pipe = one_step_pipeline(teacher, unet, config.noise.t_init)
+    pipe = teacher.one_step_pipeline(network, config.noise.t_init)
     sigma = teacher.schedule.log_sigma(config.noise.t_init).exp().item()
     about = describe_distillation(config, step, inputs)
     try:

@@ -24,8 +24,7 @@ _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "
          "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
          "train.spike", "evaluation", "speed", "deepspeed")
 _SHARED = "speed.share_generator_forward"                # a variant of the method
-_LATER = ((_SHARED, False), ("data.prompts_column", None),
-          *((f"model.{key}", None) for key in ("variant", "revision", "prediction_type")))
+_LATER = ((_SHARED, False), ("data.prompts_column", None), ("model.variant", None), ("model.revision", None))
 # (keys that older runs do not have, at their defaults)
 _BOUND = re.compile(rf"deepspeed\.(\w+\.)?(gradient_clipping|bf16\.enabled|fp16\.enabled)|{re.escape(_SHARED)}")
 

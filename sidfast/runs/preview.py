@@ -1,7 +1,6 @@
 """What a run shows of itself: sample grids, exports, and measures. First process only."""
 
 import copy
-import dataclasses
 import json
 import sys
 import threading
@@ -13,9 +12,8 @@ from sidfast.data.prompts import open_prompts
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.report import write_report
 from sidfast.publishing.card import write_card
-from sidfast.publishing.export import half_type, one_step_pipeline, read_distillation, student_unet, write_export
+from sidfast.publishing.export import half_type, networks_of, read_distillation, write_export
 from sidfast.publishing.grid import image_grid
-from sidfast.publishing.load import teacher_pipeline
 from sidfast.runs.evaluate import Evaluator
 from sidfast.runs.identity import describe_distillation
 from sidfast.teachers.fit import TEACHER_STEPS
@@ -34,12 +32,12 @@ class Preview:
         self.prompts = [prompts[n] for n in range(config.train.samples)]
         self._rows = {}
         self.size = teacher.image_size(config.model.resolution)
-        self._device = teacher.vae.device
+        self._device = teacher.device
         self._evaluator = Evaluator(config, run, self.size, self._device, memo) if config.evaluation.images else None
-        half = half_type(teacher.vae, teacher.text_encoder)
-        halves = {name: torch.nn.Module.to(copy.deepcopy(getattr(teacher, name)), "cpu", half)
-                  for name in ("vae", "text_encoder")}
-        self._exported = dataclasses.replace(teacher, **halves)                  # so that exports leave the GPU alone
+        half = half_type(*teacher.frozen.values())
+        halves = {name: torch.nn.Module.to(copy.deepcopy(module), "cpu", half)
+                  for name, module in teacher.frozen.items()}
+        self._exported = teacher.replace(**halves)       # so that exports leave the GPU alone
         self._thread = self._error = None
         self._told = False                               # of an export in bfloat16
 
@@ -49,23 +47,23 @@ class Preview:
         if self.prompts:
             name = f"teacher, {TEACHER_STEPS} steps, guidance {self.config.guidance.kappa4:g}"
             self._rows = {
-                name: self._once("images", name, lambda: self._images(teacher_pipeline(self.teacher), **teacher)),
+                name: self._once("images", name, lambda: self._images(self.teacher.pipeline(), **teacher)),
                 "student at start, 1 step": self._once("images", self.config.noise.t_init,
-                                                       lambda: self._images(self._pipeline(self.teacher.unet)))}
+                                                       lambda: self._images(self._pipeline(self.teacher.network)))}
         if step == 0:
-            self.sample(0, self.teacher.unet)
-        self.evaluate("start", self.teacher.unet, 0)
+            self.sample(0, self.teacher.network)
+        self.evaluate("start", self.teacher.network, 0)
         if self._evaluator and self.config.evaluation.teacher:
-            self._evaluator.measure("teacher", teacher_pipeline(self.teacher), None, **teacher)
+            self._evaluator.measure("teacher", self.teacher.pipeline(), None, **teacher)
 
     def student(self, weights):
-        """A UNet of the teacher's architecture with the weights {name: fp32}, on the teacher's device."""
-        return student_unet(self.teacher, weights, self.config.model.resolution).to(self._device)
+        """A network of the teacher's architecture with the weights {name: fp32}, on the teacher's device."""
+        return self.teacher.student(weights, self.config.model.resolution).to(self._device)
 
-    def sample(self, step, unet):
+    def sample(self, step, network):
         """Save a grid: the teacher in 50 steps, the student at the start of the run, the student now."""
         if self.prompts:
-            now = {f"student after {step} updates, 1 step": self._images(self._pipeline(unet))}
+            now = {f"student after {step} updates, 1 step": self._images(self._pipeline(network))}
             self.run.sample(step, image_grid(self._rows | now, self.prompts))
 
     def export(self, weights, folder, step):
@@ -96,15 +94,15 @@ class Preview:
     def _export(self, weights, folder, step):
         try:
             with self.run.attempt("the export"):
-                unet = student_unet(self.teacher, weights, self.config.model.resolution)
-                pipe = one_step_pipeline(self._exported, unet, self.config.noise.t_init)
+                network = self.teacher.student(weights, self.config.model.resolution)
+                pipe = self._exported.one_step_pipeline(network, self.config.noise.t_init)
                 write_export(pipe, folder, self._half_type(pipe), self._distillation(step))
         except Exception as error:                       # raised where training can see it
             self._error = error
 
     def _half_type(self, pipe):
         """The type of an export, told of if it is not the usual one."""
-        half = half_type(pipe.unet, pipe.vae, pipe.text_encoder)
+        half = half_type(*networks_of(pipe))
         if half != torch.float16 and not self._told:
             self._told = True
             print("sidfast: a weight is beyond float16's range (65504), so the export is in bfloat16", file=sys.stderr,
@@ -127,12 +125,12 @@ class Preview:
             print(f"sidfast: {what} is not written: {one_line(error) or type(error).__name__}", file=sys.stderr,
                   flush=True)
 
-    def evaluate(self, name, unet, step, again=False):
+    def evaluate(self, name, network, step, again=False):
         """Measure a one-step generator and keep the numbers under `name`, and an export of the best. Returns what
         `Evaluator.measure` does, or None if no evaluation is wanted."""
         if self._evaluator is None:
             return None
-        pipe = self._pipeline(unet)
+        pipe = self._pipeline(network)
         result = self._evaluator.measure(name, pipe, step, again)
         if step and self.config.evaluation.every:        # (or else there is one to choose from: the last)
             self._evaluator.keep_best(result, pipe, step)
@@ -147,8 +145,8 @@ class Preview:
             self.memo[key] = make()
         return self.memo[key]
 
-    def _pipeline(self, unet):
-        return one_step_pipeline(self.teacher, unet, self.config.noise.t_init)
+    def _pipeline(self, network):
+        return self.teacher.one_step_pipeline(network, self.config.noise.t_init)
 
     def _images(self, pipe, **options):
         pipe.set_progress_bar_config(disable=True)

@@ -4,13 +4,13 @@ Whatever of a configuration changes latents, texts or images is applied here as 
 applies it, or is refused with a line that says why.
 """
 
-from dataclasses import dataclass
+import re
 
 from sidfast.common.errors import UserError
-from sidfast.teachers.folders import PARTS
 from sidfast.teachers.untrusted import read_config, read_index, refuse_harm
 
 _UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}               # text-to-image runs without them
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _KIND = "a Stable Diffusion 1.x or 2.x pipeline is needed"
 
 # What a UNet must not have: {key: (the values that are fine, what others mean)}.
@@ -34,20 +34,10 @@ _VAE = {
     "latents_std": ((None,), "normalises its latents, which Stable Diffusion pipelines do not undo")}
 
 
-@dataclass(frozen=True)
-class TeacherConfigs:
-    """The configurations of a teacher's folder, as they were checked: JSON objects, and transformers' own of the text
-    encoder."""
-
-    unet: dict
-    vae: dict
-    text_encoder: object
-    scheduler: dict
-
-
 def check_teacher(folder, what):
-    """The TeacherConfigs of a folder. Raises UserError, which `what` opens, for parts that do not fit, and for anything
-    but a text-to-image model with one CLIP as its text encoder."""
+    """{part: configuration} of a folder: JSON objects, and transformers' own of the text encoder. Raises UserError,
+    which `what` opens, for parts that do not fit, and for anything but a text-to-image model with one CLIP as its text
+    encoder."""
     index = read_index(folder, what)
     _check_parts(folder, index, what)
     unet, vae, text, scheduler = (read_config(folder / name, what) for name in (
@@ -64,19 +54,19 @@ def check_teacher(folder, what):
                                 f"{_KIND}")
     text = _read_text_config(folder, text, index, what)
     _check_sizes(folder, unet, vae, text, what)
-    return TeacherConfigs(unet, vae, text, scheduler)
+    return {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
 
 
 def _check_parts(folder, index, what):
     given = {part for part, value in index.items() if isinstance(value, list) and value[:1] != [None]}
     if "text_encoder_2" in given:
         raise UserError(f"{what}: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
-    for part in PARTS:
+    for part in _PARTS:
         if part not in given:
             raise UserError(f"{what}: {folder}/model_index.json has no {part}; {_KIND}")
         if not (folder / part).is_dir():
             raise UserError(f"{what}: {folder} has no folder {part}")
-    for part in sorted(given - {*PARTS, *_UNUSED, "_class_name"}):
+    for part in sorted(given - {*_PARTS, *_UNUSED, "_class_name"}):
         raise UserError(f"{what}: {folder} has a {part} (model_index.json), so its images follow from more than a "
                         f"text; {_KIND}")
 
@@ -140,3 +130,13 @@ def check_tokenizer(folder, tokenizer, text, what):
     if several:
         raise UserError(f"{what}: {folder} has a token of several vectors ({several[0]}, textual inversion), "
                         "which only pipelines of diffusers spell out; give a model without it")
+
+
+def as_diffusers_sizes(unet):
+    """Give an old UNet the sample_size that StableDiffusionPipeline gives it: configurations written before diffusers
+    0.9 say less than 64 where 64 is meant."""
+    written = re.match(r"0\.(\d+)", str(unet.config.get("_diffusers_version")))
+    size = unet.config.sample_size
+    if written and int(written[1]) < 9 and isinstance(size, int) and size < 64:
+        unet.register_to_config(sample_size=64)
+    return unet

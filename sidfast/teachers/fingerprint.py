@@ -6,9 +6,9 @@ import json
 
 import torch
 
+from sidfast.teachers.base import NAMES
+
 TEACHER, PARTS = "model.teacher", "model.teacher.parts"  # their keys
-_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "tokenizer": "tokenizer",
-          "scheduler": "scheduler"}
 _SOME = 16                                               # values of a weight that are kept in order
 _NEUTRAL = ("transformers_version", "architectures", "dtype", "torch_dtype", "attn_implementation", "model_type")
 _PROBES = ("a photo of a cat", "A Red CIRCLE, 42%; it's small-ish.", "\u00fcber na\u00efve \u6771\u4eac", "")
@@ -20,12 +20,24 @@ def describe_teacher(teacher):
     A part's is of every weight (the sum of its bits, and its first values), and of those settings that are not the
     libraries' defaults, so that it stays the same in other versions of them.
     """
-    networks = {name: _hash(_settings(getattr(teacher, name)), _weights(getattr(teacher, name)))
-                for name in ("unet", "vae", "text_encoder")}
-    levels = [f"{level:.4f}" for level in teacher.schedule.log_sigma(torch.arange(len(teacher.schedule))).tolist()]
-    return {TEACHER: teacher.fingerprint(), PARTS: networks | {
-        "tokenizer": _hash(_words(teacher.tokenizer)),
-        "scheduler": _hash(teacher.schedule.prediction_type, levels, _settings(teacher.sampler()))}}
+    parts = {name: _hash(_settings(module), _weights(module)) for name, module in teacher.networks.items()}
+    parts |= {name: _hash(_words(teacher.parts[name])) for name in teacher.family.tokenizers}
+    parts["scheduler"] = _hash(teacher.schedule.prediction_type, _levels(teacher), _settings(teacher.sampler()))
+    return {TEACHER: fingerprint(teacher), PARTS: parts}
+
+
+def fingerprint(teacher):
+    """A hash that tells a teacher from others: of its kind of prediction, its noise levels, and some values of each of
+    its weights. Older versions know no other."""
+    digest = hashlib.sha256(f"{teacher.schedule.prediction_type} {_levels(teacher)}".encode())
+    for module in teacher.networks.values():
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:_SOME].tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _levels(teacher):
+    return [f"{level:.4f}" for level in teacher.schedule.log_sigma(torch.arange(len(teacher.schedule))).tolist()]
 
 
 def _hash(*values):
@@ -71,7 +83,7 @@ def teacher_change(before, now):
     """Which parts of two teachers differ, in a few words, or None."""
     old, new = before.get(PARTS), now.get(PARTS)
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [_NAMES[part] for part in _NAMES if old.get(part, new.get(part)) != new.get(part)]
+        names = [NAMES.get(part, part) for part in new if old.get(part, new[part]) != new[part]]
         return f"its {' and '.join(names)} {'differ' if len(names) > 1 else 'differs'}" if names else None
     same = before.get(TEACHER, now.get(TEACHER)) == now.get(TEACHER, before.get(TEACHER))
     return None if same else "its weights or noise levels differ"

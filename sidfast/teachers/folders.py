@@ -6,18 +6,18 @@ from pathlib import Path
 from sidfast.common.errors import UserError, first_reason
 from sidfast.teachers.weights import STEMS, find_variants
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 README = "README.md"                                     # of the hub: states the licence
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(safetensors|ckpt|pt|pth|bin|pkl|onnx|gguf|json|zip|tar)$", re.IGNORECASE)
 _USUAL_VARIANT = "fp16"                                  # downloaded where there are no plain weights
 
 
-def find_teacher(name, variant=None, revision=None, what="model.teacher"):
+def find_teacher(name, variant=None, revision=None, what="model.teacher", choose=None):
     """The folder of a teacher given as a folder or as a hub id (downloaded unless cached).
 
-    `variant`: of the weights to download; `revision`: branch, tag or commit on the hub. Raises UserError, which `what`
-    opens.
+    `variant`: of the weights to download; `revision`: branch, tag or commit on the hub; `choose(folder)`: looks at what
+    is downloaded besides weights, and returns the parts whose weights are needed (default: all). Raises UserError,
+    which `what` opens.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -26,7 +26,9 @@ def find_teacher(name, variant=None, revision=None, what="model.teacher"):
         return folder
     check_hub_id(name, what)
     try:
-        return download(name, variant, revision, PARTS)
+        return download(name, variant, revision, choose)
+    except UserError:                                    # of `choose`
+        raise
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
         raise UserError(f"{what}: {name} is not a folder here, and the hub did not give it "
                         f"({first_reason(error)})") from None
@@ -77,21 +79,22 @@ def find_readme(name, revision=None):
     return Path(found) if isinstance(found, str) else None
 
 
-def download(name, variant=None, revision=None, parts=None):
+def download(name, variant=None, revision=None, choose=None):
     """The folder of a hub id's files in the cache, as far as a pipeline needs them; no code and no pickle.
 
-    `parts`: the parts of the pipeline that are wanted (default: all). Weights of a part come in `variant` where they
-    exist so, or else plain, or else in the usual variant. Raises what the hub library does.
+    `choose`: as for `find_teacher`. Weights of a part come in `variant` where they exist so, or else plain, or else in
+    the usual variant. Raises what the hub library does.
     """
     from huggingface_hub import snapshot_download
 
-    known = [f"{part}/*{end}" for part in parts or "*" for end in (".json", ".txt", ".model")]
+    known = [f"*/*{end}" for end in (".json", ".txt", ".model")]
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=["model_index.json", README, *known],
                                     ignore_patterns=["*.index*.json"]))
+    parts = choose(folder) if choose else None
     wanted = {variant, None, _USUAL_VARIANT}
     for kind in dict.fromkeys((variant, None, _USUAL_VARIANT)):
         missing = [path.parent for path in sorted(folder.glob("*/config.json"))  # (networks have one)
-                   if path.parent.name in (parts or path.parts) and not find_variants(path.parent) & wanted]
+                   if (parts is None or path.parent.name in parts) and not find_variants(path.parent) & wanted]
         patterns = [f"{path.name}/{pattern}" for path in missing for pattern in _patterns(kind)]
         if patterns:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -1,92 +1,111 @@
-"""From a Stable Diffusion pipeline in the diffusers layout to the parts that distillation needs."""
+"""From a folder or a hub id, in the layout of diffusers, to a Teacher."""
 
-import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sidfast.common.errors import UserError
-from sidfast.common.sizes import Sized, as_diffusers_sizes
-from sidfast.teachers.compatibility import check_teacher, check_tokenizer
-from sidfast.teachers.folders import find_teacher, first_reason
-from sidfast.teachers.paths import DiscreteBetas
-from sidfast.teachers.schedulers import load_schedulers
-from sidfast.teachers.untrusted import attention_of, build_on_meta, library_of, refuse_pickles
+from sidfast.teachers.base import Teacher
+from sidfast.teachers.compatibility import check_tokenizer
+from sidfast.teachers.families import ARCHITECTURES, family_of
+from sidfast.teachers.folders import check_hub_id, find_cached, find_teacher, first_reason
+from sidfast.teachers.untrusted import attention_of, build_on_meta, library_of, read_index, refuse_pickles
 from sidfast.teachers.weights import choose_variant, find_variants
 
-_SOME = 16                                               # values of a weight that tell it from another
 _KEY = "model.teacher"                                   # opens messages about a teacher
-_NETWORKS = ("unet", "vae", "text_encoder")
 _BUFFER = re.compile(r"position_ids$")                   # which older releases of transformers saved
 _REST_OF_CLIP = re.compile(r"(vision_model|visual_projection|text_projection)\.|logit_scale$")
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
-@dataclass
-class Teacher(Sized):
-    """A frozen Stable Diffusion: its modules in fp32 on the CPU, as loaded."""
-
-    folder: Path
-    unet: nn.Module
-    vae: nn.Module
-    text_encoder: nn.Module
-    tokenizer: object
-    scheduler: object
-    ddim: object
-    schedule: DiscreteBetas
-
-    def fingerprint(self):
-        """A hash that tells this teacher from others: of its kind of prediction, its noise levels, and some values of
-        each of its weights."""
-        levels = [f"{level:.4f}" for level in self.schedule.log_sigma(torch.arange(len(self.schedule))).tolist()]
-        digest = hashlib.sha256(f"{self.schedule.prediction_type} {levels}".encode())
-        for module in (self.unet, self.vae, self.text_encoder):
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:_SOME].tolist()}".encode())
-        return digest.hexdigest()
-
-    def sampler(self):
-        """A new DDIM scheduler for images in several steps, on Stable Diffusion's timesteps."""
-        return type(self.ddim).from_config(self.ddim.config)
-
-
-def load_teacher(name, what=_KEY, *, variant=None, revision=None, prediction_type=None):
+def load_teacher(name, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
+                 scheduler: dict | None = None) -> Teacher:
     """Load a teacher by folder or hub id; safetensors only.
 
-    `variant`, `revision`, `prediction_type`: as in the configuration's section `model`. Raises UserError, which `what`
-    opens, for parts that are missing or broken, do not fit each other, or make images from more than a text; before any
+    `variant`, `revision`, `scheduler`: as in the configuration's section `model`. Raises UserError, which `what` opens,
+    for parts that are missing or broken, do not fit each other, or make images from more than a text; before any
     weights are read where the JSON files show it.
     """
-    folder = find_teacher(name, variant, revision, what)
-    configs = check_teacher(folder, what)
-    scheduler, ddim = load_schedulers(folder, configs.scheduler, what, prediction_type)
-    for part in _NETWORKS:
-        refuse_pickles(folder / part, what, "diffusers.StableDiffusionPipeline", folder)
-    if variant is not None and not any(variant in find_variants(folder / part) for part in _NETWORKS):
+    def choose(folder):                                  # (a model that is refused is not downloaded)
+        return _check(folder, what, scheduler)[0].networks
+
+    folder = find_teacher(name, variant, revision, what, choose)
+    family, configs, schedulers = _check(folder, what, scheduler)
+    for part in family.networks:
+        refuse_pickles(folder / part, what, "diffusers.DiffusionPipeline", folder)
+    if variant is not None and not any(variant in find_variants(folder / part) for part in family.networks):
         raise UserError(f"model.variant: {folder} has no weights of the variant {variant!r}")
-    tokenizer = load_tokenizer(folder, configs.text_encoder, what)
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    unet, vae, text_encoder = (load_network(folder / part, cls, what, variant=variant) for part, cls in zip(
-        _NETWORKS, (UNet2DConditionModel, AutoencoderKL, CLIPTextModel), strict=True))
-    for module in (unet, vae, text_encoder):
+    tokenizers = _load_tokenizers(folder, family, configs, what)
+    networks = {part: load_network(folder / part, family.class_of(part), what, variant=variant)
+                for part in family.networks}
+    for module in networks.values():
         module.float().eval().requires_grad_(False)
-    return Teacher(folder, as_diffusers_sizes(unet), vae, text_encoder, tokenizer, scheduler, ddim,
-                   DiscreteBetas(scheduler.alphas_cumprod, scheduler.config.prediction_type))
+    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler)
 
 
-def load_tokenizer(folder, text, what):
-    """The tokenizer of a teacher's folder, which fits the text encoder of transformers' configuration `text`. Raises
-    UserError, which `what` opens."""
+def load_meta_teacher(name, *, variant: str | None = None, revision: str | None = None, scheduler: dict | None = None
+                      ) -> Teacher:
+    """The Teacher without weights, its networks on the meta device, of a folder, of a hub id in the cache (nothing is
+    downloaded), or of an architecture.
+
+    Options as those of `load_teacher`. Raises UserError for anything else, and for what training refuses.
+    """
+    if name in ARCHITECTURES:
+        family = ARCHITECTURES[name]
+        own = family.build_scheduler(name, scheduler or {})
+        with torch.device("meta"):
+            return _assemble(family, None, family.build(name), {}, (own, own), scheduler)
+    folder = _find_configurations(name, revision)
+    family, configs, schedulers = _check(folder, _KEY, scheduler)
+    tokenizers = _load_tokenizers(folder, family, configs, _KEY)
+    networks = {part: _without_weights(folder / part, family.class_of(part), variant) for part in family.networks}
+    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler)
+
+
+def _check(folder, what, changes):
+    """(Family, configurations, (scheduler for exports, scheduler of the teacher's own images)) of a folder."""
+    family = family_of(read_index(folder, what))
+    configs = family.check(folder, what)
+    return family, configs, family.schedulers(folder, configs, what, changes or {})
+
+
+def _load_tokenizers(folder, family, configs, what):
     from transformers import AutoTokenizer
 
-    tokenizer = _load(folder / "tokenizer", AutoTokenizer, what, trust_remote_code=False)
-    check_tokenizer(folder / "tokenizer", tokenizer, text, what)
-    return tokenizer
+    tokenizers = {}
+    for part, encoder in family.tokenizers.items():
+        tokenizers[part] = _load(folder / part, AutoTokenizer, what, trust_remote_code=False)
+        check_tokenizer(folder / part, tokenizers[part], configs[encoder], what)
+    return tokenizers
+
+
+def _assemble(family, folder, networks, tokenizers, schedulers, changes):
+    family.adapt(networks[family.network])
+    parts = networks | tokenizers | {"scheduler": schedulers[0]}
+    return Teacher(family, folder, parts, family.schedule(schedulers[0]), schedulers[1], changes or {})
+
+
+def _without_weights(folder, cls, variant):
+    """A network on the meta device. Its weights need not be there; if they are, they must be as large."""
+    there = bool(find_variants(folder))
+    variant = choose_variant(folder, _KEY, variant) if there else None
+    return build_on_meta(folder, cls, _KEY, variant, weights=there)
+
+
+def _find_configurations(teacher, revision):
+    """The folder of a teacher's configurations, which is all that is needed of it."""
+    if Path(teacher).is_dir():
+        return find_teacher(teacher, revision=revision)
+    hint = f"or give --architecture {'|'.join(ARCHITECTURES)}"
+    try:
+        check_hub_id(teacher, _KEY)
+        return find_cached(teacher, revision)
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from None
+    except Exception:                                    # the library's own, for a name that is none as well
+        raise UserError(f"{_KEY}: {teacher} is not a folder and not in the hub's cache here; its configurations are "
+                        f"needed, {hint}") from None
 
 
 def load_network(folder, cls, what, variant=None, **options):

@@ -1,6 +1,7 @@
 """The noise schedule of a teacher's folder, and the scheduler that samples the teacher in several steps."""
 
 import copy
+import inspect
 
 import torch
 
@@ -13,10 +14,10 @@ _MOST_STEPS = 100_000
 _NAMES = "DDIM, DDPM, PNDM, Euler, DPM-Solver"
 
 
-def load_schedulers(folder, config, what, prediction_type=None):
+def load_schedulers(folder, config: dict, what: str, changes: dict):
     """(diffusers' DDPMScheduler with the noise levels of a teacher, the DDIMScheduler that samples it).
 
-    `config`: scheduler_config.json as a dictionary; `prediction_type`: in place of the one there. Raises UserError,
+    `config`: scheduler_config.json as a dictionary; `changes`: values in the place of those there. Raises UserError,
     which `what` opens, for schedulers that are unknown, or whose levels are not those of a diffusion model.
     """
     import diffusers
@@ -27,16 +28,17 @@ def load_schedulers(folder, config, what, prediction_type=None):
     if not known or "beta_schedule" not in config:
         raise UserError(f"{what}: {folder}/{_FILE}: scheduler {str(kind)[:60]} is not supported; one of diffusers with "
                         f"a beta schedule is needed ({_NAMES})")
+    check_changes(cls, changes)
+    config = config | changes
     count = config.get("num_train_timesteps", 1000)
     if type(count) is not int or count > _MOST_STEPS:
         raise UserError(f"{what}: {folder}/{_FILE}: num_train_timesteps must be a whole number up to {_MOST_STEPS}, "
                         f"not {str(count)[:60]!r}")
-    kept = {"prediction_type": prediction_type or config.get("prediction_type", "epsilon"), "clip_sample": False}
+    kept = {"prediction_type": config.get("prediction_type", "epsilon"), "clip_sample": False}
     if kept["prediction_type"] not in PREDICTION_TYPES:
-        raise UserError(f"{what}: {folder}/{_FILE}: prediction type {str(kept['prediction_type'])[:60]!r} is not "
-                        f"supported; {' and '.join(PREDICTION_TYPES)} are")
+        raise UserError(f"{what}: {folder}/{_FILE}: {_unsupported(kept['prediction_type'])}")
     try:                                                 # clip_sample and steps_offset as StableDiffusionPipeline does
-        own = cls.from_pretrained(str(folder / "scheduler"))
+        own = cls.from_config(config)
         scheduler = diffusers.DDPMScheduler.from_config(config | kept)
         sampler = diffusers.DDIMScheduler.from_config(
             config | kept, steps_offset=1, set_alpha_to_one=own.config.get("set_alpha_to_one", False))
@@ -47,6 +49,20 @@ def load_schedulers(folder, config, what, prediction_type=None):
     except Exception as error:                           # the library's own for values that it does not know
         raise UserError(f"{what}: {folder}/{_FILE} cannot be loaded ({first_reason(error)})") from None
     return scheduler, sampler
+
+
+def check_changes(cls, changes: dict) -> None:
+    """Raise UserError for values of the configuration's model.scheduler that a scheduler of diffusers does not know."""
+    known = sorted(set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"})
+    for key, value in changes.items():
+        if key not in known:
+            raise UserError(f"model.scheduler.{key}: {cls.__name__} has no such setting; it has {', '.join(known)}")
+        if key == "prediction_type" and value not in PREDICTION_TYPES:
+            raise UserError(f"model.scheduler.{key}: {_unsupported(value)}")
+
+
+def _unsupported(prediction_type):
+    return (f"prediction type {str(prediction_type)[:60]!r} is not supported; {' and '.join(PREDICTION_TYPES)} are")
 
 
 def _check_levels(a2, own, where):
@@ -67,7 +83,8 @@ def check_levels(schedule, levels, where):
         if schedule.prediction_type == "epsilon" and schedule.log_sigma(t).isinf():
             raise UserError(f"{where}: {key} ({t}) is a level without any signal (zero terminal SNR), where epsilon "
                             f"says nothing about the image: set {key} to at most {t - 1}; or, if the network "
-                            "predicts v, as models for zero terminal SNR do, model.prediction_type to v_prediction")
+                            "predicts v, as models for zero terminal SNR do, model.scheduler.prediction_type to "
+                            "v_prediction")
 
 
 def check_steps(scheduler, steps, where):
@@ -88,7 +105,7 @@ def check_steps(scheduler, steps, where):
         raise UserError(f"{where}: sampling begins at a level without any signal (zero terminal SNR), where epsilon "
                         "says nothing about the image: in scheduler_config.json, set timestep_spacing to leading, or "
                         "prediction_type to v_prediction if that is what the network predicts (for training: "
-                        "model.prediction_type)")
+                        "model.scheduler.prediction_type)")
 
 
 def _try_thresholding(scheduler, where):

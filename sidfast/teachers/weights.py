@@ -71,3 +71,11 @@ def _shards(folder, index):
 def count_values(shapes):
     """The number of values in tensors of these {name: shape}."""
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_exportable(weights, what):
+    """Raise UserError for {name: tensor} with values that are not finite, such as those beyond 65504 in fp16."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"export: weights of the {what}, are not finite ({name}); if they are in another type, "
+                            "take that: --dtype bf16 or fp32")

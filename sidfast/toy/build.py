@@ -18,8 +18,9 @@ from sidfast.evaluation.evaluate import evaluate, pipeline_generator
 from sidfast.evaluation.features import ClipFeatures
 from sidfast.evaluation.judge import FeatureExtractors
 from sidfast.publishing.export import save_module
+from sidfast.teachers.sd import stable_diffusion_scheduler
 from sidfast.teachers.tokenizer import build_tokenizer
-from sidfast.toy import networks, train
+from sidfast.toy import train
 from sidfast.toy.card import model_card
 
 GATE = 0.97                                              # reconstructions that must keep every attribute
@@ -53,8 +54,9 @@ def build_teacher(out, recipe, device, images=5000):
     seconds = round(time.time() - started)
 
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=networks.build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+        scheduler=stable_diffusion_scheduler("epsilon"), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
     _round_to_fp16(vae, unet, text_encoder, clip, checker)
     numbers = {"training_seconds": seconds, "reconstruction": kept}
     numbers |= _judge(pipe, clip, checker, tokenizer, images, device)

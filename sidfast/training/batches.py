@@ -13,7 +13,6 @@ import torch
 from sidfast.accel.graphs import warm_up
 from sidfast.data.diversity import fixed_z
 from sidfast.data.lines import PromptsChanged
-from sidfast.evaluation.features import tokenize
 from sidfast.method.conditions import split
 from sidfast.method.updates import Batch
 from sidfast.teachers.fit import UPDATES
@@ -22,35 +21,27 @@ _AHEAD = 4                                               # global batches whose 
 
 
 class TextEncoder:
-    """Prompts to Conditions, with the teacher's frozen text encoder.
+    """Prompts to Conditions, with a teacher's frozen text encoders.
 
-    `capture`: Graphs.capture, for example, makes a graph of it, for the shape [N, L] of the first call. `uncond`: the
+    `capture`: Graphs.capture, for example, makes a graph of them, for the shape of the first call. `uncond`: the
     Conditions of the empty prompt, one sample.
     """
 
-    def __init__(self, tokenizer, text_encoder, dtype, capture=None):
-        """`dtype`: of the embeddings."""
-        self.tokenizer, self.text_encoder, self.dtype = tokenizer, text_encoder, dtype
-        self.masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
-        capture = None if self.masked else capture       # (transformers reads the mask on the host)
-        self.uncond = self._encode(self.tokenize([""]).to(text_encoder.device))
-        self._capture, self._replay = capture, None
+    def __init__(self, teacher, dtype, capture=None):
+        """`dtype`: of the Conditions."""
+        self.teacher, self.dtype = teacher, dtype
+        self.uncond = self._encode(self.tokenize([""]).to(teacher.device))
+        self._capture, self._replay = capture if teacher.family.capturable(teacher.parts) else None, None
 
     def tokenize(self, prompts):
-        """N prompts -> ids [N, L], or ids and mask [N, 2, L] for an encoder that takes a mask (as diffusers does,
-        `use_attention_mask` in its config.json), on the CPU, from where a GPU can fetch them by itself."""
-        if self.masked:
-            both = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                                  max_length=self.tokenizer.model_max_length)
-            ids = torch.stack((both.input_ids, both.attention_mask), 1)
-        else:
-            ids = tokenize(self.tokenizer, prompts)
-        return ids.pin_memory() if self.text_encoder.device.type == "cuda" else ids
+        """N prompts -> token ids [N, ...] on the CPU, from where a GPU can fetch them by itself."""
+        ids = self.teacher.tokenize(prompts)
+        return ids.pin_memory() if self.teacher.device.type == "cuda" else ids
 
     def __call__(self, ids):
         """What `tokenize` gives -> Conditions of N samples, new tensors. A captured encoder takes the first call's
         shape alone."""
-        ids = ids.to(self.text_encoder.device, non_blocking=True)
+        ids = ids.to(self.teacher.device, non_blocking=True)
         if self._capture is None:
             return self._encode(ids)
         if self._replay is None:
@@ -63,8 +54,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, ids):
-        ids, mask = ids.unbind(1) if self.masked else (ids, None)
-        return {"encoder_hidden_states": self.text_encoder(ids, attention_mask=mask)[0].to(self.dtype)}
+        cond = self.teacher.encode(ids)
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in cond.items()}
 
 
 class Batches:

@@ -85,7 +85,8 @@ class Progress:
             raise diverged(f"{what} was non-finite", self.step, saver)
         raise Diverged(f"{what} was non-finite and was left out; the run ends. Lower learning rates do not help here: "
                        "look at the teacher's own images (`sidfast sample --model TEACHER`), and check its noise "
-                       "schedule, its prediction type and the precision (fp16 overflows where bf16 and fp32 do not)")
+                       "schedule, what its network predicts (model.scheduler), and the precision (fp16 overflows where "
+                       "bf16 and fp32 do not)")
 
 
 def diverged(what, step, saver):

@@ -41,7 +41,6 @@ from sidfast.runs.directory import RunDirectory, lacks_checkpoints
 from sidfast.runs.identity import describe_inputs, describe_run
 from sidfast.runs.preview import Preview
 from sidfast.teachers.fit import noise_levels
-from sidfast.teachers.sd import predict
 from sidfast.training.batches import Batches, TextEncoder
 from sidfast.training.loop import Loop, Services
 from sidfast.training.progress import Progress
@@ -64,7 +63,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     # the run so far, and what it starts from
     inputs = describe_inputs(config, teacher) if rank == 0 else None
     progress = Progress.resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
-    for module in (teacher.unet, teacher.vae, teacher.text_encoder):
+    for module in teacher.networks.values():
         module.to(device)
     stages = zero_stages(config)
     speed = resolve_acceleration(config.speed, teacher, latent_shape, largest_pass(config, config.train.micro_batch),
@@ -84,40 +83,40 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     flops = count_flops(config, teacher, latent_shape) if rank == 0 else None
     engines, sections = {}, {name: engine_config(config, name, processes) for name in ENGINES}
     for name in ENGINES:
-        unet = copy.deepcopy(teacher.unet)
+        unet = copy.deepcopy(teacher.network)
         if checkpoint:
             unet.load_state_dict(read_tensors(checkpoint, name, "weights"))
         engines[name] = build_engine(speed.prepare(unet), getattr(config.optimizer, name), sections[name], device)
-    teacher.unet.to(dtype)
+    teacher.network.to(dtype)
     ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
     copies, kind = {}, SOURCES[config.synthetic.source].copy
     if kind:
-        unet = speed.prepare(copy.deepcopy(teacher.unet))
+        unet = speed.prepare(copy.deepcopy(teacher.network))
         copies[kind] = COPIES[kind](unet, engines["generator"], ema, config.synthetic)
-    speed.prepare(teacher.unet)
+    speed.prepare(teacher.network)
     if 3 in stages:
-        shard(teacher.unet, sections[ENGINES[stages.index(3)]])
-    networks = Networks(**engines, teacher=teacher.unet)
+        shard(teacher.network, sections[ENGINES[stages.index(3)]])
+    networks = Networks(**engines, teacher=teacher.network)
     if checkpoint:
         restore(checkpoint, engines, ema)
         for one in copies.values():
             one.restore(progress.step, lambda kind: read_tensors(checkpoint, "generator", kind))
     trained = [e.module.network for e in engines.values()]
-    for network in (*trained, teacher.unet, *(one.network for one in copies.values())):
+    for network in (*trained, teacher.network, *(one.network for one in copies.values())):
         speed.refresh(network)
 
     # the data, and what is optimised
     g, schedule = config.guidance, teacher.schedule.to(device)
-    objective = Objective(schedule, predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
+    objective = Objective(schedule, teacher.family.predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
                           config.noise.t_init)
-    source = build_source(config.synthetic, engines["generator"].module.denoiser, teacher.unet, objective,
+    source = build_source(config.synthetic, engines["generator"].module.denoiser, teacher.network, objective,
                           {kind: one.network for kind, one in copies.items()}, teacher.sampler,
                           speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
     batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic,
                                        config.data.prompts_column),
-                      TextEncoder(teacher.tokenizer, teacher.text_encoder, dtype, capture),
+                      TextEncoder(teacher, dtype, capture),
                       noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
                       source.num_extra_noise, device, rank, processes, speed.share_generator_forward)
 
@@ -129,7 +128,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
         stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint,
                            describe_run(config, inputs) if rank == 0 else None),
         Spikes(config.train.spike, batches),
-        Monitor(engines, teacher.text_encoder, device, dtype, config.train.batch_size, processes, flops,
+        Monitor(engines, teacher.text_encoders, device, dtype, config.train.batch_size, processes, flops,
                  config.speed.tf32),
         Profiler(profile, f"{out}/profile", device, run))
     stopped = Loop(config, engines, ema, copies.values(), batches, updates, progress, run, preview, out, speed,

@@ -1,6 +1,6 @@
 """The embedded teacher's networks: a small Stable Diffusion, and a small CLIP, in the library's own classes."""
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
 from sidfast.data.shapes import IMAGE_SIZE
@@ -42,10 +42,3 @@ def build_text_encoder(clip):
     encoder = CLIPTextModel(clip.config.text_config)
     encoder.load_state_dict(clip.text_model.state_dict())
     return encoder
-
-
-def build_scheduler():
-    """Stable Diffusion's noise schedule (method.md, section 1) with a DDIM sampler."""
-    return DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")

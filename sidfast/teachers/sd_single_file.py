@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from sidfast.common.errors import UserError
 from sidfast.common.files import flush
-from sidfast.publishing.export import check_finite_weights
+from sidfast.teachers.weights import check_exportable
 
 _UNET = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "act_fn": "silu", "norm_num_groups": 32,
          "norm_eps": 1e-5, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -64,7 +64,7 @@ def write_single_file(pipe, path, dtype=torch.float16, about=None):
     """
     check_convertible(pipe)
     tensors = {name: value.to("cpu", dtype).contiguous() for name, value in original_layout(pipe).items()}
-    check_finite_weights(tensors, f"file, as {dtype}".replace("torch.", ""))
+    check_exportable(tensors, f"file, as {dtype}".replace("torch.", ""))
     second = pipe.unet.config.use_linear_projection
     metadata = {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": path.stem,
                 "modelspec.architecture": f"stable-diffusion-v{2 if second else 1}",
