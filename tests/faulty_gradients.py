@@ -50,7 +50,7 @@ def updates(unet, stage, dtype, beta1, device):
 
 
 device, job, result = join(), json.loads(Path(sys.argv[-1]).read_text()), {}
-unet = load_teacher(job["teacher"]).unet
+unet = load_teacher(job["teacher"]).network
 for dtype in ("", "bf16"):
     for stage, beta1 in itertools.product(range(4), (0.0, 0.5)):
         torch.manual_seed(comm.get_rank())

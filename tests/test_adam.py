@@ -119,7 +119,7 @@ def engine_of(teacher, beta1, stage, device, weights=None, offload=False, prepar
                            "train": {"steps": 1, "batch_size": 2, "micro_batch": 2},
                            "deepspeed": {"zero_optimization": zero, "bf16": {"enabled": precision == "bf16"},
                                          "fp16": {"enabled": precision == "fp16"}}}, "test")
-    unet = load_teacher(teacher).unet
+    unet = load_teacher(teacher).network
     unet.load_state_dict(weights or unet.state_dict())
     return build_engine(prepare(unet), Adam(lr=1e-3, beta1=beta1), engine_config(config, "generator", 1), device)
 
@@ -211,7 +211,7 @@ def test_momentum_cannot_come_from_nowhere(tiny_teacher, tmp_path, device):  # n
     engine = engine_of(tiny_teacher, 0, 0, device)
     take_steps(engine, 1)
     save(tmp_path / "step", engine, ENGINES)
-    unet = load_teacher(tiny_teacher).unet
+    unet = load_teacher(tiny_teacher).network
     check_fits(tmp_path / "step", unet, SimpleNamespace(generator=Adam(), fake_score=Adam()))
     with pytest.raises(UserError, match=r"^--resume \S*step: is of a run with optimizer.fake_score.beta1 = 0, [^\n]*$"):
         check_fits(tmp_path / "step", unet, SimpleNamespace(generator=Adam(), fake_score=Adam(beta1=0.9)))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sidfast import cli, train
 from sidfast.evaluation.attributes import AttributeChecker
+from sidfast.teachers.sd_shapes import build_clip
 from sidfast.toy import build
 
 
@@ -150,7 +151,7 @@ def test_teacher_replaces_its_own(tiny_teacher, tmp_path):
     build.check_out(tmp_path / "new")
     (tmp_path / "teacher").mkdir()
     pipe = StableDiffusionPipeline.from_pretrained(tiny_teacher)
-    clip = build.networks.build_clip(build.build_tokenizer())
+    clip = build_clip(build.build_tokenizer())
     for text in ("first", "second"):
         build.check_out(tmp_path)
         build._write(tmp_path, pipe, clip, AttributeChecker(), build.build_tokenizer(), {}, text)

@@ -121,7 +121,7 @@ def run(tiny_teacher, tiny_config, tmp_path_factory):
     out.mkdir()
     config = build_config(tiny_config, "test")
     (out / "config.json").write_text(json.dumps({"config": config.model_dump()}))
-    weights = {name: value + 0.01 for name, value in load_teacher(str(tiny_teacher)).unet.state_dict().items()}
+    weights = {name: value + 0.01 for name, value in load_teacher(str(tiny_teacher)).network.state_dict().items()}
     write_checkpoint(out / "checkpoints", 7, weights, ranks=2)
     return out, weights
 

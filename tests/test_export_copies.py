@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import write_tiny_teacher
 
-from sidfast.publishing.export import one_step_pipeline, write_export
+from sidfast.publishing.export import write_export
 from sidfast.publishing.load import load_pipeline
 from sidfast.teachers.load import load_teacher
 
@@ -67,7 +67,7 @@ def plain_diffusers(tmp_path_factory):
     for kind in KINDS:
         teacher = load_teacher(str(write_tiny_teacher(folder / "teacher" / kind, kind)))
         (folder / kind).mkdir()
-        write_export(one_step_pipeline(teacher, teacher.unet, T_INIT), folder / kind / "export", torch.float32)
+        write_export(teacher.one_step_pipeline(teacher.network, T_INIT), folder / kind / "export", torch.float32)
     done = subprocess.run([sys.executable, "-c", SCRIPT, folder, " ".join(KINDS), json.dumps(PROMPTS)], cwd=folder,
                           env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
                           capture_output=True, text=True, check=False)

@@ -111,7 +111,7 @@ def test_run_of_an_older_version(begun, capsys, tmp_path):
     described.pop("paths")
     (run / "config.json").write_text(json.dumps(described))
     shutil.rmtree(run / "checkpoints")
-    weights = load_teacher("assets/teacher").unet.state_dict()
+    weights = load_teacher("assets/teacher").network.state_dict()
     write_checkpoint(run / "checkpoints", 3, dict(weights))
     assert cli.main(["export", "--run", str(run), "--out", "out"]) == 0
     tensors("vae/diffusion_pytorch_model.safetensors", halve)(tmp_path / "assets" / "teacher")
@@ -230,7 +230,7 @@ def test_training_does_not_resume_from_another_run(begun, capsys, tmp_path, monk
     path, run = begun
     process_alone(monkeypatch)
     other = load_config(path, ["guidance.kappa4=4.5"])
-    weights = {name: value.abs() for name, value in load_teacher("assets/teacher").unet.state_dict().items()}
+    weights = {name: value.abs() for name, value in load_teacher("assets/teacher").network.state_dict().items()}
     theirs = write_checkpoint(run / "checkpoints", 5, weights, run=describe_run(other, describe_inputs_of(run)))
     line = fails(capsys, train.main, "--config", path, "--out", run)
     assert f"{theirs} is of another run (guidance.kappa4 is 4.5 there and 1.5 here)" in line

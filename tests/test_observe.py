@@ -66,7 +66,7 @@ def test_gradient_norm(device, stage, bf16, clipping):  # noqa: F811
                                          "gradient_clipping": clipping}}, "test")
     engine = build_engine(unet, config.optimizer.generator, engine_config(config, "generator", 1), device)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    monitor = Monitor({"generator": engine}, torch.nn.Identity(), device, dtype, 4, 1)
+    monitor = Monitor({"generator": engine}, [torch.nn.Identity()], device, dtype, 4, 1)
     optimize(engine, loss_of, [(x.to(dtype), text.to(dtype)) for x, text in batches])
     got = monitor.read(1, 1.0)
     assert got["gradient_norm/generator"] == pytest.approx(want, rel=0.03 if bf16 else 1e-4)

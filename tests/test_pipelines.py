@@ -303,4 +303,4 @@ def test_a_size_that_diffusers_overrides(folder):
     """StableDiffusionPipeline reads 64 where such an old UNet says less, and so does training."""
     edit("unet/config.json", _diffusers_version="0.6.0")(folder)
     assert load_pipeline(folder, "cpu")[0].unet.config.sample_size == 64
-    assert load_teacher(str(folder)).unet.config.sample_size == 64
+    assert load_teacher(str(folder)).network.config.sample_size == 64

@@ -72,8 +72,8 @@ def test_flops(kappas):
 @pytest.mark.parametrize("name", ["fake_score", pytest.param("generator", marks=pytest.mark.slow)])
 def test_memory_of_an_update(name, checkpointing):
     """The meta device's count against what PyTorch's CPU allocator gave out in the same update at micro-batch 4."""
-    counted = footprint.measure_update(name, unets("meta", checkpointing=checkpointing), objective("meta"), LARGE, CONDITIONS,
-                                       torch.float32)
+    nets = unets("meta", checkpointing=checkpointing)
+    counted = footprint.measure_update(name, nets, objective("meta"), LARGE, CONDITIONS, torch.float32)
     nets = unets("cpu", checkpointing=checkpointing)
     footprint._run(name, nets, objective("cpu"), LARGE, CONDITIONS, torch.float32, 2)                     # warm up
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -238,7 +238,7 @@ def test_average_equals_its_definition(config, tmp_path):
     from sidfast.teachers.load import load_teacher
 
     folder = json.loads(config.read_text())["model"]["teacher"]
-    average = {k: v.double() for k, v in load_teacher(folder).unet.state_dict().items()}
+    average = {k: v.double() for k, v in load_teacher(folder).network.state_dict().items()}
     for step in range(1, 5):
         images = 4 * step
         decay = 0.5 ** (4 / min(9, 0.05 * images))

@@ -184,7 +184,7 @@ def test_command(monkeypatch, capsys, tmp_path, sd1, tiny_config):
     run.mkdir()
     config = build_config(tiny_config | {"model": {"teacher": str(tmp_path / "teacher")}}, "test")
     (run / "config.json").write_text(json.dumps({"config": config.model_dump()}))
-    weights = load_teacher(str(tmp_path / "teacher")).unet.state_dict()
+    weights = load_teacher(str(tmp_path / "teacher")).network.state_dict()
     write_checkpoint(run / "checkpoints", 7, {name: value + 0.5 for name, value in weights.items()})
     arguments = ["export", "--run", str(run), "--single-file", "--dtype", "fp32"]
     assert cli.main([*arguments, "--out", str(out)]) == 0

@@ -60,8 +60,8 @@ def test_a_variant_of_some_parts(folder, tiny_teacher):
     assert_equal(weights(load_teacher(folder)), weights(load_teacher(tiny_teacher)))
     changed = load_teacher(folder, variant="ema")
     plain = load_teacher(folder)
-    assert_equal(changed.unet.state_dict(), in_half({n: 0.5 * v for n, v in plain.unet.state_dict().items()}))
-    assert_equal(changed.vae.state_dict(), plain.vae.state_dict())
+    assert_equal(changed.network.state_dict(), in_half({n: 0.5 * v for n, v in plain.network.state_dict().items()}))
+    assert_equal(changed.parts["vae"].state_dict(), plain.parts["vae"].state_dict())
     assert changed.fingerprint() != plain.fingerprint()
 
 
@@ -157,14 +157,14 @@ def test_what_is_downloaded(monkeypatch, folder, tmp_path, change, options, brou
 
 def test_layers_that_are_not_used(folder, tiny_teacher):
     """Clip skip: fewer layers in config.json than in the weights."""
-    encoder = load_teacher(tiny_teacher).text_encoder
+    encoder = load_teacher(tiny_teacher).parts["text_encoder"]
     encoder.config.num_hidden_layers = 3
     type(encoder)(encoder.config).save_pretrained(folder / "text_encoder")
     edit("text_encoder/config.json", num_hidden_layers=2)(folder)
-    ours = load_teacher(folder)
+    ours = load_teacher(folder).parts["text_encoder"]
     plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).text_encoder
     ids = torch.arange(24)[None]
-    assert torch.equal(ours.text_encoder(ids)[0], plain(ids)[0]) and ours.text_encoder.config.num_hidden_layers == 2
+    assert torch.equal(ours(ids)[0], plain(ids)[0]) and ours.config.num_hidden_layers == 2
     [path] = (folder / "text_encoder").glob("*.safetensors")
     tensors = load_file(path)
     save_file(tensors | {"encoder.layers.0.more.weight": torch.zeros(1)}, path, {"format": "pt"})

@@ -126,14 +126,14 @@ def test_whole_numbers_for_weights(folder):
 
 def test_more_words(folder):
     """Textual inversion: one vector for a token is loaded, of several only diffusers knows which belong together."""
-    tokenizer, encoder = load_teacher(folder).tokenizer, load_teacher(folder).text_encoder
+    tokenizer, encoder = load_teacher(folder).parts["tokenizer"], load_teacher(folder).parts["text_encoder"]
     for token in ("<cat>", "<cat>_1"):
         tokenizer.add_tokens([token])
         encoder.resize_token_embeddings(len(tokenizer))
         for part, value in (("tokenizer", tokenizer), ("text_encoder", encoder)):
             value.save_pretrained(folder / part)
         if token == "<cat>":
-            assert len(load_teacher(folder).tokenizer) == len(tokenizer)
+            assert len(load_teacher(folder).parts["tokenizer"]) == len(tokenizer)
     with pytest.raises(UserError, match=r"a token of several vectors \(<cat>, textual inversion\)"):
         load_teacher(folder)
 
@@ -146,7 +146,7 @@ def test_more_words(folder):
     vae(shift_factor=0.0, force_upcast=False)], ids=["img2img", "inpaint", "none", "nulls", "no-shift"])
 def test_accepted(folder, change):
     change(folder)
-    assert load_teacher(folder).text_encoder.config._attn_implementation == "sdpa"
+    assert load_teacher(folder).parts["text_encoder"].config._attn_implementation == "sdpa"
     load_meta_teacher(str(folder))
 
 

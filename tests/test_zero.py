@@ -94,7 +94,7 @@ def test_same_curve_in_stage_3(pairs):
 @pytest.fixture(scope="module")
 def first_weights(teacher):
     """Of both networks: the teacher's."""
-    return load_teacher(teacher).unet.state_dict()
+    return load_teacher(teacher).network.state_dict()
 
 
 @pytest.fixture(scope="module")

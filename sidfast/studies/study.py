@@ -172,7 +172,8 @@ def read_study(path):
                  for seed in file.seeds for variant in file.variants)
     study = Study(path.stem, file, runs)
     shapes = {run.config.data.prompts.startswith("shapes:") for run in runs}
-    if len(shapes) > 1 or len({run.config.model.model_copy(update={"resolution": None}) for run in runs}) > 1:
+    teachers = {run.config.model.model_copy(update={"resolution": None}).model_dump_json() for run in runs}
+    if len(shapes) > 1 or len(teachers) > 1:
         raise UserError(f"{path}: all variants need the same model.teacher and the same kind of data.prompts")
     given = [f"model.{key}" for key, value in runs[0].config.model.loading.items() if value is not None]
     if file.teacher and given:
