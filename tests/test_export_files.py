@@ -21,10 +21,11 @@ from sidfast.common.errors import UserError
 from sidfast.common.files import drop_lock, take_lock
 from sidfast.config.schema import load_config
 from sidfast.evaluation.metrics import title
-from sidfast.publishing import card, pipeline
+from sidfast.publishing import card
 from sidfast.publishing.export import recover_export, save_tokenizer, write_export
 from sidfast.publishing.grid import image_grid, save_grid
 from sidfast.publishing.load import load_pipeline
+from sidfast.teachers import sd_pipeline
 from sidfast.teachers.load import load_teacher
 
 OLD = os.environ.get("SIDFAST_OLD_LIBRARIES")            # folders of `pip install --target`, with colons between them
@@ -93,7 +94,7 @@ torch.save((pipe.encode_prompt({PROMPTS!r}), images), {str(tmp_path / 'images.pt
 def test_older_diffusers_are_refused(monkeypatch):
     monkeypatch.setattr("diffusers.__version__", "0.27.2")
     with pytest.raises(ImportError, match=r"needs diffusers 0\.30 or newer, not 0\.27\.2"):
-        runpy.run_path(pipeline.__file__)
+        runpy.run_path(sd_pipeline.__file__)
 
 
 def test_image_by_the_equations(export, pipe):
@@ -261,7 +262,7 @@ def test_card_is_of_its_own_model(write_config, tmp_path):
     assert numbers_of(text) == {"teacher": "0.9", "start": "0.1", "this generator": "0.4"}
     with Image.open(run / "export" / "grid.png") as grid, Image.open(run / "samples" / "step-00000004.png") as own:
         assert list(grid.getdata()) == list(own.getdata())
-    assert card.OLDEST in text and card.OLDEST in " ".join(pipeline.__doc__.split())
+    assert card.OLDEST in text and card.OLDEST in " ".join(sd_pipeline.__doc__.split())
     for about in ({"step": 5}, {"step": None}, {}):      # (no grid, and no numbers, are of these)
         (run / "export" / "distillation.json").write_text(json.dumps(about))
         card.write_card(run, run / "export", title)

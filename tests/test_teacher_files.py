@@ -37,7 +37,7 @@ def as_variant(folder, variant, parts=STEMS, scale=1.0, keep=False):
 
 
 def weights(teacher):
-    return {name: value for part in STEMS for name, value in getattr(teacher, part).state_dict().items()}
+    return {name: value for part in STEMS for name, value in teacher.parts[part].state_dict().items()}
 
 
 def in_half(state):
