@@ -204,4 +204,4 @@ def test_shapes_of_a_folder_are_those_of_its_weights(tiny_teacher):
         assert {k: v.shape for k, v in got.named_parameters()} == {k: v.shape for k, v in want.named_parameters()}
         assert all(p.is_meta for p in got.parameters())
     assert {k: v.shape for k, v in shapes.conditions(3).items()} == {
-        k: v.shape for k, v in teacher.encode(teacher.tokenize(["", "a", "b"])).items()}
+        k: v.shape for k, v in teacher.encode(teacher.tokenize(["", "a", "b"]), (16, 16)).items()}

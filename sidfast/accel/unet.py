@@ -139,7 +139,9 @@ def unfuse(unet):
 
 
 def fuse_blocker(unet):
-    """What of a UNet the fused kernels do not cover, in a few words, or None."""
+    """What of a network the fused kernels do not cover, in a few words, or None."""
+    if not isinstance(unet, UNet2DConditionModel):
+        return f"a {type(unet).__name__}, not a UNet"
     c, blocks = unet.config, {type(b).__name__ for b in (*unet.down_blocks, *unet.up_blocks, unet.mid_block)}
     other = blocks - {"CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D",
                       "UpBlock2D"}

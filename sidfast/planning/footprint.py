@@ -82,7 +82,7 @@ def image_flops(teacher, latent_shape, kappas, shared=False):
     from sidfast.method.equations import passes
 
     family = teacher.family
-    cond = tuple((name, tuple(value.shape)) for name, value in teacher.conditions(1, device="meta").items())
+    cond = tuple((name, *value.shape) for name, value in teacher.conditions(1, device="meta").items())
     forward, frozen, trained = _pass_flops(family, teacher.network.to_json_string(), tuple(latent_shape), cond)
     both = passes(kappas[:1])
     denoisers = passes(kappas[1:3]) + passes(kappas[3:])
@@ -92,12 +92,12 @@ def image_flops(teacher, latent_shape, kappas, shared=False):
 @lru_cache
 def _pass_flops(family, config, latent_shape, cond):
     """FLOPs of a pass for one image, of its backward pass when frozen, and of that when trained. `config`: the
-    network's configuration as JSON, `cond`: (name, shape) of its conditions. Counted once for all runs of a process
-    (those of a study)."""
+    network's configuration as JSON, `cond`: (name, *shape) of each of its conditions. Counted once for all runs of a
+    process (those of a study)."""
     with torch.device("meta"):
         network = family.class_of(family.network).from_config(json.loads(config)).requires_grad_(False)
         x = torch.zeros(1, *latent_shape, requires_grad=True)
-        t, cond = torch.zeros(1), {name: torch.zeros(shape) for name, shape in cond}
+        t, cond = torch.zeros(1), {name: torch.zeros(shape) for name, *shape in cond}
     forward, frozen, trained = Ledger(), Ledger(), Ledger()
     with gpu_attention():
         with forward:

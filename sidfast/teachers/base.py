@@ -80,17 +80,17 @@ class Teacher:
     def image_size(self, resolution: int | Sequence[int] | None = None) -> tuple[int, int]:
         """(height, width) in pixels of images at a configuration's `model.resolution`, or else the teacher's own."""
         if resolution is None:
-            return tuple(self.family.latent_factor(self.parts) * side for side in pair(self.network.config.sample_size))
+            return tuple(self.family.latent_factor(self) * side for side in pair(self.network.config.sample_size))
         return pair(resolution)
 
     def latent_shape(self, resolution: int | Sequence[int] | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of such images."""
-        factor = self.family.latent_factor(self.parts)
+        factor = self.family.latent_factor(self)
         return self.network.config.in_channels, *(side // factor for side in self.image_size(resolution))
 
     def check_resolution(self, resolution: int | Sequence[int] | None, where: str) -> None:
         """Raise UserError, which `where` opens, for a `model.resolution` that has no latents."""
-        factor = self.family.latent_factor(self.parts)
+        factor = self.family.latent_factor(self)
         if any(side % factor for side in self.image_size(resolution)):
             raise UserError(f"{where}: model.resolution ({resolution}) must be a multiple of {factor}, the pixels "
                             "along the side of the teacher's latent ones")
@@ -99,19 +99,19 @@ class Teacher:
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """As Family's."""
-        return self.family.tokenize(self.parts, prompts)
+        return self.family.tokenize(self, prompts)
 
-    def encode(self, ids: torch.Tensor) -> Conditions:
+    def encode(self, ids: torch.Tensor, size: tuple[int, int]) -> Conditions:
         """As Family's."""
-        return self.family.encode(self.parts, ids)
+        return self.family.encode(self, ids, size)
 
     def prompt_limit(self) -> tuple[Any, int] | None:
         """As Family's."""
-        return self.family.prompt_limit(self.parts)
+        return self.family.prompt_limit(self)
 
     def conditions(self, n: int, device=None, dtype=None) -> Conditions:
         """As Family's."""
-        return self.family.conditions(self.parts, n, device=device, dtype=dtype)
+        return self.family.conditions(self, n, device=device, dtype=dtype)
 
     # pipelines
 
@@ -196,28 +196,33 @@ class Family(ABC):
         conditions."""
 
     @abstractmethod
-    def tokenize(self, parts: dict[str, Any], prompts: Sequence[str]) -> torch.Tensor:
+    def tokenize(self, teacher: Teacher, prompts: Sequence[str]) -> torch.Tensor:
         """N prompts -> what `encode` takes, [N, ...], on the CPU."""
 
     @abstractmethod
-    def encode(self, parts: dict[str, Any], ids: torch.Tensor) -> Conditions:
-        """What `tokenize` gives, on the device of the text encoders -> Conditions of N samples, in their type."""
+    def encode(self, teacher: Teacher, ids: torch.Tensor, size: tuple[int, int]) -> Conditions:
+        """What `tokenize` gives, on the device of the text encoders -> Conditions of N samples, in their type, for
+        images of `size`, (height, width) in pixels."""
+
+    def encode_empty(self, teacher: Teacher, size: tuple[int, int]) -> Conditions:
+        """The Conditions of no text, one sample, as the teacher's pipeline has them where guidance is used."""
+        return self.encode(teacher, self.tokenize(teacher, [""]).to(teacher.device), size)
 
     @abstractmethod
-    def conditions(self, parts: dict[str, Any], n: int, device=None, dtype=None) -> Conditions:
+    def conditions(self, teacher: Teacher, n: int, device=None, dtype=None) -> Conditions:
         """Zeros in the shapes of the Conditions of n samples."""
 
-    def capturable(self, parts: dict[str, Any]) -> bool:
+    def capturable(self, teacher: Teacher) -> bool:
         """Whether a CUDA graph can hold `encode`."""
         return True
 
-    def prompt_limit(self, parts: dict[str, Any]) -> tuple[Any, int] | None:
+    def prompt_limit(self, teacher: Teacher) -> tuple[Any, int] | None:
         """(tokenizer, tokens that a prompt may have, start and end included), or None where there is no limit."""
         return None
 
-    def latent_factor(self, parts: dict[str, Any]) -> int:
+    def latent_factor(self, teacher: Teacher) -> int:
         """Pixels along the side of a latent one."""
-        return 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+        return 2 ** (len(teacher.parts["vae"].config.block_out_channels) - 1)
 
     # diffusers' pipelines
 

@@ -63,29 +63,29 @@ class StableDiffusion(Family):
         """As Family's."""
         return network(x.to(dtype_of(cond)), t, **cond, return_dict=False)[0]
 
-    def tokenize(self, parts, prompts):
+    def tokenize(self, teacher, prompts):
         """As Family's: [N, L], or [N, 2, L] with a mask."""
-        return clip.tokenize_for(parts["text_encoder"], parts["tokenizer"], prompts)
+        return clip.tokenize_for(teacher.parts["text_encoder"], teacher.parts["tokenizer"], prompts)
 
-    def encode(self, parts, ids):
+    def encode(self, teacher, ids, size):
         """As Family's."""
-        return {"encoder_hidden_states": clip.states(parts["text_encoder"], ids)}
+        return {"encoder_hidden_states": clip.states(teacher.parts["text_encoder"], ids)}
 
-    def conditions(self, parts, n, device=None, dtype=None):
+    def conditions(self, teacher, n, device=None, dtype=None):
         """As Family's: texts [n, L, D]."""
-        tokenizer, text = parts.get("tokenizer"), parts["text_encoder"].config
+        tokenizer, text = teacher.parts.get("tokenizer"), teacher.parts["text_encoder"].config
         length = tokenizer.model_max_length if tokenizer else text.max_position_embeddings
-        shape = n, length, parts["unet"].config.cross_attention_dim
+        shape = n, length, teacher.network.config.cross_attention_dim
         return {"encoder_hidden_states": torch.zeros(shape, device=device, dtype=dtype)}
 
-    def capturable(self, parts):
+    def capturable(self, teacher):
         """As Family's: not with a mask, which transformers reads on the host."""
-        return not clip.takes_mask(parts["text_encoder"])
+        return not clip.takes_mask(teacher.parts["text_encoder"])
 
-    def prompt_limit(self, parts):
+    def prompt_limit(self, teacher):
         """As Family's."""
-        most = clip.most_tokens(parts["tokenizer"], parts["text_encoder"].config)
-        return most and (parts["tokenizer"], most)
+        most = clip.most_tokens(teacher.parts["tokenizer"], teacher.parts["text_encoder"].config)
+        return most and (teacher.parts["tokenizer"], most)
 
     def pipeline(self, teacher):
         """As Family's."""

@@ -27,11 +27,12 @@ class TextEncoder:
     Conditions of the empty prompt, one sample.
     """
 
-    def __init__(self, teacher, dtype, capture=None):
-        """`dtype`: of the Conditions."""
-        self.teacher, self.dtype = teacher, dtype
-        self.uncond = self._encode(self.tokenize([""]).to(teacher.device))
-        self._capture, self._replay = capture if teacher.family.capturable(teacher.parts) else None, None
+    def __init__(self, teacher, dtype, capture=None, size=None):
+        """`dtype`: of the Conditions; `size`: (height, width) of the images in pixels, the teacher's own by default."""
+        self.teacher, self.dtype, self.size = teacher, dtype, size or teacher.image_size()
+        with torch.no_grad():
+            self.uncond = self._cast(teacher.family.encode_empty(teacher, self.size))
+        self._capture, self._replay = capture if teacher.family.capturable(teacher) else None, None
 
     def tokenize(self, prompts):
         """N prompts -> token ids [N, ...] on the CPU, from where a GPU can fetch them by itself."""
@@ -54,7 +55,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, ids):
-        cond = self.teacher.encode(ids)
+        return self._cast(self.teacher.encode(ids, self.size))
+
+    def _cast(self, cond):
         return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in cond.items()}
 
 

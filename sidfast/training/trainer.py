@@ -116,7 +116,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
     batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic,
                                        config.data.prompts_column),
-                      TextEncoder(teacher, dtype, capture),
+                      TextEncoder(teacher, dtype, capture, teacher.image_size(config.model.resolution)),
                       noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
                       source.num_extra_noise, device, rank, processes, speed.share_generator_forward)
 
