@@ -231,8 +231,8 @@ class Config(Section):
 def load_config(path, overrides=()):
     """Read a configuration file and apply `section.key=value` overrides (values as JSON, or else as plain text).
 
-    `path`: as `find_config` takes it. In the result, names of the package's own assets are whole paths. Raises UserError,
-    naming file and key, for whatever is wrong with either.
+    `path`: as `find_config` takes it. In the result, names of the package's own assets are whole paths. Raises
+    UserError, naming file and key, for whatever is wrong with either.
     """
     path = Path(find_config(str(path)))
     values = read_values(path)
