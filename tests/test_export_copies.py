@@ -83,7 +83,7 @@ def test_copies_make_the_same_images(plain_diffusers, kind):
     want = pipe([text for text in PROMPTS for _ in range(2)], generator=noise, output_type="pt").images
     assert one_step and want.std() > 0.01
     for name in ("export", "saved", "pushed", "again"):
-        torch.testing.assert_close(made[f"{kind}/{name}"], want, rtol=0, atol=1e-5)          # (on as many threads or not)
+        torch.testing.assert_close(made[f"{kind}/{name}"], want, rtol=0, atol=1e-5)  # (threads may differ)
 
 
 @pytest.mark.parametrize("copy", ["saved", "pushed"])
