@@ -29,6 +29,9 @@ bench: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 
+docs: $(READY)
+	$(VENV)/bin/python -m sidfast.config.describe docs
+
 # Most modules of the libraries are never loaded, so none is compiled beforehand: Python keeps what it compiles at the
 # first import, if it may.
 unexport PYTHONDONTWRITEBYTECODE
@@ -41,4 +44,4 @@ $(READY): setup.py pyproject.toml
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: train test test-slow test-gpu bench lint clean
+.PHONY: train test test-slow test-gpu bench lint docs clean

@@ -48,10 +48,10 @@ class Guidance(Section):
     """Guidance scales (method.md, section 2): kappa1 trains the fake score, kappa2 and kappa3 evaluate it, kappa4
     evaluates the teacher."""
 
-    kappa1: Measure = 1.5
-    kappa2: Measure = 1.5
-    kappa3: Measure = 1.5
-    kappa4: Measure = 1.5
+    kappa1: Measure = Field(1.5, description="of the fake score, in its own update")
+    kappa2: Measure = Field(1.5, description="of the fake score, in the generator's update: the gap to the teacher")
+    kappa3: Measure = Field(1.5, description="of the fake score, in the generator's update: the gap to the image")
+    kappa4: Measure = Field(1.5, description="of the teacher")
     prompt_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty prompts while the fake score trains, "
                                                                "if kappa1, kappa2 or kappa3 is not 1")
 
@@ -59,7 +59,7 @@ class Guidance(Section):
 class Loss(Section):
     """The generator's loss (eq. 8)."""
 
-    alpha: float = 1.0
+    alpha: float = Field(1.0, description="1 - alpha is the weight of the squared gap of teacher and fake score")
 
 
 class Data(Section):
@@ -81,7 +81,7 @@ class Train(Section):
         4, description="images per GPU and pass; auto: the most that fit, up to 32, as measured at start")
     fake_score_factor: int = Field(1, ge=1, description="the fake score's update takes so many micro-batches' images "
                                                         "in a pass: fewer networks keep activations in it")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of prompts, noise and timesteps")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: int = Field(500, ge=0, description="steps between checkpoints, and exports with them; 0 for none")
     keep: int = Field(2, ge=1, description="checkpoints kept")
@@ -123,9 +123,9 @@ class Train(Section):
 class Adam(Section):
     """Adam for one network (section 8)."""
 
-    lr: float = Field(1e-6, gt=0)
-    beta1: float = Field(0.0, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
+    lr: float = Field(1e-6, gt=0, description="learning rate")
+    beta1: float = Field(0.0, ge=0, lt=1, description="decay of the first moment; with 0 none is stored")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     eps: float | None = Field(None, gt=0, description="1e-8, or 1e-6 in fp16, unless given")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: int = Field(0, ge=0, description="steps of linear decay to zero at the end of the run")

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from sidfast.method.densities import DENSITIES
@@ -17,7 +17,8 @@ class Section(BaseModel):
 
 
 def _one_of(registry):
-    """A type: one of the names in a registry, as it stands when a configuration is read."""
+    """A type: one of the names in a registry, as it stands when a configuration is read. The JSON schema takes any name
+    and shows those that there are: plug-ins add theirs later."""
 
     def check(name):
         if name not in registry:
@@ -25,7 +26,7 @@ def _one_of(registry):
                                       {"names": ", ".join(map(repr, registry))})
         return name
 
-    return Annotated[str, AfterValidator(check)]
+    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "examples": list(registry)})]
 
 
 class DensityOptions(Section):
@@ -46,15 +47,15 @@ class DensityOptions(Section):
 class NoiseOfUpdate(DensityOptions):
     """What is different about one update's noise levels."""
 
-    density: _one_of(DENSITIES) | None = None
-    t_min: int | None = Field(None, ge=0)
-    t_max: int | None = Field(None, ge=1)
+    density: _one_of(DENSITIES) | None = Field(None, description="noise.density unless given")
+    t_min: int | None = Field(None, ge=0, description="noise.t_min unless given")
+    t_max: int | None = Field(None, ge=1, description="noise.t_max unless given")
 
 
 class Noise(DensityOptions):
     """Noise levels at which the scores are compared (section 6), and the generator's starting level (eq. 4)."""
 
-    density: _one_of(DENSITIES) = "ddpm"
+    density: _one_of(DENSITIES) = Field("ddpm", description="distribution of the noise levels")
     t_min: int = Field(20, ge=0, description="smallest timestep drawn")
     t_max: int = Field(979, ge=1, description="largest timestep drawn")
     t_init: int = Field(625, ge=1, description="timestep at which the generator starts")
