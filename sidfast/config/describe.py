@@ -15,8 +15,8 @@ _HEAD = """# Configuration
 
 A configuration is a JSON file of sections that names what differs from the defaults. `sidfast train --config FILE`
 takes its path, or the bare name of one that comes with the package (`ddpm` is `configs/ddpm.json`).
-`--set section.key=value` overrides a key; `--dry-run` prints the result with all defaults. Unknown keys, other types and
-numbers that are not finite are refused in one line. Editors can check a file against
+`--set section.key=value` overrides a key; `--dry-run` prints the result with all defaults. Unknown keys, other types
+and numbers that are not finite are refused in one line. Editors can check a file against
 [configuration.schema.json](configuration.schema.json).
 
 A path that begins with `assets/` or `configs/` means the file in the working directory; where that does not have it, it
