@@ -70,19 +70,7 @@ def _parser():
     random.set_defaults(run=_random_teacher)
 
     _add_prompts(commands)
-    sample = commands.add_parser("sample", help="make images")
-    sample.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
-    prompts = sample.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", metavar="TEXT")
-    prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a table")
-    sample.add_argument("--prompts-column", metavar="NAME", help="of a table of prompts (caption, prompt or text)")
-    sample.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
-    sample.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt")
-    sample.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
-    sample.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
-    sample.add_argument("--out", required=True, metavar="FILE.png", help="a row per seed, a column per prompt")
-    sample.set_defaults(run=_sample)
-
+    _add_sample(commands)
     judge = commands.add_parser("evaluate", help="measure a generator (docs/evaluation.md)")
     judge.add_argument("--model", metavar="M",
                        help="run directory, export, diffusers folder or hub id, or a folder of images")
@@ -182,6 +170,28 @@ def _add_prompts(commands):
     prompts.set_defaults(run=_prompts)
 
 
+def _add_sample(commands):
+    sample = commands.add_parser("sample", help="make images")
+    sample.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
+    prompts = sample.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a table")
+    sample.add_argument("--prompts-column", metavar="NAME", help="of a table of prompts (caption, prompt or text)")
+    sample.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
+    sample.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt")
+    sample.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
+    sample.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
+    for side in ("height", "width"):
+        sample.add_argument(f"--{side}", type=int, metavar="PIXELS", help="of each image (the model's own)")
+    sample.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the model (fp16 on a GPU, or else fp32)")
+    sample.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (a GPU if there is one)")
+    sample.add_argument("--format", default="png", choices=("png", "jpg"), help="of the images of a folder (png)")
+    sample.add_argument("--out", required=True, metavar="FILE|DIR",
+                        help="a .png or .jpg gets all images, a row per seed and a column per prompt; a folder gets a "
+                        "file for each, and images.jsonl with prompts and seeds")
+    sample.set_defaults(run=_sample)
+
+
 def _at_most(most):
     """A type of an option: a whole number that PyTorch and memory can be asked for."""
 
@@ -194,13 +204,10 @@ def _at_most(most):
     return integer
 
 
-def _device():
-    import torch
+def _device(name=None):
+    from sidfast.accel.device import choose_device
 
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    return choose_device(name)
 
 
 def _random_teacher(args):
@@ -221,20 +228,22 @@ def _prompts(args):
     from sidfast.data.selection import Bounds, TokenLimit, select_prompts
     from sidfast.data.sources import captions_of
 
+    for name in args.source:
+        check_paths({"SOURCE": name})
     captions, tokens = captions_of(args.source, args.column, args.files, args.revision), None
     if args.teacher is not None:
-        from sidfast.teachers.token_limit import load_token_limit
+        from sidfast.teachers.load import load_prompt_limit
 
-        tokens = TokenLimit(*load_token_limit(args.teacher, f"--teacher {args.teacher}"))
+        tokens = TokenLimit(*load_prompt_limit(args.teacher, f"--teacher {args.teacher}"))
     bounds = Bounds(args.min_words, args.max_words, args.min_characters, args.max_characters)
     say(select_prompts(captions, args.out, bounds, tokens, args.sample, args.seed).text(args.out))
 
 
 def _sample(args):
-    from sidfast.publishing.sample import sample_grid
+    from sidfast.publishing.sample import Request, make_samples
 
-    sample_grid(args.model, args.prompt, args.prompts, args.prompts_column, args.out, args.n, args.seed, args.steps,
-                args.guidance, _device())
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "device")}
+    say(make_samples(Request(**options), _device(args.device)))
 
 
 def _teacher(args):

@@ -16,7 +16,7 @@ from sidfast import cli
 from sidfast.common.errors import UserError
 from sidfast.data.prompts import read_prompts
 from sidfast.data.selection import select_prompts
-from sidfast.teachers.token_limit import load_token_limit
+from sidfast.teachers.load import load_prompt_limit
 
 CAPTIONS = ["a red circle", " A  Red\u2003CIRCLE ", "a blue square\r\non white", "", "one", "猫の絵 of a cat",
             "a red circle.", "e\u2028f g", "x " * 300, "a red circle"]
@@ -107,7 +107,7 @@ def test_sample(tmp_path):
 
 def test_tokens_of_a_teacher(tmp_path, tiny_teacher, capsys):
     """Prompts that its text encoder would cut off."""
-    tokenizer, most = load_token_limit(tiny_teacher, "")
+    tokenizer, most = load_prompt_limit(tiny_teacher, "")
     captions = [" ".join(["red"] * n) for n in (1, most - 2, most - 1, 60)]
     source = written(tmp_path, "p.txt", "\n".join(captions))
     assert [len(row) for row in tokenizer(captions).input_ids] == [3, most, most + 1, 62]
@@ -137,7 +137,7 @@ def test_many_prompts_need_little_memory(tmp_path):
     (["PROMPTS", "--min-words", "9", "--max-words", "3"], "--min-words (9) must be at most --max-words (3)"),
     (["PROMPTS", "--min-words", "9"], "none of the 2 captions is left (2 fewer than 9 words"),
     (["PROMPTS", "--teacher", "/nowhere"], "--teacher /nowhere: the folder /nowhere does not exist"),
-    (["PROMPTS", "--teacher", "DIR"], "is not a teacher (text_encoder/config.json is missing)"),
+    (["PROMPTS", "--teacher", "DIR"], "model_index.json"),
     (["TABLE"], "which column has the prompts? There are 'a', 'b'; give one as --column"),
     (["JSON"], "its lines are JSON, not prompts; name it .jsonl"), (["EMPTY"], "is empty")],
     ids=lambda value: None if isinstance(value, str) else "-".join(value))
@@ -179,12 +179,17 @@ def test_a_full_disk(tmp_path, capsys):
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+class Hub(dict):
+    """{(repository, revision): {name: bytes}}; `asked`: names of files that were asked for."""
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """hub[dataset, revision] = {name: bytes}: what the hub's client finds, in requests and answers as the hub's."""
+    """A Hub that the hub's client finds, by requests and answers as the hub's own."""
     from huggingface_hub import constants
 
-    datasets = {}
+    datasets, asked = Hub(), []
+    datasets.asked = asked
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -201,7 +206,9 @@ def hub(tmp_path, monkeypatch):
                     {"rfilename": name, "size": len(data)} for name, data in found.items()]}).encode()
             else:
                 every = {name: data for files in datasets.values() for name, data in files.items()}
-                body = every.get("/".join(parts[5:])) if parts[3:5] == ["resolve", COMMIT] else None
+                start = parts.index("resolve") + 1
+                asked.append("/".join(parts[start + 1:]))
+                body = every.get(asked[-1]) if parts[start] == COMMIT else None
             self.send_response(200 if body else 404)
             for name, value in (("Content-Length", len(body or b"")), ("X-Repo-Commit", COMMIT),
                                 ("ETag", f'"{hash(body)}"'), *([] if body else [("X-Error-Code", "RepoNotFound")])):
@@ -257,6 +264,18 @@ def test_dataset_that_is_not_there(hub, capsys):
     hub["me/lines", "main"] = {"a.jsonl": b"x"}
     line = fails(capsys, cli.main, "prompts", "me/lines", "--files", "*.csv", "--out", "out.txt")
     assert "no file of this dataset with captions has a name like *.csv (it has a.jsonl)" in line
+
+
+def test_teacher_of_the_hub(hub, tiny_teacher):
+    """Its weights are not downloaded."""
+    hub["me/teacher", "main"] = {str(path.relative_to(tiny_teacher)): path.read_bytes()
+                                 for path in tiny_teacher.rglob("*") if path.is_file()}
+    tokenizer, most = load_prompt_limit("me/teacher", "")
+    want = load_prompt_limit(tiny_teacher, "")
+    assert most == want[1] and tokenizer("a red café").input_ids == want[0]("a red café").input_ids
+    assert "tokenizer/tokenizer.json" in hub.asked and not [name for name in hub.asked if "safetensors" in name]
+    with pytest.raises(UserError, match="--teacher me/none: not a folder here, and the hub did not give it"):
+        load_prompt_limit("me/none", "--teacher me/none")
 
 
 def test_parquet_without_pyarrow(tmp_path, capsys, monkeypatch):

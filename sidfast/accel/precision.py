@@ -1,8 +1,11 @@
-"""TensorFloat-32: fp32 products on a GPU's tensor cores, with 10 bits of the factors' mantissas."""
+"""Types of weights by their names; TensorFloat-32: fp32 products on a GPU's tensor cores, with 10 bits of the factors'
+mantissas."""
 
 from contextlib import contextmanager
 
 import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def allow_tf32(allowed):

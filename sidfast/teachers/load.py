@@ -9,7 +9,7 @@ from sidfast.common.errors import UserError
 from sidfast.teachers.base import Teacher
 from sidfast.teachers.compatibility import check_tokenizer
 from sidfast.teachers.families import ARCHITECTURES, family_of
-from sidfast.teachers.folders import check_hub_id, find_cached, find_teacher, first_reason
+from sidfast.teachers.folders import check_hub_id, download, find_cached, find_teacher, first_reason
 from sidfast.teachers.untrusted import attention_of, build_on_meta, library_of, read_index, refuse_pickles
 from sidfast.teachers.weights import choose_variant, find_variants
 
@@ -44,8 +44,8 @@ def load_teacher(name, what: str = _KEY, *, variant: str | None = None, revision
     return _assemble(family, folder, networks, tokenizers, schedulers, scheduler)
 
 
-def load_meta_teacher(name, *, variant: str | None = None, revision: str | None = None, scheduler: dict | None = None
-                      ) -> Teacher:
+def load_meta_teacher(name, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
+                      scheduler: dict | None = None) -> Teacher:
     """The Teacher without weights, its networks on the meta device, of a folder, of a hub id in the cache (nothing is
     downloaded), or of an architecture.
 
@@ -57,10 +57,26 @@ def load_meta_teacher(name, *, variant: str | None = None, revision: str | None 
         with torch.device("meta"):
             return _assemble(family, None, family.build(name), {}, (own, own), scheduler)
     folder = _find_configurations(name, revision)
-    family, configs, schedulers = _check(folder, _KEY, scheduler)
-    tokenizers = _load_tokenizers(folder, family, configs, _KEY)
-    networks = {part: _without_weights(folder / part, family.class_of(part), variant) for part in family.networks}
+    family, configs, schedulers = _check(folder, what, scheduler)
+    tokenizers = _load_tokenizers(folder, family, configs, what)
+    networks = {part: _without_weights(folder / part, family.class_of(part), what, variant)
+                for part in family.networks}
     return _assemble(family, folder, networks, tokenizers, schedulers, scheduler)
+
+
+def load_prompt_limit(name, what: str):
+    """(Tokenizer, the most tokens of a prompt, start and end included) of a teacher, given as a folder or a hub id, of
+    which no weights are downloaded. Raises UserError, which `what` opens, also where prompts may have any length."""
+    if not Path(name).is_dir():
+        check_hub_id(name, what)
+        try:
+            name = download(name, choose=lambda folder: ())
+        except Exception as error:                       # the hub library raises its own, the network's and the OS's
+            raise UserError(f"{what}: not a folder here, and the hub did not give it ({first_reason(error)})") from None
+    limit = load_meta_teacher(str(name), what).prompt_limit()
+    if limit is None:
+        raise UserError(f"{what}: its text encoder takes prompts of any length; leave --teacher out")
+    return limit
 
 
 def _check(folder, what, changes):
@@ -86,11 +102,11 @@ def _assemble(family, folder, networks, tokenizers, schedulers, changes):
     return Teacher(family, folder, parts, family.schedule(schedulers[0]), schedulers[1], changes or {})
 
 
-def _without_weights(folder, cls, variant):
+def _without_weights(folder, cls, what, variant):
     """A network on the meta device. Its weights need not be there; if they are, they must be as large."""
     there = bool(find_variants(folder))
-    variant = choose_variant(folder, _KEY, variant) if there else None
-    return build_on_meta(folder, cls, _KEY, variant, weights=there)
+    variant = choose_variant(folder, what, variant) if there else None
+    return build_on_meta(folder, cls, what, variant, weights=there)
 
 
 def _find_configurations(teacher, revision):
