@@ -67,7 +67,7 @@ def test_size_type_and_format(export, prompts, tmp_path, capsys):
     assert (png.format, jpg.format, png.size) == ("PNG", "JPEG", (20, 24))
     differ = [np.abs(np.array(other, int) - np.array(png, int)) for other in (jpg, low)]
     assert 0 < differ[0].mean() < 6 and 0 < differ[1].max() < 40
-    line = fails(capsys, cli.main, "sample", "--model", export, "--prompt", "x", "--out", tmp_path / "x", "--height", 21)
+    line = fails(capsys, cli.main, "sample", "--model", export, "--prompt", "x", "--out", "x.png", "--height", 21)
     assert line == "sidfast: --height 21: must be a multiple of 2, at most 16384"
 
 

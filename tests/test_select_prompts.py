@@ -201,9 +201,13 @@ def hub(tmp_path, monkeypatch):
         def do_GET(self):
             parts = [urllib.parse.unquote(p) for p in urllib.parse.urlparse(self.path).path.strip("/").split("/")]
             if parts[0] == "api":
-                found = datasets.get(("/".join(parts[2:4]), parts[5] if parts[4:5] == ["revision"] else "main"))
-                body = found and json.dumps({"id": "x", "sha": COMMIT, "siblings": [
-                    {"rfilename": name, "size": len(data)} for name, data in found.items()]}).encode()
+                revision = parts[5] if len(parts) > 5 and parts[5] != COMMIT else "main"
+                found = datasets.get(("/".join(parts[2:4]), revision))
+                tree = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in
+                        (found or {}).items()]
+                info = {"id": "x", "sha": COMMIT, "siblings": [{"rfilename": file["path"], "size": file["size"]}
+                                                               for file in tree]}
+                body = found and json.dumps(tree if parts[4:5] == ["tree"] else info).encode()
             else:
                 every = {name: data for files in datasets.values() for name, data in files.items()}
                 start = parts.index("resolve") + 1
