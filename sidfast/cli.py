@@ -1,22 +1,13 @@
-"""`sidfast`: the commands around a training run. Training itself: `deepspeed sidfast/train.py --config FILE`."""
+"""`sidfast`: training in one process, and the commands around it. On several GPUs: `deepspeed sidfast/train.py`."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from sidfast.common.environment import check_environment, prepare_environment, use_utf8
-from sidfast.common.errors import (
-    INTERRUPTED,
-    Parser,
-    RunError,
-    UserError,
-    check_paths,
-    one_line,
-    say,
-    tell,
-    unfailing_streams,
-)
+from sidfast import train
+from sidfast.common.environment import check_environment, choose_accelerator, prepare_environment, use_utf8
+from sidfast.common.errors import Parser, UserError, check_paths, run_program, say
 from sidfast.common.shipped import find_config, shipped
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
@@ -30,15 +21,7 @@ def main(argv=None):
     if argv is None:
         use_utf8()
     prepare_environment()
-    with unfailing_streams():
-        try:
-            return _run(argv)
-        except (UserError, RunError) as error:
-            tell(one_line(error))
-            return 2 if isinstance(error, UserError) else 1
-        except KeyboardInterrupt:
-            tell("interrupted")
-            return INTERRUPTED
+    return run_program(lambda: _run(argv), argv is None)
 
 
 def _run(argv):
@@ -49,7 +32,7 @@ def _run(argv):
             setattr(args, name, find_config(given) if name in ("config", "study") else shipped(given))
     check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
                  for name in _PATHS if getattr(args, name, None) is not None})
-    if getattr(args, "out", None) is not None and not Path(args.out).name:
+    if args.run is not train.run and getattr(args, "out", None) is not None and not Path(args.out).name:
         raise UserError(f"--out {args.out}: must name a file or folder")
     return args.run(args) or 0
 
@@ -57,6 +40,10 @@ def _run(argv):
 def _parser():
     parser = Parser(prog="sidfast", description="One-step text-to-image generators by distillation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    distil = commands.add_parser("train", help="distil a generator, in this process (several: deepspeed, torchrun)")
+    train.add_options(distil)
+    distil.set_defaults(run=train.run)
 
     teacher = commands.add_parser("teacher", help="train the embedded teacher of the shapes world, its CLIP and judge")
     teacher.add_argument("--out", required=True, metavar="DIR", help="gets the folders teacher, clip and checker")
@@ -285,10 +272,7 @@ def _compare(args):
 
 
 def _ablate(args):
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     from sidfast.studies.ablate import ablate
 
     return 0 if ablate(args.study, args.out, args.jobs) else 1

@@ -22,7 +22,7 @@ from helpers_engine import optimize  # noqa: E402
 from sidfast.config.schema import Adam, build_config  # noqa: E402
 from sidfast.engines.engine import build_engine, compute_dtype, engine_config, gather, master_weights  # noqa: E402
 from sidfast.teachers.load import load_teacher  # noqa: E402
-from sidfast.train import join  # noqa: E402
+from sidfast.training.launch import join  # noqa: E402
 
 
 def weights(engine):

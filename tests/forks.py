@@ -26,7 +26,7 @@ import torch.utils.tensorboard  # noqa: E402
 
 import sidfast.cli  # noqa: E402
 import sidfast.train  # noqa: E402
-import sidfast.training.trainer  # noqa: E402 (loaded once, for all that are forked)
+import sidfast.training.launch  # noqa: E402 (loaded once, for all that are forked)
 
 
 def run(program, arguments):

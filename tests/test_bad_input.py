@@ -16,6 +16,7 @@ from sidfast import cli, train
 from sidfast.accel import plan as speed
 from sidfast.common import errors
 from sidfast.common.environment import check_environment, omp_threads, prepare_environment
+from sidfast.training import launch
 
 
 @pytest.mark.parametrize("setting, words", [
@@ -128,8 +129,8 @@ def test_environment_that_is_fine(launched):
 def test_port(monkeypatch, launched, given, taken):
     """A process alone takes a port that is free."""
     launched(OMP_NUM_THREADS=str(torch.get_num_threads()), **given)
-    monkeypatch.setattr(train, "_meet", lambda *_: None)
-    train.join()
+    monkeypatch.setattr(launch, "_meet", lambda *_: None)
+    launch.join()
     assert os.environ["MASTER_PORT"] == taken
 
 

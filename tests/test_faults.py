@@ -16,8 +16,8 @@ from sidfast.common.errors import Diverged, RunError
 from sidfast.config.schema import Train
 from sidfast.monitoring.spikes import Spikes
 from sidfast.monitoring.watchdog import find_stalled
-from sidfast.train import join
 from sidfast.training import progress as progress_module
+from sidfast.training.launch import join
 from sidfast.training.progress import Progress
 
 # ---- hanging processes

@@ -199,9 +199,9 @@ def test_refused_before_anything_is_written(config, tmp_path, capsys, changes, w
 
 def test_size_is_checked_for_the_resolution_of_the_run(config, tiny_teacher):
     teacher = load_teacher(str(tiny_teacher))
-    check_measures(load_config(config()), teacher)
+    check_measures(load_config(config()), teacher, {})
     with pytest.raises(UserError, match="32 x 32, those of the reference 16 x 16"):
-        check_measures(load_config(config(), ["model.resolution=32"]), teacher)
+        check_measures(load_config(config(), ["model.resolution=32"]), teacher, {})
 
 
 def test_exports_make_images_of_the_resolution_of_the_run(config, tiny_teacher, tmp_path):

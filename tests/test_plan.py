@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel
 from helpers_engine import optimize
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidfast import train
 from sidfast.config.schema import Adam, build_config
 from sidfast.engines.engine import build_engine, engine_config
 from sidfast.method.updates import Objective
@@ -21,6 +20,7 @@ from sidfast.teachers.base import Teacher
 from sidfast.teachers.load import load_meta_teacher, load_teacher
 from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.sd import StableDiffusion
+from sidfast.training import launch
 
 SCHEDULE = DiscreteBetas(torch.linspace(0.999, 0.005, 1000))
 LATENT, TEXT = (4, 8, 8), (32, 128)
@@ -106,7 +106,7 @@ def device():
         process_alone(patch)
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         gc.freeze()                                      # (`storages` looks through what comes from now on)
-        yield train.join()
+        yield launch.join()
         gc.unfreeze()
         if torch.distributed.is_initialized():           # (a whole run in between ends it)
             comm.destroy_process_group()

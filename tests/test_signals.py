@@ -19,15 +19,14 @@ from sidfast.monitoring.shutdown import Stop
 def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)             # (ignored, if run in the background)
-    stop = Stop()
     try:
-        assert stop.should_stop() is None
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)              # (a launcher sends it after)
-        assert stop.should_stop() == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+        with Stop() as stop:
+            assert stop.should_stop() is None
             signal.raise_signal(signal.SIGINT)
-        stop.close()
+            signal.raise_signal(signal.SIGTERM)          # (a launcher sends it after)
+            assert stop.should_stop() == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -39,11 +38,10 @@ def test_control_c_that_is_ignored(monkeypatch, launched):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(stop_module, "_tie_to_launcher", lambda: (psutil.Process(), os.getppid()) if launched else None)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stop = Stop()
     try:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.should_stop() == ("SIGINT" if launched else None)
-        stop.close()
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.should_stop() == ("SIGINT" if launched else None)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -75,7 +73,7 @@ def test_signal_after_the_end_leaves_the_exit_code(tmp_path):
                       "import torch\n"
                       "from sidfast.monitoring.shutdown import Stop\n"
                       "torch.distributed.get_world_size = lambda: 1\n"
-                      "stop = Stop()\n"
-                      "stop.ignore()\n"
+                      "with Stop(last=True):\n"
+                      "    pass\n"
                       "subprocess.Popen(['sh', '-c', f'while kill -TERM {os.getpid()}; do :; done'], stderr=-3)\n")
     assert subprocess.run([sys.executable, script], cwd=ROOT, env=environment(0)).returncode == 0

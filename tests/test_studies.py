@@ -12,7 +12,6 @@ from scipy import stats
 from sidfast import cli
 from sidfast.accel import plan as speed
 from sidfast.common.errors import UserError
-from sidfast.runs import evaluate as measure
 from sidfast.studies import ablate
 from sidfast.studies.plots import plots
 from sidfast.studies.record import is_final, read_record, reserved
@@ -20,6 +19,7 @@ from sidfast.studies.results import interval, metric_names
 from sidfast.studies.study import Run, load_study, read_study
 from sidfast.studies.table import label, markdown
 from sidfast.studies.worker import Worker
+from sidfast.training import preflight
 
 STUDIES = sorted((ROOT / "configs" / "ablations").rglob("*.json"))
 
@@ -160,7 +160,7 @@ def test_folder_of_a_study(study_file, tmp_path, names, monkeypatch):
     for name in names:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("x")
-    monkeypatch.setattr(measure, "check_measures", lambda *_: None)              # (of a teacher of 16 x 16 pixels)
+    monkeypatch.setattr(preflight, "check_measures", lambda *_: None)              # (of a teacher of 16 x 16 pixels)
     monkeypatch.setattr(ablate, "_work", lambda *_: None)
     monkeypatch.setattr(ablate, "write_results", lambda *_: None)
     assert cli.main(["ablate", str(study_file()), "--out", str(tmp_path / "out")]) == 1

@@ -23,7 +23,7 @@ from sidfast.studies.record import STRIP, is_final
 from sidfast.studies.study import read_study
 from sidfast.studies.worker import Worker
 from sidfast.teachers.load import load_teacher
-from sidfast.train import join
+from sidfast.training.launch import join
 from sidfast.training.loop import Loop
 
 CPU = torch.device("cpu")

@@ -60,6 +60,14 @@ def prepare_environment():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def choose_accelerator():
+    """Keep DeepSpeed from looking for a GPU, and warning, where PyTorch sees none. Call before DeepSpeed's import."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def check_environment(training=False):
     """Raise UserError for what the environment says of processes, threads and ports, if it cannot be so.
 

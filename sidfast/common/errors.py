@@ -108,6 +108,26 @@ def unfailing_streams():
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def run_program(action, leave):
+    """Run a program: its exit code. 0: done or stopped in order, or what `action()` returns; 1: it failed; 2: the
+    user's input is at fault (one line on standard error); 130: Ctrl-C, whose exception may say more.
+
+    `leave`: end the process at once after Ctrl-C, as threads may still be writing.
+    """
+    with unfailing_streams():
+        try:
+            code = action() or 0
+        except (UserError, RunError) as error:
+            tell(one_line(error))
+            code = 2 if isinstance(error, UserError) else 1
+        except KeyboardInterrupt as error:
+            tell(str(error) or "interrupted")
+            code = INTERRUPTED
+    if leave and code == INTERRUPTED:
+        os._exit(code)
+    return code
+
+
 def one_line(error, limit=1000):
     """An exception's message as one printable line of at most about `limit` characters."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))

@@ -29,6 +29,8 @@ _TYPES = {"bf16.enabled": _TRUTH, "fp16.enabled": _TRUTH, "prescale_gradients": 
 def check_deepspeed(section):
     """Raise ValueError, naming the key, for what DeepSpeed would pass over in silence."""
     _check(section, "deepspeed", ENGINES)
+    if all(section.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+        raise ValueError("deepspeed: bf16 and fp16 are both enabled; choose one")
     for engine in ENGINES:
         own, name = section.get(engine, {}), f"deepspeed.{engine}"
         _check(own, name)

@@ -29,16 +29,21 @@ def engine_config(config, name, processes):
     Below ZeRO stage 3 an update sums gradients over micro-batches itself (GradientAccumulator), and hands over the
     sum of a global batch. Raises UserError if the global batch does not divide among micro-batches and processes.
     """
-    train = config.train
-    images = train.images_at_once(name)
-    if train.batch_size % (images * processes):
-        factor = " x train.fake_score_factor" if images != train.images_at_once("generator") else ""
-        raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch{factor} x "
-                        f"processes ({images} x {processes} = {images * processes})")
-    share = train.batch_size // processes
-    section = engine_section(config, name)
-    at_once = share if is_flat(section) else images
+    check_batch(config, processes)
+    share, section = config.train.batch_size // processes, engine_section(config, name)
+    at_once = share if is_flat(section) else config.train.images_at_once(name)
     return section | {"train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
+
+
+def check_batch(config, processes):
+    """Raise UserError if the global batch does not divide among micro-batches and processes."""
+    train = config.train
+    for name in ENGINES:
+        images = train.images_at_once(name)
+        if train.batch_size % (images * processes):
+            factor = " x train.fake_score_factor" if images != train.images_at_once("generator") else ""
+            raise UserError(f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch{factor} x "
+                            f"processes ({images} x {processes} = {images * processes})")
 
 
 def engine_section(config, name):
@@ -76,10 +81,8 @@ def _merge(base, extra):
 
 
 def compute_dtype(section):
-    """The type that a `deepspeed` section makes networks compute in. Raises UserError if it asks for two."""
+    """The type that a `deepspeed` section makes networks compute in."""
     bf16, fp16 = (section.get(k, {}).get("enabled", False) for k in ("bf16", "fp16"))
-    if bf16 and fp16:
-        raise UserError("deepspeed: bf16 and fp16 are both enabled; choose one")
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 

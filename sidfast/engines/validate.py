@@ -5,6 +5,7 @@ import os
 import tempfile
 
 import torch
+from deepspeed import comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ValidationError
@@ -17,10 +18,11 @@ from sidfast.engines.engine import ENGINES, build_engine, compute_dtype, engine_
 _WRITERS = ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "autotuning")
 
 
-def check_sections(config, processes):
+def check_sections(config):
     """Raise UserError for a `deepspeed` section that DeepSpeed cannot read; builds nothing."""
+    joined = comm.get_world_size() if comm.is_initialized() else 1               # (DeepSpeed counts those that have)
     for name in ENGINES:
-        section = engine_config(config, name, processes)
+        section = engine_config(config, name, joined)
         with _refusals(config, name):
             DeepSpeedConfig(section | {"gradient_accumulation_steps": 1})
 

@@ -18,11 +18,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Stop:
-    """Says at every step whether to stop."""
+    """Says at every step whether to stop; `with` it, signals are its own."""
 
-    def __init__(self):
+    def __init__(self, last=False):
+        """`last`: the process ends with this run, and its exit code says how the run ended: signals that come later
+        change nothing."""
+        self._last, self._asked, self._agreement = last, 0, None
+
+    def __enter__(self):
         """A collective call, in the main thread."""
-        self._asked, self._agreement = 0, None
         self._flag = torch.zeros((), dtype=torch.int32)
         several = torch.distributed.get_world_size() > 1
         self._group = torch.distributed.new_group(backend="gloo") if several else None
@@ -30,6 +34,14 @@ class Stop:
         # (Ctrl-C is not for background jobs, which ignore it; but a launcher ends at it all the same)
         self._handlers = {number: signal.signal(number, self._ask) for number in _SIGNALS
                           if signal.getsignal(number) != signal.SIG_IGN or self._launcher}
+        return self
+
+    def __exit__(self, kind, *_):
+        """Give the signals back to whoever had them; of a process that ends, ignore them."""
+        if self._last and kind is not None:              # (a fault is told yet, which a second Ctrl-C may cut short)
+            return
+        for number, handler in self._handlers.items():   # (Python gives its own handlers up before it has ended)
+            signal.signal(number, signal.SIG_IGN if self._last else handler)
 
     def should_stop(self, fault=False):
         """The name of the signal that ends the run, or None; a collective call at the end of each step. FAULT if any
@@ -56,16 +68,6 @@ class Stop:
     def finish(self):
         """Ask no more; a collective call when the run has ended."""
         self._answer()
-
-    def close(self):
-        """Give the signals back to whoever had them."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def ignore(self):
-        """Let the process end: what would stop the run comes too late, and its exit code shall say that it is done."""
-        for number in self._handlers:
-            signal.signal(number, signal.SIG_IGN)        # (Python gives its own handlers up before it has ended)
 
     def _answer(self):
         if self._agreement is not None:

@@ -76,7 +76,7 @@ def plan(configs, load, gpus, limit, throughput=None, measured=None, bandwidth=N
     if throughput is not None:
         parse_throughput(throughput, 1.0)
     for name, config in configs:
-        check_sections(config, 1)
+        check_sections(config)
         _check_divides(config.train, gpus, f"{name}: " if len(configs) > 1 else "")
     teacher, counted, hours = load(), {}, 0.0
     for name, config in configs:

@@ -23,9 +23,10 @@ _BATCH_PIXELS = 250 * 64 * 64
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
-def check_measures(config, teacher):
-    """Raise UserError, naming keys, for an evaluation that could not be made; all that it needs is loaded once."""
-    measuring = _open(config, torch.device("cpu"))
+def check_measures(config, teacher, memo):
+    """Raise UserError, naming keys, for an evaluation that could not be made. What it needs is loaded, and kept in
+    `memo` for the Evaluator."""
+    measuring = _protocol(config, memo)
     if measuring:
         size = teacher.image_size(config.model.resolution)
         _in_keys(lambda: measuring[0].sized(lambda *_: torch.zeros(1, 3, *size))(0, 1))
@@ -41,7 +42,7 @@ class Evaluator:
         """`run`: the RunDirectory; `size`: (height, width) of the images in pixels; `memo`: a dictionary that runs one
         after the other share, of what is the same for all of them (networks, reference, the teacher's numbers)."""
         self.config, self.run, self.size, self.device, self.memo = config, run, size, device, memo
-        self.protocol, self.best_by = self._once("protocol", lambda: _open(config, torch.device("cpu")))
+        self.protocol, self.best_by = _protocol(config, memo)
         recover_export(run.out / "best")
 
     @tf32(False)                                         # as `sidfast evaluate` does it
@@ -105,8 +106,16 @@ class Evaluator:
         return rows
 
 
+def _protocol(config, memo):
+    """(EvaluationSpec on the CPU, the metric that tells the best) of a run's evaluations, or None if it wants none;
+    kept in `memo`."""
+    key = json.dumps(["protocol", config.evaluation.model_dump(), config.data.prompts])
+    if key not in memo:
+        memo[key] = _open(config, torch.device("cpu"))
+    return memo[key]
+
+
 def _open(config, device):
-    """(EvaluationSpec, the metric that tells the best) of a run's evaluations, or None if it wants none."""
     section = config.evaluation
     if not section.images:
         return None

@@ -80,16 +80,9 @@ def _left(study, out):
 
 def _check_inputs(study, path):
     """What a run would otherwise stumble over after hours, or one after the other."""
-    import torch
-
-    from sidfast.accel.plan import check_speed
-    from sidfast.data.diversity import training_prompts
     from sidfast.data.prompts import open_lines
-    from sidfast.engines.engine import compute_dtype, engine_config, zero_stages
-    from sidfast.method.synthetic import capture_blocker
-    from sidfast.runs.evaluate import check_measures
-    from sidfast.teachers.fit import check_teacher_fits
     from sidfast.teachers.load import load_teacher
+    from sidfast.training.preflight import check_config, check_with_teacher
 
     measures = study.file.evaluation
     features = measures.features.partition(":")[2] if measures.features else None
@@ -100,22 +93,15 @@ def _check_inputs(study, path):
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
     if measures.prompts is not None:
         open_lines(measures.prompts, measures.prompts_column, f"{path}: evaluation.prompts")
-    model, checked = study.runs[0].config.model, set()
+    runs, model, memo = study.runs[:len(study.file.variants)], study.runs[0].config.model, {}
+    for run in runs:                                     # (of one seed: others make no difference)
+        if run.config.train.micro_batch == "auto":
+            raise UserError(f"{path}: variants.{run.variant}: train.micro_batch must be a number here, so that runs "
+                            "can be compared")
+        check_config(run.config, 1)
     teacher = load_teacher(model.teacher, **model.loading)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for run in study.runs:
-        config, where = run.config, f"{path}: variants.{run.variant}"
-        if config.train.micro_batch == "auto":
-            raise UserError(f"{where}: train.micro_batch must be a number here, so that runs can be compared")
-        engine_config(config, "generator", 1)
-        compute_dtype(config.deepspeed)
-        check_teacher_fits(config, teacher, where)
-        check_speed(config.speed, teacher, zero_stages(config), device, capture_blocker(config.synthetic))
-        prompts = (config.data, config.synthetic.model_dump_json())
-        if prompts not in checked:
-            checked.add(prompts)
-            training_prompts(config.data.prompts, run.seed, config.synthetic, config.data.prompts_column)
-    check_measures(study.runs[0].config, teacher)        # (the same for all runs)
+    for run in runs:
+        check_with_teacher(run.config, f"{path}: variants.{run.variant}", teacher, memo)
 
 
 def _work(study, path, out, jobs, left):

@@ -15,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-from sidfast.common.environment import prepare_environment
+from sidfast.common.environment import choose_accelerator, prepare_environment
 from sidfast.common.errors import UserError, one_line, tell, unfailing_streams
 from sidfast.common.files import remove, replacing, write_atomically
 from sidfast.runs.lock import NAME as LOCK
@@ -45,10 +45,9 @@ def main(argv=None):
 def _work(path, out, jobs, threads):
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     from sidfast.studies.study import read_study
-    from sidfast.train import join
+    from sidfast.training.launch import join
 
     study, device = read_study(path), join()
     torch.set_num_threads(int(threads))                  # the same however many runs are left: so are the results
@@ -153,36 +152,30 @@ class Worker:
 
     def _train(self, run):
         """Train, or go on training; the final metrics."""
-        from sidfast.checkpoints.store import choose_checkpoint
         from sidfast.common.records import read_metrics
         from sidfast.monitoring.shutdown import Stop
-        from sidfast.runs.directory import is_unused, open_run
-        from sidfast.runs.identity import check_inputs, check_origin, describe_inputs
+        from sidfast.runs.directory import is_unused
+        from sidfast.runs.identity import PROMPTS, check_inputs
         from sidfast.studies.record import COST, RESULT, has_other_config
-        from sidfast.teachers.fingerprint import describe_teacher
         from sidfast.teachers.load import load_teacher
-        from sidfast.training.trainer import train
+        from sidfast.training.launch import launch
+        from sidfast.training.preflight import check_config, preflight
 
-        folder = self.out / run.folder
+        folder, stop = self.out / run.folder, Stop()
+        prompts = check_config(run.config, 1)
         with claimed(folder, first=True):
             if is_unused(folder, (RESULT, COST)) or has_other_config(self.out, run):
                 _clear(folder)                           # failed at once, or with a setting that was mended since
-            open_run(folder, run.config, "auto")
-            checkpoint = choose_checkpoint(folder, "auto", tell)
             if self.teacher is None:
                 self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
-            inputs = describe_inputs(run.config, self.teacher)
-            check_inputs(folder, inputs)
+            plan = preflight(run.config, folder, f"variants.{run.variant}", prompts,
+                             teacher=copy.deepcopy(self.teacher), memo=self.memo)
+            teacher = {key: value for key, value in plan.inputs.items() if key != PROMPTS}
             for other in self.study.runs:                # (a table of two teachers' students would not say so)
-                check_inputs(self.out / other.folder, describe_teacher(self.teacher))
-            if checkpoint:
-                check_origin(checkpoint, run.config, inputs, f"--out {self.out}: ")
-            stop = Stop()
+                check_inputs(self.out / other.folder, teacher)
             try:
-                result = train(run.config, folder, checkpoint, copy.deepcopy(self.teacher), self.device, stop,
-                               self.memo)
+                result = launch(plan, self.device, stop)
             finally:
-                stop.close()
                 self.stopped = stop.asked
         if max(line["step"] for line in read_metrics(folder)) < run.config.train.total_steps:
             sys.exit(1)                                  # stopped by a signal: the next call goes on from here

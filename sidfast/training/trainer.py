@@ -14,7 +14,6 @@ from sidfast.checkpoints.saver import Saver, last_good
 from sidfast.checkpoints.store import read_tensors, restore
 from sidfast.common.channel import Channel
 from sidfast.common.errors import RunError
-from sidfast.data.diversity import training_prompts
 from sidfast.engines.accumulate import GradientBuffers
 from sidfast.engines.ema import Ema
 from sidfast.engines.engine import (
@@ -38,7 +37,7 @@ from sidfast.monitoring.watchdog import Watchdog
 from sidfast.planning.footprint import count_flops
 from sidfast.publishing.export import recover_export
 from sidfast.runs.directory import RunDirectory, lacks_checkpoints
-from sidfast.runs.identity import describe_inputs, describe_run
+from sidfast.runs.identity import describe_run
 from sidfast.runs.preview import Preview
 from sidfast.teachers.fit import noise_levels
 from sidfast.training.batches import Batches, TextEncoder
@@ -46,22 +45,21 @@ from sidfast.training.loop import Loop, Services
 from sidfast.training.progress import Progress
 
 
-def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
+def train(plan, device, stop, profile=0):
     """Run or go on with a run; a collective call of all processes.
 
-    `checkpoint`: the folder to go on from, or None; `teacher`: from `load_teacher`, taken over; `stop`: a Stop of this
-    run; `memo`: a dictionary shared by runs one after the other, which keeps what they have in common (the teacher's
-    evaluation); `profile`: steps to trace. Returns the final evaluation on the first process, or None. Raises UserError
-    for settings that are impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
+    `plan`: a Plan on which they have agreed (preflight.py), whose teacher is taken over; `stop`: a Stop of this run;
+    `profile`: steps to trace. Returns the final evaluation on the first process, or None. Raises UserError for settings
+    that are impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
     """
     rank, processes = comm.get_rank(), comm.get_world_size()
+    config, out, checkpoint, teacher, inputs = plan.config, plan.out, plan.checkpoint, plan.teacher, plan.inputs
     dtype, latent_shape = compute_dtype(config.deepspeed), teacher.latent_shape(config.model.resolution)
     _set_up_device(config, device)
     channel, folder = Channel(), f"{out}/checkpoints"
     watch = Watchdog(channel, config.train.hang_timeout, lambda: last_good(folder))
 
     # the run so far, and what it starts from
-    inputs = describe_inputs(config, teacher) if rank == 0 else None
     progress = Progress.resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
     for module in teacher.networks.values():
         module.to(device)
@@ -72,7 +70,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
     if rank == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
     run = RunDirectory(out, config, progress.step, speed=speed.describe(), inputs=inputs) if rank == 0 else None
-    preview = Preview(config, teacher, run, {} if memo is None else memo) if rank == 0 else None
+    preview = Preview(config, teacher, run, plan.memo) if rank == 0 else None
     with watch.paused("the teacher's samples and measures"):
         if rank == 0:
             recover_export(f"{out}/export")
@@ -114,9 +112,7 @@ def train(config, out, checkpoint, teacher, device, stop, memo=None, profile=0):
                           speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
-    batches = Batches(training_prompts(config.data.prompts, config.train.seed, config.synthetic,
-                                       config.data.prompts_column),
-                      TextEncoder(teacher, dtype, capture, teacher.image_size(config.model.resolution)),
+    batches = Batches(plan.prompts, TextEncoder(teacher, dtype, capture, teacher.image_size(config.model.resolution)),
                       noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
                       source.num_extra_noise, device, rank, processes, speed.share_generator_forward)
 
