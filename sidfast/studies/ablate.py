@@ -81,8 +81,7 @@ def _left(study, out):
 def _check_inputs(study, path):
     """What a run would otherwise stumble over after hours, or one after the other."""
     from sidfast.data.prompts import open_lines
-    from sidfast.teachers.load import load_teacher
-    from sidfast.training.preflight import check_config, check_with_teacher
+    from sidfast.training.preflight import check_runs
 
     measures = study.file.evaluation
     features = measures.features.partition(":")[2] if measures.features else None
@@ -93,15 +92,12 @@ def _check_inputs(study, path):
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
     if measures.prompts is not None:
         open_lines(measures.prompts, measures.prompts_column, f"{path}: evaluation.prompts")
-    runs, model, memo = study.runs[:len(study.file.variants)], study.runs[0].config.model, {}
-    for run in runs:                                     # (of one seed: others make no difference)
+    runs = study.runs[:len(study.file.variants)]         # (of one seed: the others differ in nothing else)
+    for run in runs:
         if run.config.train.micro_batch == "auto":
             raise UserError(f"{path}: variants.{run.variant}: train.micro_batch must be a number here, so that runs "
                             "can be compared")
-        check_config(run.config, 1)
-    teacher = load_teacher(model.teacher, **model.loading)
-    for run in runs:
-        check_with_teacher(run.config, f"{path}: variants.{run.variant}", teacher, memo)
+    check_runs({f"{path}: variants.{run.variant}": run.config for run in runs})
 
 
 def _work(study, path, out, jobs, left):

@@ -82,18 +82,25 @@ def preflight(config: Config, out: str | Path, source: str, prompts: Any, *, res
     teacher = teacher or load_teacher(config.model.teacher, **config.model.loading)
     inputs = describe_inputs(config, teacher)
     check_inputs(out, inputs)
-    check_with_teacher(config, source, teacher, memo)
-    if speaks():
+    _check_fit(config, source, teacher)
+    if speaks():                                         # (the first process alone measures)
+        check_measures(config, teacher, memo)
         _tell_cut(prompts, teacher)
     return Plan(config, out, prompts, teacher, inputs, resume, memo)
 
 
-def check_with_teacher(config: Config, source: str, teacher: Teacher, memo: dict) -> None:
-    """The part of `preflight` that needs no run directory. Raises UserError."""
-    check_teacher_fits(config, teacher, source)
-    check_speed(config.speed, teacher, zero_stages(config),
-                torch.device("cuda" if torch.cuda.is_available() else "cpu"), capture_blocker(config.synthetic))
-    if speaks():                                         # (the first process alone measures)
+def check_runs(configs: dict[str, Config]) -> None:
+    """Check runs of one teacher, each in one process, before any of them has a run directory: {source: configuration}.
+
+    Raises UserError.
+    """
+    for config in configs.values():
+        check_config(config, 1)
+    model, memo = next(iter(configs.values())).model, {}
+    teacher = load_teacher(model.teacher, **model.loading)
+    for source, config in configs.items():
+        _check_fit(config, source, teacher)
+    for config in configs.values():
         check_measures(config, teacher, memo)
 
 
@@ -114,6 +121,13 @@ def agree(plan: Plan, device: torch.device) -> Plan:
         if checkpoint.parent == out / "checkpoints":     # (--resume may name one of any other run)
             check_origin(checkpoint, config, plan.inputs, f"--out {out}: ")
     return dataclasses.replace(plan, config=config, checkpoint=checkpoint)
+
+
+def _check_fit(config, source, teacher):
+    """UserError if a teacher does not fit its configuration, or this machine cannot run it so."""
+    check_teacher_fits(config, teacher, source)
+    check_speed(config.speed, teacher, zero_stages(config),
+                torch.device("cuda" if torch.cuda.is_available() else "cpu"), capture_blocker(config.synthetic))
 
 
 def _tell_cut(prompts, teacher):
