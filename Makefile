@@ -10,8 +10,9 @@ READY := $(VENV)/.ready
 ACCELERATOR = $(shell $(VENV)/bin/python -c "import torch; torch.cuda.is_available() or print('DS_ACCELERATOR=cpu')")
 
 # Ctrl-C reaches training and its launcher, and training stops in order; the command `deepspeed` would print a traceback.
+# Why a run ends it says itself; the launcher would add a line with the whole command.
 train: $(READY)
-	trap '' INT; $(ACCELERATOR) $(VENV)/bin/deepspeed --log_level error sidfast/train.py --config $(CONFIG) $(ARGS)
+	trap '' INT; $(ACCELERATOR) $(VENV)/bin/deepspeed --log_level critical sidfast/train.py --config $(CONFIG) $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not slow" --numprocesses auto --dist loadfile \

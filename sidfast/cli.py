@@ -5,9 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from sidfast import train
+from sidfast import __version__, train
 from sidfast.common.environment import check_environment, choose_accelerator, prepare_environment, use_utf8
 from sidfast.common.errors import Parser, UserError, check_paths, run_program, say
+from sidfast.common.plugins import add_import_option, import_modules
 from sidfast.common.shipped import find_config, shipped
 
 _PATHS = ("config", "study", "model", "prompts", "reference", "clip", "features", "coco", "cache", "assets", "measured",
@@ -27,18 +28,22 @@ def main(argv=None):
 def _run(argv):
     check_environment()
     args = _parser().parse_args(argv)
+    if args.run is train.run:                            # (which checks its options itself)
+        return train.run(args)
+    import_modules(getattr(args, "imports", ()))
     for name in ("model", "teacher", "clip", "assets", "config", "study"):
         if isinstance(given := getattr(args, name, None), str):
             setattr(args, name, find_config(given) if name in ("config", "study") else shipped(given))
     check_paths({_CALLED.get(name, f"--{name}"): getattr(args, name)
                  for name in _PATHS if getattr(args, name, None) is not None})
-    if args.run is not train.run and getattr(args, "out", None) is not None and not Path(args.out).name:
+    if getattr(args, "out", None) is not None and not Path(args.out).name:
         raise UserError(f"--out {args.out}: must name a file or folder")
     return args.run(args) or 0
 
 
 def _parser():
     parser = Parser(prog="sidfast", description="One-step text-to-image generators by distillation.")
+    parser.add_argument("--version", action="version", version=f"sidfast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     distil = commands.add_parser("train", help="distil a generator, in this process (several: deepspeed, torchrun)")
@@ -103,7 +108,9 @@ def _parser():
     study.add_argument("study", metavar="STUDY.json", help="see configs/ablations/")
     study.add_argument("--out", metavar="DIR", help="runs and results (runs/ablations/NAME of the study)")
     study.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on each GPU, or on the CPU (1)")
+    add_import_option(study)
     study.set_defaults(run=_ablate)
+
     plan = commands.add_parser("plan", help="memory, work and time of a run, before it is started (docs/scaling.md)")
     plan.add_argument("--config", required=True, metavar="FILE",
                       help="of a training run, or of a study (docs/ablations.md): each of its runs, and all together")
@@ -115,6 +122,7 @@ def _parser():
     speed.add_argument("--throughput", metavar="RATE", help="of one GPU, such as '12 images/s' or '250 TFLOP/s'")
     speed.add_argument("--measured", metavar="RUN", help="take images/s from a run directory")
     plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="that one GPU sends to the others")
+    add_import_option(plan)
     plan.set_defaults(run=_plan)
 
     report = commands.add_parser("report", help="write RUN/report.html, one page about a training run")
@@ -129,6 +137,7 @@ def _parser():
     export.add_argument("--single-file", action="store_true",
                         help="write one .safetensors for ComfyUI and A1111; --out is its name")
     export.add_argument("--out", required=True, metavar="DIR", help="gets the pipeline; an export there is replaced")
+    add_import_option(export)
     export.set_defaults(run=_export)
 
     demo = commands.add_parser("demo", help="a page on this machine: prompt, seed, student beside teacher")
@@ -275,7 +284,7 @@ def _ablate(args):
     choose_accelerator()
     from sidfast.studies.ablate import ablate
 
-    return 0 if ablate(args.study, args.out, args.jobs) else 1
+    return 0 if ablate(args.study, args.out, args.jobs, args.imports) else 1
 
 
 def _plan(args):

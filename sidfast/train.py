@@ -29,8 +29,11 @@ def main(argv=None):
 
 def add_options(parser):
     """The options of training."""
+    from sidfast.common.plugins import add_import_option
+
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
     parser.add_argument("--out", metavar="RUN", help="run directory (runs/NAME of the configuration)")
+    add_import_option(parser)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH",
                         help="auto: go on where the run stopped; PATH: start from a checkpoint of any run")
@@ -45,6 +48,7 @@ def run(args):
     RunError, KeyboardInterrupt."""
     from sidfast.common.environment import check_environment, choose_accelerator
     from sidfast.common.errors import UserError, check_paths, say
+    from sidfast.common.plugins import import_modules
     from sidfast.config.schema import load_config
 
     check_environment(training=True)
@@ -52,6 +56,7 @@ def run(args):
     if re.search("[\ud800-\udfff]", args.out or ""):     # how Python reads bytes that it cannot decode
         raise UserError(f"--out {args.out}: has characters that this locale lacks, which TensorBoard refuses; choose "
                         "another name, or set LC_ALL=C.UTF-8")
+    imports = import_modules(args.imports)
     config = load_config(args.config, args.set)
     if args.profile < 0:
         raise UserError(f"--profile {args.profile}: must be a number of steps")
@@ -62,7 +67,8 @@ def run(args):
     from sidfast.training.launch import start
 
     try:
-        start(config, args.out or Path("runs") / Path(args.config).stem, args.config, args.resume, args.profile)
+        start(config, args.out or Path("runs") / Path(args.config).stem, args.config, args.resume, args.profile,
+              imports)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint") from None
 

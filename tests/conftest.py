@@ -140,7 +140,7 @@ def free_port():
 def start_launcher(script, *args, processes=1, port, gpu=False, **more):
     """Start DeepSpeed's launcher, as a user does; `more`: environment variables."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [shutil.which("deepspeed", path=path), "--log_level", "error", "--num_accelerators", str(processes),
+    command = [shutil.which("deepspeed", path=path), "--log_level", "critical", "--num_accelerators", str(processes),
                "--master_port", str(port), script, *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, env=environment(port, gpu) | {"PATH": path} | more,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

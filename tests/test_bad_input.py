@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, fork_training
+from conftest import ROOT, fork_training, free_port, start_launcher
 from helpers_input import fails
 
+import sidfast
 from sidfast import cli, train
 from sidfast.accel import plan as speed
 from sidfast.common import errors
@@ -145,6 +146,30 @@ def test_port_that_is_taken(write_config, tmp_path):
     assert [line for line in error.splitlines() if "port" in line] == error.splitlines() and "Traceback" not in error
     assert f"sidfast: port {port} is taken on this machine" in error and "--master_port PORT" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_under_the_launcher(write_config, tmp_path):
+    """Of two processes one speaks, in one line."""
+    run = start_launcher("--module", "sidfast.train", "--config", write_config(), "--out", tmp_path / "run", "--set",
+                         "train.stepz=3", processes=2, port=free_port(), DS_ACCELERATOR="cpu")
+    output, error = run.communicate(timeout=200)
+    assert (run.returncode, output, len(error.splitlines())) == (2, "", 1), error
+    assert error.startswith("sidfast: ") and "unknown key train.stepz" in error and not (tmp_path / "run").exists()
+
+
+def test_a_process_that_is_refused_alone_says_so(capsys, launched, monkeypatch):
+    """After it has waited for the first process to say it for all."""
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    for rank in "01":
+        launched(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2")
+        assert "no such file" in fails(capsys, train.main, "--config", "/nowhere.json")
+        assert len(waited) == int(rank)
+
+
+def test_version_and_module():
+    done = subprocess.run([sys.executable, "-m", "sidfast", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"sidfast {sidfast.__version__}\n", "")
 
 
 def test_config_with_a_byte_order_mark(capsys, write_config, tmp_path):

@@ -12,7 +12,7 @@ import warnings
 import golden
 import pytest
 import torch
-from conftest import ROOT, fork_training, losses, start_launcher
+from conftest import ROOT, Forked, fork_training, losses, start_launcher
 from golden import STEPS
 from helpers_checkpoint import write_checkpoint
 
@@ -68,7 +68,8 @@ def whole(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(config, tmp_path_factory):
-    """The same run, killed four times: at random moments, while a checkpoint is written, and after the last step."""
+    """The same run, killed four times: at random moments, while a checkpoint is written, and after the last step. Its
+    last start is a `sidfast train`."""
     out = tmp_path_factory.mktemp("killed") / "run"
     chance, metrics, checkpoints = random.Random(0), out / "metrics.jsonl", out / "checkpoints"
 
@@ -87,7 +88,7 @@ def killed(config, tmp_path_factory):
     for folder in (out, out / "samples", checkpoints, checkpoints / ".partial-step-00000020"):
         folder.mkdir(exist_ok=True)
         (folder / ".sidfast-0123456789abcdef.partial").touch()               # (a kill seldom hits so small a write)
-    finish(fork_training(config, out, 29722))
+    finish(Forked("cli", ["train", "--config", config, "--out", out], 29722))
     return out
 
 

@@ -44,11 +44,18 @@ def finish(process, code=0, timeout=500):
     return errors
 
 
+def plugin(folder):
+    """A module of one's own, which changes nothing."""
+    (folder / "mine.py").write_text("from sidfast.method.densities import Density\n"
+                                    "class Mine(Density, name='mine'): ...\n")
+    return folder / "mine.py"
+
+
 @pytest.fixture(scope="module")
 def whole(smoke, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     started = time.time()
-    finish(start(smoke, out))
+    finish(start(smoke, out, "--import", plugin(smoke.parent)))
     print(f"smoke study: {time.time() - started:.0f} s")
     return out
 
@@ -74,6 +81,8 @@ def test_smoke_study_is_complete(whole):
     assert measured["model"]["steps"] == 50 and measured["seeds"] == {"first": 0, "last": 259, "per_prompt": 1}
     assert teacher["summary"]["accuracy"]["mean"] == pytest.approx(measured["metrics"]["accuracy"])
     assert {"fid-clip.png", "fid-clip.svg", "fid-small-clip-images.png"} <= {p.name for p in whole.iterdir()}
+    [imports] = {json.dumps(json.loads(p.read_text())["imports"]) for p in whole.glob("runs/*/*/config.json")}
+    assert json.loads(imports).keys() == {"mine"}
     assert not list(whole.glob("runs/*/*/checkpoints")) and len(list(whole.glob("runs/*/*/export"))) == 4
 
 

@@ -6,8 +6,10 @@ import functools
 import os
 import re
 import sys
+import time
 
 INTERRUPTED = 130                                        # exit code after Ctrl-C, as shells have it
+_ALONE = 5                                               # seconds after which a process counts as refused alone
 
 
 class UserError(Exception):
@@ -41,8 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Tell it and exit with 2."""
-        if speaks():
-            print(f"sidfast: {one_line(message)} ({self.prog} --help lists what there is)", file=sys.stderr)
+        tell_refusal(f"{message} ({self.prog} --help lists what there is)")
         sys.exit(2)
 
 
@@ -57,6 +58,17 @@ def tell(message):
     """Print a line on standard error, in the first process."""
     if speaks():
         print(f"sidfast: {message}", file=sys.stderr, flush=True)
+
+
+def tell_refusal(error):
+    """Tell a user's mistake before this process ends: the first one does it for all, who came upon it alike.
+
+    Others wait: a launcher ends all processes with the first that ends, which might silence that one. One that is still
+    there after some seconds was refused alone, and says so itself.
+    """
+    if not speaks():
+        time.sleep(_ALONE)
+    print(f"sidfast: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 tell_once = functools.cache(tell)                        # once in a process for the same message
@@ -117,9 +129,12 @@ def run_program(action, leave):
     with unfailing_streams():
         try:
             code = action() or 0
-        except (UserError, RunError) as error:
+        except UserError as error:
+            tell_refusal(error)
+            code = 2
+        except RunError as error:
             tell(one_line(error))
-            code = 2 if isinstance(error, UserError) else 1
+            code = 1
         except KeyboardInterrupt as error:
             tell(str(error) or "interrupted")
             code = INTERRUPTED

@@ -68,6 +68,7 @@ class RunFile(Schema):
     hardware: Hardware = Hardware()
     inputs: dict[str, Any] | None = None
     paths: dict[str, str] | None = None
+    imports: dict[str, str] | None = None
     processes: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 

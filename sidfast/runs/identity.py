@@ -1,7 +1,7 @@
 """What a run is of: its settings, its teacher and its prompts, so that a start, a checkpoint or an export of something
 else is noticed, and a teacher or a prompts file that was only moved is accepted.
 
-    config.json   inputs (`describe_inputs`), paths (`locate_inputs`)
+    config.json   inputs (`describe_inputs`), paths (`locate_inputs`), imports (`import_modules`)
     state.json    run (`describe_run`), in every checkpoint
 """
 
@@ -63,6 +63,17 @@ def check_inputs(out, inputs):
     change = input_change(recorded(read_own(Path(out)), "inputs"), inputs) if there else None
     if change:
         raise UserError(f"--out {out}: {change}; put it back, or choose another --out")
+
+
+def check_imports(out, imports):
+    """Raise UserError if a run in `out` began with a module of `--import` that is missing now or has changed."""
+    there = (Path(out) / "config.json").is_file()
+    for name, digest in (recorded(read_own(Path(out)), "imports") if there else {}).items():
+        if name not in imports:
+            raise UserError(f"--out {out}: that run began with --import {name}; give it again, or choose another --out")
+        if imports[name] != digest:
+            raise UserError(f"--import {name}: is not what it was when the run in {out} began; put it back, or choose "
+                            "another --out")
 
 
 def input_change(before, now):

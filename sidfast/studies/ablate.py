@@ -22,11 +22,12 @@ from sidfast.studies.table import markdown
 _FOLDERS = {"runs", "teacher", "logs", "cache"}          # all that is there before the first results
 
 
-def ablate(path, out, jobs=1):
+def ablate(path, out, jobs=1, imports=()):
     """Run a study, or go on with it.
 
-    `jobs`: runs at once on each GPU, or on the CPU. Results come to `out`, also those of a study that is not finished.
-    Returns whether it is. Raises UserError for whatever can be found at fault before training begins.
+    `jobs`: runs at once on each GPU, or on the CPU; `imports`: modules that its processes import first. Results come
+    to `out`, also those of a study that is not finished. Returns whether it is. Raises UserError for whatever can be
+    found at fault before training begins.
     """
     for library, extra in (("scipy", "eval"), ("jinja2", "report"), ("matplotlib", "report")):
         need(library, extra, "sidfast ablate")
@@ -41,7 +42,7 @@ def ablate(path, out, jobs=1):
     if left:
         _check_inputs(study, path)
         out.mkdir(parents=True, exist_ok=True)
-        _work(study, path, out, jobs, len(left))
+        _work(study, path, out, jobs, len(left), imports)
     write_results(study, out)
     left = _left(study, out)
     for item in left:
@@ -100,13 +101,14 @@ def _check_inputs(study, path):
     check_runs({f"{path}: variants.{run.variant}": run.config for run in runs})
 
 
-def _work(study, path, out, jobs, left):
+def _work(study, path, out, jobs, left, imports):
     """Start workers, tell of every run that ends, wait for all of them."""
     gpus = _gpus()
     devices = [gpu for gpu in gpus or [None] for _ in range(jobs)]
     threads = omp_threads() or max(1, os.cpu_count() // len(devices))
     (out / "logs").mkdir(exist_ok=True)
-    workers = [_start(path, out, min(jobs, left), threads, gpu, k) for k, gpu in enumerate(devices[:left])]
+    workers = [_start([path, out, min(jobs, left), threads, *imports], gpu, out / "logs" / f"worker-{k}.log")
+               for k, gpu in enumerate(devices[:left])]
     seen = {item.folder for item in study.items if is_final(read_record(out, item))}
     try:
         busy = True
@@ -124,15 +126,15 @@ def _work(study, path, out, jobs, left):
             print(f"sidfast: worker {k} ended with exit code {worker.returncode}; see {log}", file=sys.stderr)
 
 
-def _start(path, out, jobs, threads, gpu, k):
+def _start(arguments, gpu, log):
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0",
                                 "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    environment["OMP_NUM_THREADS"] = str(threads)
-    with open(out / "logs" / f"worker-{k}.log", "ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "sidfast.studies.worker", str(path), str(out), str(jobs),
-                                 str(threads)], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    environment["OMP_NUM_THREADS"] = str(arguments[3])
+    with open(log, "ab") as file:
+        return subprocess.Popen([sys.executable, "-m", "sidfast.studies.worker", *map(str, arguments)],
+                                env=environment, stdin=subprocess.PIPE, stdout=file, stderr=file)
 
 
 def _gpus():

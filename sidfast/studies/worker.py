@@ -1,4 +1,5 @@
-"""One process that takes a study's runs one after the other: `python -m sidfast.studies.worker STUDY OUT JOBS THREADS`.
+"""One process that takes a study's runs one after the other: `python -m sidfast.studies.worker STUDY OUT JOBS THREADS
+[MODULE ...]`.
 
 Teacher, reference features, the evaluation of teacher and start, and compiled kernels are made once for all of them.
 The process ends with its parent, whose end it sees at the end of its standard input.
@@ -18,6 +19,7 @@ from pathlib import Path
 from sidfast.common.environment import choose_accelerator, prepare_environment
 from sidfast.common.errors import UserError, one_line, tell, unfailing_streams
 from sidfast.common.files import remove, replacing, write_atomically
+from sidfast.common.plugins import import_modules
 from sidfast.runs.lock import NAME as LOCK
 from sidfast.runs.lock import claimed
 
@@ -26,7 +28,8 @@ _PATIENCE = 10                                           # seconds to wait for a
 
 
 def main(argv=None):
-    """Work on a study until nothing is left that is not another process's; argv: STUDY, OUT, JOBS, THREADS.
+    """Work on a study until nothing is left that is not another process's; argv: STUDY, OUT, JOBS, THREADS,
+    and modules to import first (`--import`).
 
     JOBS: processes that share the device; THREADS: of PyTorch on the CPU. Returns the exit code: 0, or 2 for a file
     that is not a study or a folder of another study.
@@ -42,16 +45,16 @@ def main(argv=None):
     return 0
 
 
-def _work(path, out, jobs, threads):
+def _work(path, out, jobs, threads, *modules):
     import torch
 
     choose_accelerator()
     from sidfast.studies.study import read_study
     from sidfast.training.launch import join
 
-    study, device = read_study(path), join()
+    imports, study, device = import_modules(modules), read_study(path), join()
     torch.set_num_threads(int(threads))                  # the same however many runs are left: so are the results
-    Worker(study, Path(out), int(jobs), device).work()
+    Worker(study, Path(out), int(jobs), device, imports).work()
     torch.distributed.destroy_process_group()
 
 
@@ -63,8 +66,9 @@ def _end_with_parent():
 class Worker:
     """Does what is left of a study, on one device."""
 
-    def __init__(self, study, out, jobs, device):
-        """`jobs`: processes that share the device, for the cost."""
+    def __init__(self, study, out, jobs, device, imports=None):
+        """`jobs`: processes that share the device, for the cost; `imports`: of `import_modules`."""
+        self.imports = imports
         self.study, self.out, self.jobs, self.device = study, out, jobs, device
         self.memo, self.teacher, self.stopped = {}, None, None
 
@@ -169,7 +173,7 @@ class Worker:
             if self.teacher is None:
                 self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
             plan = preflight(run.config, folder, f"variants.{run.variant}", prompts,
-                             teacher=copy.deepcopy(self.teacher), memo=self.memo)
+                             teacher=copy.deepcopy(self.teacher), memo=self.memo, imports=self.imports)
             teacher = {key: value for key, value in plan.inputs.items() if key != PROMPTS}
             for other in self.study.runs:                # (a table of two teachers' students would not say so)
                 check_inputs(self.out / other.folder, teacher)

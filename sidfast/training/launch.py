@@ -21,15 +21,16 @@ from sidfast.training.preflight import Plan, agree, check_config, preflight
 from sidfast.training.trainer import train
 
 
-def start(config: Config, out: str | Path, source: str, resume: str = "auto", profile: int = 0) -> None:
+def start(config: Config, out: str | Path, source: str, resume: str = "auto", profile: int = 0,
+          imports: dict | None = None) -> None:
     """Start or resume the run that this process was started for; the process ends with it.
 
-    `source`: names the configuration in messages; `resume` as for `open_run`; `profile`: steps to trace. Raises
-    UserError, with nothing written, and what `launch` does.
+    `source`: names the configuration in messages; `resume` as for `open_run`; `profile`: steps to trace; `imports`: of
+    `import_modules`. Raises UserError, with nothing written, and what `launch` does.
     """
     prompts = check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     with claimed(out, speaks()):
-        plan = preflight(config, out, source, prompts, resume=resume)
+        plan = preflight(config, out, source, prompts, resume=resume, imports=imports)
         result = launch(plan, join(), Stop(last=True), profile)
         comm.destroy_process_group()
         if speaks():

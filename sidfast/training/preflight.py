@@ -32,7 +32,7 @@ from sidfast.method.synthetic import capture_blocker
 from sidfast.planning.fit import find_micro_batch
 from sidfast.runs.directory import open_run
 from sidfast.runs.evaluate import check_measures
-from sidfast.runs.identity import check_inputs, check_origin, describe_inputs
+from sidfast.runs.identity import check_imports, check_inputs, check_origin, describe_inputs
 from sidfast.teachers.base import Teacher
 from sidfast.teachers.fit import check_teacher_fits
 from sidfast.teachers.load import load_teacher
@@ -44,7 +44,8 @@ class Plan:
 
     `prompts`: to be indexed with any n >= 0; `teacher`: taken over by training; `inputs`: fingerprints of both;
     `resume`: where to start, as for `open_run`; `checkpoint`: the folder that follows from it, or None, known once
-    processes have agreed; `memo`: keeps what runs one after the other have in common, such as the evaluation.
+    processes have agreed; `memo`: keeps what runs one after the other have in common, such as the evaluation;
+    `imports`: modules of the user's own (`import_modules`).
     """
 
     config: Config
@@ -54,6 +55,7 @@ class Plan:
     inputs: dict
     resume: str = "auto"
     memo: dict = field(default_factory=dict)
+    imports: dict = field(default_factory=dict)
     checkpoint: Path | None = None
 
 
@@ -71,13 +73,14 @@ def check_config(config: Config, processes: int) -> Any:
 
 
 def preflight(config: Config, out: str | Path, source: str, prompts: Any, *, resume: str = "auto",
-              teacher: Teacher | None = None, memo: dict | None = None) -> Plan:
+              teacher: Teacher | None = None, memo: dict | None = None, imports: dict | None = None) -> Plan:
     """The Plan of a run in the directory `out`, which this job has claimed, with the prompts of `check_config`.
 
-    `source`: names the configuration in messages; `teacher`: the configuration's, where it is loaded already; `resume`
-    and `memo` as in the Plan. Raises UserError.
+    `source`: names the configuration in messages; `teacher`: the configuration's, where it is loaded already; `resume`,
+    `memo` and `imports` as in the Plan. Raises UserError.
     """
-    out, memo = Path(out), {} if memo is None else memo
+    out, memo, imports = Path(out), {} if memo is None else memo, imports or {}
+    check_imports(out, imports)
     open_run(out, config, resume)
     teacher = teacher or load_teacher(config.model.teacher, **config.model.loading)
     inputs = describe_inputs(config, teacher)
@@ -86,7 +89,7 @@ def preflight(config: Config, out: str | Path, source: str, prompts: Any, *, res
     if speaks():                                         # (the first process alone measures)
         check_measures(config, teacher, memo)
         _tell_cut(prompts, teacher)
-    return Plan(config, out, prompts, teacher, inputs, resume, memo)
+    return Plan(config, out, prompts, teacher, inputs, resume, memo, imports)
 
 
 def check_runs(configs: dict[str, Config]) -> None:

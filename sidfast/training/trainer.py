@@ -69,7 +69,8 @@ def train(plan, device, stop, profile=0):
     torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
     if rank == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
-    run = RunDirectory(out, config, progress.step, speed=speed.describe(), inputs=inputs) if rank == 0 else None
+    run = RunDirectory(out, config, progress.step, speed=speed.describe(), inputs=inputs,
+                       imports=plan.imports) if rank == 0 else None
     preview = Preview(config, teacher, run, plan.memo) if rank == 0 else None
     with watch.paused("the teacher's samples and measures"):
         if rank == 0:
