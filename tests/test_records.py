@@ -20,6 +20,7 @@ from sidfast.evaluation.report import _data, _samples, write_report
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import image_grid, read_grid
 from sidfast.runs.directory import open_run
+from sidfast.training import launch
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def test_end_of_a_run_without_its_start(tmp_path, capsys):
     for content in (None, '{"start": {"images": 9, "kid": 1.0}}', "{"):
         if content:
             (tmp_path / "evaluation.json").write_text(content)
-        train._report(tmp_path, {"images": 9, "fid": 2.5})
+        launch._report(tmp_path, {"images": 9, "fid": 2.5})
         said = capsys.readouterr()
         assert "2.5000" in said.out and ("evaluation.json: is damaged" in said.err) == (content == "{")
 
