@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from sidfast import __version__, train
+import sidfast
+from sidfast import train
 from sidfast.common.environment import check_environment, choose_accelerator, prepare_environment, use_utf8
 from sidfast.common.errors import Parser, UserError, check_paths, run_program, say
 from sidfast.common.plugins import add_import_option, import_modules
@@ -43,7 +44,7 @@ def _run(argv):
 
 def _parser():
     parser = Parser(prog="sidfast", description="One-step text-to-image generators by distillation.")
-    parser.add_argument("--version", action="version", version=f"sidfast {__version__}")
+    parser.add_argument("--version", action="version", version=f"sidfast {sidfast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     distil = commands.add_parser("train", help="distil a generator, in this process (several: deepspeed, torchrun)")

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 FLOORS = (("kernels", "common"), ("method",), ("config", "data", "accel"), ("teachers", "engines"),
           ("checkpoints", "monitoring", "publishing"), ("evaluation",), ("runs", "toy"), ("planning",), ("training",),
-          ("train", "studies"), ("cli",))
+          ("train", "studies"), ("cli",), ("__main__",))
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 MODULES = [path.relative_to(ROOT / "sidfast") for path in sorted((ROOT / "sidfast").rglob("*.py"))]
 

@@ -159,8 +159,9 @@ class Worker:
         from sidfast.common.records import read_metrics
         from sidfast.monitoring.shutdown import Stop
         from sidfast.runs.directory import is_unused
-        from sidfast.runs.identity import PROMPTS, check_inputs
+        from sidfast.runs.identity import check_inputs
         from sidfast.studies.record import COST, RESULT, has_other_config
+        from sidfast.teachers.fingerprint import describe_teacher
         from sidfast.teachers.load import load_teacher
         from sidfast.training.launch import launch
         from sidfast.training.preflight import check_config, preflight
@@ -172,11 +173,10 @@ class Worker:
                 _clear(folder)                           # failed at once, or with a setting that was mended since
             if self.teacher is None:
                 self.teacher = load_teacher(run.config.model.teacher, **run.config.model.loading)
+            for other in self.study.runs:                # (a table of two teachers' students would not say so)
+                check_inputs(self.out / other.folder, describe_teacher(self.teacher))
             plan = preflight(run.config, folder, f"variants.{run.variant}", prompts,
                              teacher=copy.deepcopy(self.teacher), memo=self.memo, imports=self.imports)
-            teacher = {key: value for key, value in plan.inputs.items() if key != PROMPTS}
-            for other in self.study.runs:                # (a table of two teachers' students would not say so)
-                check_inputs(self.out / other.folder, teacher)
             try:
                 result = launch(plan, self.device, stop)
             finally:
