@@ -209,10 +209,10 @@ def checksum(file):
     return digest.hexdigest()
 
 
-def check_fits(path, unet, optimizers):
-    """Raise UserError unless a checkpoint is of networks like `unet`, by names and shapes, and has the moments that
+def check_fits(path, network, optimizers):
+    """Raise UserError unless a checkpoint is of networks like `network`, by names and shapes, and has the moments that
     `optimizers` (of a configuration) go on from."""
-    want = {name: list(p.shape) for name, p in unet.named_parameters()}
+    want = {name: list(p.shape) for name, p in network.named_parameters()}
     for network in ENGINES:
         if _shapes(path, network, "weights") != want:
             raise UserError(f"--resume {path}: is of another architecture than the teacher (the {network}'s weights "

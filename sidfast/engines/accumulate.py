@@ -60,7 +60,7 @@ class GradientAccumulator:
     """`compute(network, *tensors) -> (loss, finite, *others)`, its backward pass, and the sum of its gradients over
     micro-batches.
 
-    loss: a scalar, differentiable in the UNet's parameters and in nothing else; finite: [N] (bool), which samples are;
+    loss: a scalar, differentiable in the network's parameters alone; finite: [N] (bool), which samples are;
     others: tensors without gradient. Call it for every micro-batch, then `flush` for a loss with all gradients: an
     engine's hooks see one backward pass, so it reduces gradients once. Each parameter's gradient is added to the sums
     as soon as it is there, or soon after, and given back.

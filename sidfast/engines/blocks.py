@@ -75,21 +75,21 @@ class _WholeParam(NamedTuple):
         return whole
 
 
-def flatten_blocks(unet):
-    """Lay the parameters of each block of a fused UNet end to end, in place, and return it; others stay as they are."""
-    for name, block in unet.named_modules():
+def flatten_blocks(network):
+    """Lay the parameters of each block of a fused network end to end, in place, and return it; others stay as is."""
+    for name, block in network.named_modules():
         if type(block) in BLOCKS:
             _join(name, block)
-            block.recomputed = unet.checkpointing
-    return unet
+            block.recomputed = network.checkpointing
+    return network
 
 
-def param_slices(unet):
-    """[(parameter, its places)] of a UNet, joined or not. A place has the `name` and `shape` of a parameter that the
-    UNet had, and `view(tensor)`, which is that parameter's part of a tensor shaped like the present one."""
-    blocks = {id(block.joined): block.places for block in unet.modules() if isinstance(block, FlatBlock)}
+def param_slices(network):
+    """[(parameter, its places)] of a network, joined or not. A place has the `name` and `shape` of a parameter that the
+    network had, and `view(tensor)`, which is that parameter's part of a tensor shaped like the present one."""
+    blocks = {id(block.joined): block.places for block in network.modules() if isinstance(block, FlatBlock)}
     return [(p, blocks.get(id(p)) or (_WholeParam(name, getattr(p, "ds_shape", p.shape)),))    # (stage 3 empties it)
-            for name, p in unet.named_parameters()]
+            for name, p in network.named_parameters()]
 
 
 def _join(prefix, block):

@@ -86,14 +86,14 @@ def compute_dtype(section):
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def build_engine(unet, adam, section, device):
-    """A DeepSpeed engine with Adam around a UNet in fp32; a collective call.
+def build_engine(network, adam, section, device):
+    """A DeepSpeed engine with Adam around a network in fp32; a collective call.
 
     `adam`: the configuration's optimizer.NETWORK; `section`: from `engine_config`. DeepSpeed's errors pass through
     (probe.py asks it first).
     """
     flat = is_flat(section)
-    module = EngineModule((unet if flat else flatten_blocks(unet)).requires_grad_(True).train(), flat)
+    module = EngineModule((network if flat else flatten_blocks(network)).requires_grad_(True).train(), flat)
     eps = adam.eps or (1e-6 if compute_dtype(section) == torch.float16 else 1e-8)
     optimizer = _adam(module, adam, eps, section, device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=section)
@@ -104,11 +104,12 @@ def build_engine(unet, adam, section, device):
     return engine
 
 
-def shard(unet, section):
+def shard(network, section):
     """Deal the weights of a frozen network out to the processes, as ZeRO stage 3 does: each block is gathered for its
     passes. In place; a collective call. `section`: that of an engine at stage 3."""
     zero = {k: v for k, v in section["zero_optimization"].items() if k != "offload_optimizer"}
-    deepspeed.initialize(model=flatten_blocks(unet).requires_grad_(False), config=section | {"zero_optimization": zero})
+    deepspeed.initialize(model=flatten_blocks(network).requires_grad_(False),
+                         config=section | {"zero_optimization": zero})
 
 
 def set_learning_rate(engine, adam, step, total):
@@ -164,9 +165,10 @@ def gather(engine, tensors, keep=lambda name: True):
 
 
 @torch.no_grad()
-def copy_weights(engine, tensors, unet):
-    """Write `tensors`, laid out like `master_weights(engine)`, into another UNet, which is whole; a collective call."""
-    target = dict(unet.named_parameters())
+def copy_weights(engine, tensors, network):
+    """Write `tensors`, laid out like `master_weights(engine)`, into another network that is whole; a collective
+    call."""
+    target = dict(network.named_parameters())
     for name, value in _each(engine, tensors):
         target[name].copy_(value)
 

@@ -1,5 +1,5 @@
 """Copies of the generator that a source of synthetic data draws with (method.md, section 7): its average, or itself as
-it was some updates ago. A copy is a whole UNet on every process, in the type that networks compute in, whatever the
+it was some updates ago. A copy is a whole network on every process, in the type that networks compute in, whatever the
 ZeRO stage; it is brought up to date at the start of each step, in place, so that CUDA graphs may hold it."""
 
 from sidfast.engines.engine import copy_weights, master_weights, scatter
@@ -31,7 +31,7 @@ class StaleCopy:
     def __init__(self, network, engine, ema, section):
         """As EmaCopy's."""
         self.network, self.engine, self.by, self.every = network, engine, section.stale_by, section.stale_every
-        self.shards, self._shown = {}, None              # {updates made: shards}, and which of them the UNet has
+        self.shards, self._shown = {}, None              # {updates made: shards}, and which of them the network has
 
     def follow(self, step):
         """As EmaCopy's."""

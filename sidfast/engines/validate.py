@@ -59,7 +59,7 @@ def _step(adam, section, device):
         engine = build_engine(network, adam, section, device)
         x = torch.ones(2, 8, device=device, dtype=compute_dtype(section))
         buckets = engine.module.flat.buckets if engine.module.flat else ()
-        engine.backward(engine(lambda unet, rows: unet(rows).float().mean() + sum(c.float().sum() for c in buckets), x))
+        engine.backward(engine(lambda net, rows: net(rows).float().mean() + sum(c.float().sum() for c in buckets), x))
         engine.step()
         engine.destroy()
 

@@ -52,9 +52,9 @@ def _needed(config, teacher, sizes, processes, device):
     speed = replace(speed, compile=False)                # which takes minutes and as much memory
 
     def prepare(checkpointing):
-        unet = speed.prepare(copy.deepcopy(teacher.network).to(device, dtype))
-        speed.refresh(unet)
-        return unet
+        network = speed.prepare(copy.deepcopy(teacher.network).to(device, dtype))
+        speed.refresh(network)
+        return network
 
     planner = Planner(config, teacher, prepare=prepare)
     try:
@@ -64,12 +64,12 @@ def _needed(config, teacher, sizes, processes, device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
     P = sum(p.numel() for p in teacher.network.parameters())
-    network = P * torch.empty((), dtype=dtype).element_size()
+    weights = P * torch.empty((), dtype=dtype).element_size()
     copies = 1 if SOURCES[config.synthetic.source].copy else 0
     needed = {m: max(
         planner.option(*planner.configured(name), m, config.speed.gradient_checkpointing, processes).bytes
         for name in ENGINES) for m in sizes}
-    return {m: n + copies * (network + max(planner.packed)) for m, n in needed.items()}
+    return {m: n + copies * (weights + max(planner.packed)) for m, n in needed.items()}
 
 
 def _memory(device):

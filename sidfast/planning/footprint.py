@@ -51,14 +51,14 @@ class Footprint:
         return (alive * torch.tensor(kinds)).sum(1).max().item()
 
 
-def measure_update(name, unets, objective, latent_shape, conditions, dtype):
+def measure_update(name, networks, objective, latent_shape, conditions, dtype):
     """The Footprint of update `name` ("fake_score" or "generator").
 
-    `unets`: {"generator", "fake_score", "teacher"} in `dtype`, prepared as they will run, on the meta device (or
+    `networks`: {"generator", "fake_score", "teacher"} in `dtype`, prepared as they will run, on the meta device (or
     another, for comparisons); latent_shape: (C, H, W); `conditions`: Teacher.conditions. Raises RuntimeError if the
     update does not make the same tensors at every micro-batch.
     """
-    runs = [_run(name, unets, objective, latent_shape, conditions, dtype, m) for m in _SIZES]
+    runs = [_run(name, networks, objective, latent_shape, conditions, dtype, m) for m in _SIZES]
     small, large = (timeline for timeline, _ in runs)
     if len(small) != len(large):
         raise RuntimeError(f"the {name} update does not do the same at every micro-batch: {len(small)} and "
@@ -67,7 +67,7 @@ def measure_update(name, unets, objective, latent_shape, conditions, dtype):
     at_small, at_large = (torch.tensor(timeline, dtype=torch.float64) for timeline in (small, large))
     each = (at_large - at_small) / step
     rows = torch.stack((at_small - each * _SIZES[0], each), dim=2).unique(dim=0)
-    parameters = sum(p.numel() for p in unets[name].parameters())
+    parameters = sum(p.numel() for p in networks[name].parameters())
     return Footprint(rows, (runs[1][1] - runs[0][1]) / step, parameters)
 
 
@@ -118,37 +118,37 @@ def count_flops(config, teacher, latent_shape):
                        config.speed.share_generator_forward)
 
 
-def _run(name, unets, objective, latent_shape, conditions, dtype, n):
+def _run(name, networks, objective, latent_shape, conditions, dtype, n):
     """(Ledger.timeline, FLOPs) of one micro-batch of n images."""
-    engines, ledger = {k: PlainEngine(u) for k, u in unets.items()}, Ledger()
+    engines, ledger = {k: PlainEngine(u) for k, u in networks.items()}, Ledger()
     options = {"run": ledger.concurrent} if name == "generator" else {}
-    update = UPDATES[name](Networks(engines["generator"], engines["fake_score"], unets["teacher"]), objective,
+    update = UPDATES[name](Networks(engines["generator"], engines["fake_score"], networks["teacher"]), objective,
                            agree=lambda finite: True, **options)
-    device = next(unets[name].parameters()).device
+    device = next(networks[name].parameters()).device
     x = torch.zeros(n, *latent_shape, device=device)
     cond, uncond = (conditions(rows, device=device, dtype=dtype) for rows in (n, 1))
     batch = Batch(cond, uncond, x, x.clone(),
                   torch.zeros(n, device=device, dtype=torch.int64), torch.zeros(n, device=device, dtype=torch.bool),
                   x[:, None][:, :0], torch.zeros(n, device=device))
-    for role, unet in unets.items():
-        unet.requires_grad_(role != "teacher")
-        unet.zero_grad(set_to_none=True)
+    for role, network in networks.items():
+        network.requires_grad_(role != "teacher")
+        network.zero_grad(set_to_none=True)
     with gpu_attention(), without_launches(), without_collection(), ledger:
         update([batch])
-    grads = [p.grad for p in unets[name].parameters() if p.grad is not None]
+    grads = [p.grad for p in networks[name].parameters() if p.grad is not None]
     timeline = ledger.timeline(grads)
-    unets[name].zero_grad(set_to_none=True)
+    networks[name].zero_grad(set_to_none=True)
     return timeline, ledger.flops
 
 
 class PlainEngine:
     """What `distill` needs of an engine, without DeepSpeed."""
 
-    def __init__(self, unet):
-        self.module = EngineModule(unet)
+    def __init__(self, network):
+        self.module = EngineModule(network)
 
     def __call__(self, compute, *tensors):
-        """compute(unet, *tensors)."""
+        """compute(network, *tensors)."""
         return self.module(compute, *tensors)
 
     def backward(self, loss):

@@ -160,23 +160,23 @@ class Planner:
         return memory.Zero.of(section | {"zero_optimization": zero}, gpus, getattr(self.config.optimizer, name))
 
     def _on_a_gpu(self, checkpointing):
-        unet = copy.deepcopy(self.teacher.network).to(self.dtype)
+        network = copy.deepcopy(self.teacher.network).to(self.dtype)
         if self.fused:
-            unet = fuse(pass_layout(unet), "flash", checkpointing)
+            network = fuse(pass_layout(network), "flash", checkpointing)
             with without_launches():
-                refresh(unet)
+                refresh(network)
         elif checkpointing:
-            unet.train().enable_gradient_checkpointing()
-        return unet
+            network.train().enable_gradient_checkpointing()
+        return network
 
     def _measure(self, checkpointing, names):
         """({update: Footprint}, what each network packs) of the updates `names`."""
-        unets = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
-        packed = [prepacked_bytes(unet) for unet in unets.values()]
-        g, schedule = self.config.guidance, self.teacher.schedule.to(unets["teacher"].device)
+        networks = {role: self._prepare(checkpointing) for role in ("generator", "fake_score", "teacher")}
+        packed = [prepacked_bytes(network) for network in networks.values()]
+        g, schedule = self.config.guidance, self.teacher.schedule.to(networks["teacher"].device)
         objective = Objective(schedule, self.teacher.family.predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4,
                               self.config.loss.alpha, self.config.noise.t_init)
-        return {name: measure_update(name, unets, objective, self.latent_shape, self.teacher.conditions, self.dtype)
+        return {name: measure_update(name, networks, objective, self.latent_shape, self.teacher.conditions, self.dtype)
                 for name in names}, packed
 
 

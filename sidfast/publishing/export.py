@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from safetensors.torch import save_file
 from tokenizers.models import BPE
 from torch import nn
-from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sidfast.common.errors import UserError
 from sidfast.common.files import drop_lock, flush, remove, take_lock
@@ -113,7 +113,7 @@ def _write(pipe, partial, dtype, distillation):
 
 def _save_part(part, folder, dtype):
     """Write a component of a pipeline; returns the library that loads it."""
-    if isinstance(part, CLIPTextModel):
+    if getattr(part.config, "model_type", None) == "clip_text_model":
         save_text_encoder(part, folder, dtype)
     elif isinstance(part, PreTrainedTokenizerBase):
         save_tokenizer(part, folder)

@@ -4,6 +4,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
 from sidfast.data.shapes import IMAGE_SIZE
+from sidfast.teachers.sd import stable_diffusion_scheduler
 
 WIDTH = 128                                              # of the text encoder, and of CLIP's embedding
 
@@ -42,3 +43,9 @@ def build_text_encoder(clip):
     encoder = CLIPTextModel(clip.config.text_config)
     encoder.load_state_dict(clip.text_model.state_dict())
     return encoder
+
+
+def noise_levels():
+    """(a, s) of every timestep, [T] each (method.md, eq. 1)."""
+    a2 = stable_diffusion_scheduler("epsilon").alphas_cumprod
+    return a2.sqrt(), (1 - a2).sqrt()

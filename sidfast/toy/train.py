@@ -16,7 +16,6 @@ from sidfast.data import shapes
 from sidfast.evaluation.attributes import AttributeChecker, checker_loss
 from sidfast.teachers import sd_shapes as networks
 from sidfast.teachers.clip import tokenize
-from sidfast.teachers.sd import stable_diffusion_scheduler
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,7 @@ def train_unet(recipe, tokenizer, vae, clip, scenes, ids, device):
     """UNet and text encoder, on latents of one drawing per training caption (epsilon prediction, method.md eq. 5)."""
     unet = networks.build_unet(recipe.latent_channels).to(device)
     text_encoder = networks.build_text_encoder(clip).to(device).requires_grad_(True)
-    scheduler = stable_diffusion_scheduler("epsilon")
-    a = scheduler.alphas_cumprod.sqrt().to(device)[:, None, None, None]
-    s = (1 - scheduler.alphas_cumprod).sqrt().to(device)[:, None, None, None]
+    a, s = (level.to(device)[:, None, None, None] for level in networks.noise_levels())
     mean, std = _encode_all(vae, scenes, device)
     null, n = tokenize(tokenizer, [""]).to(device), recipe.unet_batch
 
