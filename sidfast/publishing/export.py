@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from safetensors.torch import save_file
 from tokenizers.models import BPE
 from torch import nn
@@ -113,14 +112,14 @@ def _write(pipe, partial, dtype, distillation):
 
 def _save_part(part, folder, dtype):
     """Write a component of a pipeline; returns the library that loads it."""
-    if getattr(part.config, "model_type", None) == "clip_text_model":
-        save_text_encoder(part, folder, dtype)
-    elif isinstance(part, PreTrainedTokenizerBase):
+    if isinstance(part, PreTrainedTokenizerBase):
         save_tokenizer(part, folder)
-    elif isinstance(part, (ModelMixin, PreTrainedModel)):
-        save_module(part, folder, dtype)
-    else:
+    elif not isinstance(part, nn.Module):
         part.save_pretrained(folder)
+    elif getattr(part.config, "model_type", None) == "clip_text_model":
+        save_text_encoder(part, folder, dtype)
+    else:
+        save_module(part, folder, dtype)
     return "transformers" if isinstance(part, (PreTrainedModel, PreTrainedTokenizerBase)) else "diffusers"
 
 
