@@ -8,7 +8,7 @@ from pathlib import Path
 import sidfast
 from sidfast import train
 from sidfast.common.environment import check_environment, choose_accelerator, prepare_environment, use_utf8
-from sidfast.common.errors import Parser, UserError, check_paths, run_program, say
+from sidfast.common.errors import Parser, UserError, check_paths, run_program, say, speaks
 from sidfast.common.plugins import add_import_option, import_modules
 from sidfast.common.shipped import find_config, shipped
 
@@ -53,7 +53,7 @@ def _parser():
 
     teacher = commands.add_parser("teacher", help="train the embedded teacher of the shapes world, its CLIP and judge")
     teacher.add_argument("--out", required=True, metavar="DIR", help="gets the folders teacher, clip and checker")
-    teacher.add_argument("--steps", type=int, metavar="N", help="UNet steps; the other stages scale alike")
+    teacher.add_argument("--steps", type=int, metavar="N", help="UNet steps (9000); all else scales alike")
     teacher.add_argument("--seed", type=int, default=0)
     teacher.set_defaults(run=_teacher)
 
@@ -265,8 +265,10 @@ def _evaluate(args):
     options = {name: value for name, value in vars(args).items() if name != "run" and value is not None}
     if args.coco:
         options |= coco_options(options.pop("coco"), options)
-    if args.coco and args.model is None:
-        return                                           # only prepared
+    if args.coco and args.model is None:                 # only prepared
+        if speaks():
+            say(f"{options['prompts']}, {options['reference']}: captions and reference of {options['images']:,} images")
+        return
     for name in ("model", "out"):
         if name not in options:
             raise UserError(f"--{name} is needed")
@@ -278,7 +280,7 @@ def _compare(args):
 
     for path in args.results:
         check_paths({"RESULT.json": path})
-    compare(args.results, args.out, args.paper)
+    say(f"{args.out}: {', '.join(compare(args.results, args.out, args.paper))}")
 
 
 def _ablate(args):

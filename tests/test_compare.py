@@ -28,9 +28,10 @@ def results(tmp_path):
     return paths
 
 
-def test_table_and_plot(results, tmp_path):
+def test_table_and_plot(results, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["compare", *map(str, results), "--out", str(out), "--paper"]) == 0
+    assert capsys.readouterr().out == f"{out}: table.md, table.csv, fid-clip-score.png, fid-clip-score.svg\n"
     assert sorted(p.name for p in out.iterdir()) == ["fid-clip-score.png", "fid-clip-score.svg", "table.csv",
                                                      "table.md"]
     rows = list(csv.DictReader((out / "table.csv").open()))

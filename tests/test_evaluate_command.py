@@ -113,7 +113,7 @@ def test_two_that_open_the_same_rows(tmp_path):
     assert os.listdir(tmp_path) == ["rows"]
 
 
-def test_request_defaults_are_the_command_lines(tiny_teacher, tmp_path):
+def test_request_defaults_are_the_command_lines(tiny_teacher, tmp_path, capsys):
     """Several seeds a prompt, a steps-and-guidance model, bf16, and resizing, in one go."""
     request = Request(model=str(tiny_teacher), resize=64, out=tmp_path / "r.json", prompts="shapes:held_out",
                       images=8, seeds_per_prompt=4,
@@ -122,4 +122,11 @@ def test_request_defaults_are_the_command_lines(tiny_teacher, tmp_path):
     got = json.loads((tmp_path / "r.json").read_text())
     assert got["model"]["steps"] == 2 and got["model"]["guidance"] == 1.5 and got["model"]["dtype"] == "bf16"
     assert got["seeds"] == {"first": 7, "last": 14, "per_prompt": 4} and "reference" not in got
+    head, *rows, last = capsys.readouterr().out.splitlines()                     # numbers with intervals, and the file
+    assert head.split() == ["metric", "value", "95", "%", "interval"] and len(rows) == 2
+    for row, (name, words) in zip(rows, (("clip_score", ["CLIP", "score"]), ("diversity_small_clip", [
+            "diversity", "(small", "CLIP)"])), strict=True):
+        low, high = (f"{end:.4g}" for end in got["intervals"][name])
+        assert row.split() == [*words, f"{got['metrics'][name]:.4g}", low, "to", high]
+    assert last == f"{tmp_path / 'r.json'}: 8 images of {tiny_teacher}"
     assert os.listdir(tmp_path) == ["r.json"]

@@ -29,7 +29,7 @@ from sidfast.evaluation.images import ImageFolder, has_images
 from sidfast.evaluation.metrics import over_repeats
 from sidfast.evaluation.processes import joined
 from sidfast.evaluation.protocol import EvaluationOptions, EvaluationSpec
-from sidfast.evaluation.results import is_result
+from sidfast.evaluation.results import is_result, result_table
 from sidfast.evaluation.rows import FolderRows, collect
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.load import find_pipeline, load_pipeline, loading_notes, sampler_options
@@ -85,11 +85,10 @@ def evaluate_model(request, device):
         if group.rank == 0:
             result = job.result([rows for rows, _ in measured], reference, group.processes)
             result |= {"seconds": round(time.time() - started, 1), "resumed_after": sum(found for _, found in measured)}
-            text = json.dumps(result, indent=2)
-            write_atomically(request.out, text + "\n")
+            write_atomically(request.out, json.dumps(result, indent=2) + "\n")
             _remove_rows(request.out)
             sweep(request.out.parent)
-            say(text)
+            say(f"{result_table(result)}\n{request.out}: {result['images']:,} images of {one_line(request.model)}")
 
 
 @contextmanager

@@ -25,8 +25,8 @@ def compare(arguments, out, paper):
     """Write table.md, table.csv, and, if the results have FID and CLIP score, fid-clip-score.png and .svg to `out`.
 
     `arguments`: [CURVE=]FILE|FOLDER; results that differ in seeds alone become one row, with its 95 % interval, and
-    those of one CURVE one line of the plot. `paper` adds the published points. Raises UserError for a file that is no
-    result, and an `out` that is in the way.
+    those of one CURVE one line of the plot. `paper` adds the published points. Returns the names of the files. Raises
+    UserError for a file that is no result, and an `out` that is in the way.
     """
     out, groups = Path(out), read_groups(arguments)
     if not out.absolute().parent.is_dir():
@@ -43,6 +43,7 @@ def compare(arguments, out, paper):
     sweep(out)
     for name, content in files.items():
         write_atomically(out / name, content)
+    return list(files)
 
 
 def _keys(groups):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sidfast.common.errors import UserError
 from sidfast.common.records import Count, Distillation, Intervals, Measure, Schema, load, read_json
-from sidfast.evaluation.metrics import over_repeats
+from sidfast.evaluation.metrics import over_repeats, title
 
 MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,100}$")]             # (files are named after metrics)
 
@@ -104,6 +104,16 @@ def read_groups(arguments):
     found = [group for (curve, _), members in groups.items() for group in _apart(curve, members)]
     names = [group[1][0][0].stem for group in found]
     return [Group(_name(files, names), curve, [result for _, result in files]) for curve, files in found]
+
+
+def result_table(result):
+    """The metrics of a result as lines of text, with their intervals."""
+    rows = [("metric", "value", "95 % interval")]
+    for name, value in result["metrics"].items():
+        low_high = result["intervals"].get(name)
+        rows.append((title(name), f"{value:.4g}", f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else ""))
+    first, second = (max(len(row[k]) for row in rows) for k in range(2))
+    return "\n".join(f"{name:<{first}}  {value:>{second}}  {interval}".rstrip() for name, value, interval in rows)
 
 
 def is_result(path):

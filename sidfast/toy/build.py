@@ -27,12 +27,11 @@ GATE = 0.97                                              # reconstructions that 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 
 
-def build_teacher(out, recipe, device, images=5000):
-    """Train everything and write `out`/teacher, `out`/clip and `out`/checker.
+def build_teacher(out, recipe, device):
+    """Train everything and write `out`/teacher, `out`/clip and `out`/checker. Returns the numbers of the model card.
 
-    `images` is the number of held-out captions behind each number of the model card. Returns those numbers. Folders of
-    an earlier teacher are replaced only once the new ones are complete. Raises RuntimeError if the VAE loses more
-    attributes than GATE allows in a run of full length: no teacher can be better than its VAE; UserError, before
+    Folders of an earlier teacher are replaced only once the new ones are complete. Raises RuntimeError if the VAE loses
+    more attributes than GATE allows in a run of full length: no teacher can be better than its VAE; UserError, before
     anything is trained, if `out` cannot take the folders, or holds others of their names.
     """
     check_out(out)
@@ -44,7 +43,7 @@ def build_teacher(out, recipe, device, images=5000):
         checker = train.train_checker(recipe, device)
         vae = train.train_vae(recipe, device)
         scenes, ids = captions.result()
-    kept = reconstruction_accuracy(vae, checker, images, device)
+    kept = reconstruction_accuracy(vae, checker, recipe.judged, device)
     print(f"VAE reconstructions that keep every attribute: {kept['all']:.4f}", flush=True)
     if kept["all"] < GATE and recipe.vae_steps >= train.Recipe.vae_steps:
         raise RuntimeError(f"the VAE keeps every attribute in {kept['all']:.1%} of images, {GATE:.0%} are needed")
@@ -59,7 +58,7 @@ def build_teacher(out, recipe, device, images=5000):
         requires_safety_checker=False)
     _round_to_fp16(vae, unet, text_encoder, clip, checker)
     numbers = {"training_seconds": seconds, "reconstruction": kept}
-    numbers |= _judge(pipe, clip, checker, tokenizer, images, device)
+    numbers |= _judge(pipe, clip, checker, tokenizer, recipe, device)
     _write(out, pipe, clip, checker, tokenizer, numbers, model_card(recipe, numbers, device))
     return numbers
 
@@ -99,9 +98,9 @@ _SIDE = {"height": shapes.IMAGE_SIZE, "width": shapes.IMAGE_SIZE}
 _WRITTEN = {"teacher": _is_teacher, "clip": _is_clip, "checker": _is_checker}
 
 
-def _judge(pipe, clip, checker, tokenizer, images, device):
+def _judge(pipe, clip, checker, tokenizer, recipe, device):
     """The measures of real drawings (the best that any generator can reach) and of the teacher at each guidance."""
-    captions = shapes.captions(shapes.sample_scenes(images, "held_out", torch.Generator().manual_seed(1)))
+    captions = shapes.captions(shapes.sample_scenes(recipe.judged, "held_out", torch.Generator().manual_seed(1)))
     drawing = torch.Generator(device).manual_seed(7)
 
     def draw(texts, seeds):
@@ -109,7 +108,8 @@ def _judge(pipe, clip, checker, tokenizer, images, device):
 
     generators = {"real": draw}
     for g in GUIDANCE:
-        generators[f"guidance {g}"] = pipeline_generator(pipe, num_inference_steps=50, guidance_scale=g)
+        generators[f"guidance {g}"] = pipeline_generator(pipe, num_inference_steps=recipe.sampler,
+                                                            guidance_scale=g)
     features = ClipFeatures(clip, tokenizer)
     judge = FeatureExtractors(features, features, checker, device=device)
     return {name: evaluate(generate, captions, judge, 1000, name)

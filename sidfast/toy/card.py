@@ -36,7 +36,7 @@ combinations of caption and arrangement was never shown in training and serves f
 
 ## How good it is
 
-{numbers["real"]["images"]} held-out captions, 50 steps of DDIM, seeds 0, 1, 2, .... The accuracy is that of a classifier trained on real drawings only
+{numbers["real"]["images"]} held-out captions, {recipe.sampler} steps of DDIM, seeds 0, 1, 2, .... The accuracy is that of a classifier trained on real drawings only
 (share of images that show every attribute of their caption). FID and CLIP score are in the features of the small CLIP
 that comes with the teacher; they are no Inception FID and no OpenAI CLIP score.
 

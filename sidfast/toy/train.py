@@ -40,12 +40,23 @@ class Recipe:
     unet_steps: int = 9000
     unet_batch: int = 512
     unet_lr: float = 1e-3
+    latents: int = 4096                                  # drawings behind the latents' mean and variance
+    judged: int = 5000                                   # held-out captions behind each number of the card
+    sampler: int = 50                                    # steps of DDIM for these
 
     def scaled(self, unet_steps):
-        """The same recipe with all stages as much shorter or longer as the UNet's."""
+        """The same recipe with all stages as much shorter or longer as the UNet's, and fewer images judged after fewer
+        steps. Below a hundredth, which only tries the code, batches and the sampler are smaller too."""
         ratio = unet_steps / self.unet_steps
-        steps = {k: max(1, round(getattr(self, k) * ratio)) for k in vars(self) if k.endswith("_steps")}
-        return replace(self, captions=max(64, min(self.captions, round(self.captions * ratio))), **steps)
+        sizes = {k: max(1, round(getattr(self, k) * ratio)) for k in vars(self) if k.endswith("_steps")}
+        sizes |= {k: max(least, round(getattr(self, k) * min(1, ratio))) for k, least in _LEAST.items()}
+        if ratio < 0.01:
+            sizes |= {k: max(8, round(getattr(self, k) * 100 * ratio)) for k in vars(self) if k.endswith("_batch")}
+            sizes |= {"latents": 16, "judged": 16, "sampler": 2}
+        return replace(self, **sizes)
+
+
+_LEAST = {"captions": 64, "judged": 1000}                # however short a recipe is
 
 
 def train_checker(recipe, device):
@@ -78,7 +89,7 @@ def train_vae(recipe, device):
 
     _train("vae", [vae], loss, recipe.vae_steps, recipe.vae_lr, device)
     vae.eval().requires_grad_(False)
-    _standardise_latents(vae, device)
+    _standardise_latents(vae, recipe.latents, device)
     return vae
 
 
@@ -89,11 +100,11 @@ def _edge_weight(image, weight):
 
 
 @torch.no_grad()
-def _standardise_latents(vae, device, batches=16, n=256):
+def _standardise_latents(vae, images, device, n=256):
     """Fold a shift and a scale per latent channel into the 1x1 convolutions around the latents, so that over the
     world they have mean 0 and variance 1 channel by channel, and scaling_factor is 1."""
-    latents = torch.cat([vae.encode(shapes.draw(shapes.sample_scenes(n, device=device))).latent_dist.sample()
-                         for _ in range(batches)])
+    latents = torch.cat([vae.encode(shapes.draw(shapes.sample_scenes(min(n, images - start), device=device))
+                                    ).latent_dist.sample() for start in range(0, images, n)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)
     after, before = vae.quant_conv, vae.post_quant_conv          # outputs are (mean, logvar)
