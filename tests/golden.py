@@ -1,7 +1,7 @@
 """The numbers of a short fixed-seed training run on the CPU, to see that a change of the code leaves them alone.
 
     python tests/golden.py             train, and print them as JSON: run it before and after a refactoring
-    python tests/golden.py --write     keep them in golden.json as well, with which tests/test_resume.py compares its run
+    python tests/golden.py --write     keep them in golden.json as well, which tests/test_resume.py compares with
 
 Bits depend on the processor and on the libraries, so the numbers are kept with both. Where those are others, losses and
 norms are compared within tolerances.

@@ -123,15 +123,19 @@ class Hub:
     def __init__(self, model, cache):
         self.model, self.cache, self.revisions = model, cache, set()
 
-    def __call__(self, name, revision=None, allow_patterns=None, ignore_patterns=(), local_files_only=False):
+    def __call__(self, name, revision=None, allow_patterns=None, ignore_patterns=(), local_files_only=False,
+                 dry_run=False):
         self.revisions.add(revision)
+        files = []
         for path in (p for p in self.model.rglob("*") if p.is_file() and not local_files_only):
             part = str(path.relative_to(self.model))
             if any(fnmatch.fnmatch(part, p) for p in allow_patterns) and not any(
                     fnmatch.fnmatch(part, p) for p in ignore_patterns):
-                (self.cache / part).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, self.cache / part)
-        return str(self.cache)
+                files.append(SimpleNamespace(file_size=10**9, will_download=not (self.cache / part).exists()))
+                if not dry_run:
+                    (self.cache / part).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, self.cache / part)
+        return files if dry_run else str(self.cache)
 
     def weights(self):
         return sorted(str(p.relative_to(self.cache)) for p in self.cache.rglob("*.safetensors"))
@@ -144,7 +148,7 @@ class Hub:
      ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.ema.safetensors",
       "vae/diffusion_pytorch_model.safetensors"]),
 ], ids=["plain", "fp16-alone", "variant"])
-def test_what_is_downloaded(monkeypatch, folder, tmp_path, change, options, brought):
+def test_what_is_downloaded(monkeypatch, capsys, folder, tmp_path, change, options, brought):
     change(folder)
     (folder / "unet" / "pipeline.py").write_text("")
     (folder / "vae" / "diffusion_pytorch_model.bin").write_text("")
@@ -152,7 +156,10 @@ def test_what_is_downloaded(monkeypatch, folder, tmp_path, change, options, brou
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     assert find_teacher("someone/sd", **options) == hub.cache and hub.weights() == brought
     assert hub.revisions == {options.get("revision")} and not [*hub.cache.rglob("*.py"), *hub.cache.rglob("*.bin")]
+    told = [line for line in capsys.readouterr().err.splitlines() if "downloading" in line]
+    assert sum(float(line.split()[-2]) for line in told) == 3 and all("of someone/sd, " in line for line in told)
     load_teacher("someone/sd", **options)
+    assert "downloading" not in capsys.readouterr().err
     load_meta_teacher("someone/sd")
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sidfast.common.errors import UserError, first_reason
+from sidfast.common.errors import UserError, tell, first_reason
 from sidfast.teachers.weights import STEMS, find_variants
 
 README = "README.md"                                     # of the hub: states the licence
@@ -97,8 +97,16 @@ def download(name, variant=None, revision=None, choose=None):
                    if (parts is None or path.parent.name in parts) and not find_variants(path.parent) & wanted]
         patterns = [f"{path.name}/{pattern}" for path in missing for pattern in _patterns(kind)]
         if patterns:
+            _tell_size(name, snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=True))
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     return folder
+
+
+def _tell_size(name, files):
+    """A line before a download; `files`: what the hub library says of each."""
+    new = [file.file_size or 0 for file in files if file.will_download]
+    if new:
+        tell(f"downloading {len(new)} file{'s' if len(new) > 1 else ''} of weights of {name}, {sum(new) / 1e9:.2f} GB")
 
 
 def _patterns(variant):
