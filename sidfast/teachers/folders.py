@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sidfast.common.errors import UserError, tell, first_reason
+from sidfast.common.errors import UserError, first_reason, tell
 from sidfast.teachers.weights import STEMS, find_variants
 
 README = "README.md"                                     # of the hub: states the licence
