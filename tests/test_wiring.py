@@ -99,7 +99,7 @@ def test_losses_of_the_first_step(run, teacher):
     """The mean over the global batch of eqs. 5 and 8; the generator's turn is the second."""
     out, loop = run
     objective = objective_of(*KAPPAS, ALPHA, "v_prediction", T_INIT)
-    first, second = (whole(loop.batches(0, name)) for name in ("fake_score", "generator"))
+    first, second = (whole(loop.state.batches(0, name)) for name in ("fake_score", "generator"))
     start, trained = unet_of(teacher), unet_of(teacher, tensors(out, 1, "fake_score", "weights"))
     fake, _ = naive_fake_score_update((start, start, start), first, objective)
     generator, _ = naive_generator_update((start, trained, start), second, objective)
@@ -109,7 +109,7 @@ def test_losses_of_the_first_step(run, teacher):
 def test_settings_of_the_optimizers(run):
     out, loop = run
     for name, adam in ADAM.items():
-        [group] = loop.engines[name].basic_optimizer.param_groups
+        [group] = loop.state.engines[name].basic_optimizer.param_groups
         assert (group["betas"], group["eps"]) == ((0.0, adam["beta2"]), adam["eps"]), name
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for name, rates in RATES.items():                    # warm-up of the one, decay of the other
@@ -200,7 +200,7 @@ def test_prompts_are_dropped_where_the_null_text_is_read(config, tmp_path, kappa
     guidance = dict(zip(("kappa1", "kappa2", "kappa3"), kappas, strict=True))
     loop = train_here(config(tmp_path, guidance=guidance, train={"steps": 1, "save_every": 0, "samples": 0}),
                       tmp_path / "run")
-    shares = [b.dropped.float().mean().item() for step in range(50) for b in loop.batches(step, "fake_score")]
+    shares = [b.dropped.float().mean().item() for step in range(50) for b in loop.state.batches(step, "fake_score")]
     assert np.mean(shares) == pytest.approx(dropped, abs=0.15 if dropped else 0)
 
 
@@ -229,7 +229,7 @@ def test_prepacked_weights_are_those_of_every_step(config, tmp_path):
         (tmp_path / name).mkdir()
         path = config(tmp_path / name, train={"steps": 3, "save_every": 0, "samples": 0}, synthetic={"source": "ema"})
         loop = train_here(path, tmp_path / name / "run", patches=kept)
-        assert loop.speed.packed is bool(kept)
+        assert loop.state.speed.packed is bool(kept)
         curves.append(losses(tmp_path / name / "run"))
     assert len(curves[0]) == 3
     for want, got in zip(*curves, strict=True):
@@ -241,7 +241,7 @@ def test_prepacked_weights_are_those_of_every_step(config, tmp_path):
 def test_copies_that_draw_images(config, tmp_path, synthetic, step, kind):
     """In the third step: the average after two, and the generator as it was one update before."""
     loop = train_here(config(tmp_path, synthetic=synthetic, train={"steps": 3, "samples": 0}), tmp_path / "run")
-    [copy] = loop.copies
+    [copy] = loop.state.copies
     want, got = tensors(tmp_path / "run", step, "generator", kind), dict(copy.network.named_parameters())
     assert got.keys() == want.keys() and all(torch.equal(got[name], value) for name, value in want.items())
 

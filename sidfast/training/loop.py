@@ -8,19 +8,42 @@ import torch
 from deepspeed import comm
 from tqdm import tqdm
 
+from sidfast.accel.plan import Speed
 from sidfast.checkpoints.saver import Saver
 from sidfast.common.errors import NothingFinite
+from sidfast.engines.ema import Ema
 from sidfast.engines.engine import ENGINES, set_learning_rate
 from sidfast.monitoring.observe import Monitor, Profiler
 from sidfast.monitoring.shutdown import Stop
 from sidfast.monitoring.spikes import Spikes
 from sidfast.monitoring.watchdog import Watchdog
-from sidfast.training.progress import diverged
+from sidfast.runs.directory import RunDirectory
+from sidfast.runs.preview import Preview
+from sidfast.training.batches import Batches
+from sidfast.training.progress import Progress, diverged
+
+
+@dataclass
+class State:
+    """What a run trains, what changes it, and how far it is.
+
+    `engines`: {network: engine}; `copies`: of the generator (engines/lagged.py); `speed`: how the networks run;
+    `updates`: {network: Update}, in the order they take turns.
+    """
+
+    engines: dict
+    ema: Ema
+    copies: list
+    speed: Speed
+    batches: Batches
+    updates: dict
+    progress: Progress
 
 
 @dataclass
 class Services:
-    """What accompanies a run: against faults, and to tell of it."""
+    """Services alongside training: against faults, to measure it, and to show what comes of it. `run` and `preview` are
+    None on all processes but the first."""
 
     stop: Stop
     watch: Watchdog
@@ -28,24 +51,22 @@ class Services:
     spikes: Spikes
     monitor: Monitor
     profiler: Profiler
+    run: RunDirectory | None
+    preview: Preview | None
 
 
 class Loop:
-    """Steps of a run until its end, or until a signal; all processes run it alike.
+    """Steps of a run until its end, or until a signal; all processes run it alike."""
 
-    `engines`: {network: engine}; `copies`: of the generator (engines/lagged.py); `updates`: {network: Update}, in the
-    order they take turns; `run`, `preview`: on the first process, None on others; `out`: the run directory.
-    """
-
-    def __init__(self, config, engines, ema, copies, batches, updates, progress, run, preview, out, speed, services):
-        self.config, self.engines, self.ema, self.copies, self.batches = config, engines, ema, copies, batches
-        self.updates, self.progress, self.run, self.preview, self.out = updates, progress, run, preview, out
-        self.speed, self.services, self.rank = speed, services, comm.get_rank()
-        self.watch, self.phase = services.watch, services.monitor.clock
-        size, total = config.train.batch_size, config.train.total_steps
-        self.bar = tqdm(total=total * size, initial=progress.images, unit="img", unit_scale=True, desc="distil",
-                        disable=self.rank != 0, mininterval=1, smoothing=0.1)
-        self._clock, self._timed, self._warm = time.perf_counter(), progress.step, not config.train.save_every
+    def __init__(self, plan, state, services):
+        self.config, self.out, self.state, self.services = plan.config, plan.out, state, services
+        self.progress, self.watch, self.phase = state.progress, services.watch, services.monitor.clock
+        self.run, self.preview = services.run, services.preview
+        size, total = self.config.train.batch_size, self.config.train.total_steps
+        self.bar = tqdm(total=total * size, initial=self.progress.images, unit="img", unit_scale=True, desc="distil",
+                        disable=self.run is None, mininterval=1, smoothing=0.1)
+        self._clock, self._timed = time.perf_counter(), self.progress.step
+        self._warm = not self.config.train.save_every
 
     def __call__(self):
         """Train. Returns the name of the signal that ended the run early, or None. Raises Diverged."""
@@ -61,7 +82,7 @@ class Loop:
             last = progress.step == train.total_steps
             if progress.step % train.log_every == 0 or last:
                 self._log()
-            stopped = self.services.stop.should_stop(fault=self.batches.fault() is not None)
+            stopped = self.services.stop.should_stop(fault=self.state.batches.fault() is not None)
             stopped = None if last else stopped
             saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
             if saving or (stopped and train.save_every):
@@ -74,37 +95,37 @@ class Loop:
         """One update of each network, and of the averages."""
         config, progress, sums = self.config, self.progress, {}
         for name in ENGINES:
-            set_learning_rate(self.engines[name], getattr(config.optimizer, name), progress.step,
+            set_learning_rate(self.state.engines[name], getattr(config.optimizer, name), progress.step,
                               config.train.total_steps)
-        for one in self.copies:
+        for one in self.state.copies:
             one.follow(progress.step)
-            self.speed.refresh(one.network)
-        for name, update in self.updates.items():
+            self.state.speed.refresh(one.network)
+        for name, update in self.state.updates.items():
             self.watch.mark(f"step {progress.step + 1}, data of the {name} update")
             with self.phase("data"):
-                batch = self.batches(progress.step, name)
-                if self.speed.share_generator_forward and name == "fake_score":
+                batch = self.state.batches(progress.step, name)
+                if self.state.speed.share_generator_forward and name == "fake_score":
                     batch = with_images(batch, sums["generator"].images)
             self.watch.mark(f"step {progress.step + 1}, {name} update")
-            before = self.engines[name].skipped_steps
+            before = self.state.engines[name].skipped_steps
             with self.phase(name):
                 sums[name] = self._update(update, batch)
-                self.speed.refresh(self.engines[name].module.network)
-            progress.count_skipped(name, self.engines[name].skipped_steps - before, config.train.max_skipped,
+                self.state.speed.refresh(self.state.engines[name].module.network)
+            progress.count_skipped(name, self.state.engines[name].skipped_steps - before, config.train.max_skipped,
                                    self.services.saver)
         self.watch.mark(f"step {progress.step + 1}, average")
         self.services.spikes.add(progress.step, {name: (s.losses, s.t) for name, s in sums.items()})
         progress.step += 1
         progress.images += config.train.batch_size
         with self.phase("average"):
-            self.ema.update(config.train.batch_size, progress.images)
+            self.state.ema.update(config.train.batch_size, progress.images)
         progress.add(sums["fake_score"], sums["generator"])
         self.bar.update(config.train.batch_size)
         if not self._warm:                               # (after the first step: capturing graphs gives it back)
             self._warm = True
             self.watch.mark(f"step {progress.step}, memory for checkpoints")
             with self._apart(), self.phase("checkpoint"):
-                self.services.saver.warm_up(self.engines, self.ema, self._extra_state())
+                self.services.saver.warm_up(self.state.engines, self.state.ema, self._extra_state())
 
     def _update(self, update, batch):
         try:
@@ -129,7 +150,7 @@ class Loop:
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         values |= self.services.monitor.read(step - self._timed, seconds)
         self._timed = step
-        if self.rank == 0:
+        if self.run:
             self.run.spikes(spikes)
             self.run.log(step, values | {"images": self.progress.images})
             self.bar.set_postfix(fake=f"{values['fake_score_loss']:.4g}", gen=f"{values['generator_loss']:.4g}",
@@ -140,12 +161,12 @@ class Loop:
         self.watch.mark(f"step {self.progress.step}, checkpoint")
         with self._apart(), self.phase("checkpoint"):
             self.services.saver.save(
-                self.progress.step, self.engines, self.ema,
+                self.progress.step, self.state.engines, self.state.ema,
                 self.progress.describe(self.config.train.batch_size, self.services.saver), self._extra_state())
 
     def _extra_state(self):
         """What checkpoints hold besides engines and average."""
-        return {"generator": {kind: tensors for one in self.copies for kind, tensors in one.state().items()}}
+        return {"generator": {kind: tensors for one in self.state.copies for kind, tensors in one.state().items()}}
 
     def _show(self, saving, looking=True, again=True):
         """The export that goes with a checkpoint, and if `looking` samples and measures, if it is time for them; unless
@@ -158,10 +179,10 @@ class Loop:
             return
         with self._apart(), self.watch.paused(f"step {step}, samples, measures and export"):
             with self.phase("checkpoint" if saving else "sampling"):
-                weights = self.ema.gather(lambda name: self.rank == 0)
-                if saving and self.rank == 0:
+                weights = self.state.ema.gather(lambda name: self.run is not None)
+                if saving and self.run:
                     self.preview.export(weights, f"{self.out}/export", step)
-            if self.rank == 0 and (sampling or measuring):
+            if self.run and (sampling or measuring):
                 self._look(self.preview.student(weights), sampling and (again or not self.run.has_sample(step)),
                            measuring, again or not self.run.has_measures(step))
             comm.barrier()

@@ -41,7 +41,7 @@ from sidfast.runs.identity import describe_run
 from sidfast.runs.preview import Preview
 from sidfast.teachers.fit import noise_levels
 from sidfast.training.batches import Batches, TextEncoder
-from sidfast.training.loop import Loop, Services
+from sidfast.training.loop import Loop, Services, State
 from sidfast.training.progress import Progress
 
 
@@ -52,59 +52,68 @@ def train(plan, device, stop, profile=0):
     `profile`: steps to trace. Returns the final evaluation on the first process, or None. Raises UserError for settings
     that are impossible here, RunError if the run cannot go on (Diverged), or its end could not be saved.
     """
-    rank, processes = comm.get_rank(), comm.get_world_size()
-    config, out, checkpoint, teacher, inputs = plan.config, plan.out, plan.checkpoint, plan.teacher, plan.inputs
-    dtype, latent_shape = compute_dtype(config.deepspeed), teacher.latent_shape(config.model.resolution)
-    _set_up_device(config, device)
-    channel, folder = Channel(), f"{out}/checkpoints"
-    watch = Watchdog(channel, config.train.hang_timeout, lambda: last_good(folder))
+    config, teacher = plan.config, plan.teacher
+    channel = Channel()
+    watch = Watchdog(channel, config.train.hang_timeout, lambda: last_good(_checkpoints(plan)))
+    progress = Progress.resume(read_state(plan.checkpoint)["extra"], comm.get_rank(),
+                               comm.get_world_size()) if plan.checkpoint else Progress()
+    speed = _accelerate(plan, device)
+    run, preview = _open_outputs(plan, speed, progress.step, watch)
+    flops = count_flops(config, teacher, teacher.latent_shape(config.model.resolution)) if run else None
+    state = _build(plan, speed, progress, device)
+    services = Services(
+        stop, watch, Saver(_checkpoints(plan), config.train.keep, channel, config.train.hang_timeout, _warn,
+                           plan.checkpoint, describe_run(config, plan.inputs) if run else None),
+        Spikes(config.train.spike, state.batches),
+        Monitor(state.engines, teacher.text_encoders, device, compute_dtype(config.deepspeed), config.train.batch_size,
+                comm.get_world_size(), flops, config.speed.tf32),
+        Profiler(profile, f"{plan.out}/profile", device, run), run, preview)
+    stopped = Loop(plan, state, services)()
+    return _end(plan, state, services, stopped)
 
-    # the run so far, and what it starts from
-    progress = Progress.resume(read_state(checkpoint)["extra"], rank, processes) if checkpoint else Progress()
+
+def _checkpoints(plan):
+    return f"{plan.out}/checkpoints"
+
+
+def _accelerate(plan, device):
+    """The Speed of a run, whose teacher is moved to the device."""
+    config, teacher = plan.config, plan.teacher
+    if device.type == "cuda":
+        allow_tf32(config.speed.tf32)
     for module in teacher.networks.values():
         module.to(device)
-    stages = zero_stages(config)
-    speed = resolve_acceleration(config.speed, teacher, latent_shape, largest_pass(config, config.train.micro_batch),
-                                 stages, dtype, device, capture_blocker(config.synthetic))
+    speed = resolve_acceleration(
+        config.speed, teacher, teacher.latent_shape(config.model.resolution),
+        largest_pass(config, config.train.micro_batch), zero_stages(config), compute_dtype(config.deepspeed), device,
+        capture_blocker(config.synthetic))
     torch.backends.cudnn.benchmark = not speed.fused     # (its search takes half a minute for SD 1.5, of every start)
-    if rank == 0 and speed.notes:
+    if comm.get_rank() == 0 and speed.notes:
         print(f"sidfast: plain PyTorch takes over: {'; '.join(speed.notes)}", file=sys.stderr)
-    run = RunDirectory(out, config, progress.step, speed=speed.describe(), inputs=inputs,
-                       imports=plan.imports) if rank == 0 else None
-    preview = Preview(config, teacher, run, plan.memo) if rank == 0 else None
+    return speed
+
+
+def _open_outputs(plan, speed, step, watch):
+    """(RunDirectory, Preview) of the first process, with everything that shows the teacher made: it is in fp32 and
+    memory is free. (None, None) of the others, which wait."""
+    run = preview = None
+    if comm.get_rank() == 0:
+        run = RunDirectory(plan.out, plan.config, step, speed=speed.describe(), inputs=plan.inputs,
+                           imports=plan.imports)
+        preview = Preview(plan.config, plan.teacher, run, plan.memo)
     with watch.paused("the teacher's samples and measures"):
-        if rank == 0:
-            recover_export(f"{out}/export")
-            preview.begin(progress.step)                 # while the teacher is in fp32 and memory is free
+        if run:
+            recover_export(f"{plan.out}/export")
+            preview.begin(step)
         comm.barrier()
+    return run, preview
 
-    # the networks
-    flops = count_flops(config, teacher, latent_shape) if rank == 0 else None
-    engines, sections = {}, {name: engine_config(config, name, processes) for name in ENGINES}
-    for name in ENGINES:
-        unet = copy.deepcopy(teacher.network)
-        if checkpoint:
-            unet.load_state_dict(read_tensors(checkpoint, name, "weights"))
-        engines[name] = build_engine(speed.prepare(unet), getattr(config.optimizer, name), sections[name], device)
-    teacher.network.to(dtype)
-    ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
-    copies, kind = {}, SOURCES[config.synthetic.source].copy
-    if kind:
-        unet = speed.prepare(copy.deepcopy(teacher.network))
-        copies[kind] = COPIES[kind](unet, engines["generator"], ema, config.synthetic)
-    speed.prepare(teacher.network)
-    if 3 in stages:
-        shard(teacher.network, sections[ENGINES[stages.index(3)]])
-    networks = Networks(**engines, teacher=teacher.network)
-    if checkpoint:
-        restore(checkpoint, engines, ema)
-        for one in copies.values():
-            one.restore(progress.step, lambda kind: read_tensors(checkpoint, "generator", kind))
-    trained = [e.module.network for e in engines.values()]
-    for network in (*trained, teacher.network, *(one.network for one in copies.values())):
-        speed.refresh(network)
 
-    # the data, and what is optimised
+def _build(plan, speed, progress, device):
+    """The State of a run: its networks, its data, and the updates."""
+    config, teacher = plan.config, plan.teacher
+    engines, ema, copies = _build_networks(plan, speed, progress.step, device)
+    networks, sharded = Networks(**engines, teacher=teacher.network), 3 in zero_stages(config)
     g, schedule = config.guidance, teacher.schedule.to(device)
     objective = Objective(schedule, teacher.family.predict, g.kappa1, g.kappa2, g.kappa3, g.kappa4, config.loss.alpha,
                           config.noise.t_init)
@@ -113,60 +122,85 @@ def train(plan, device, stop, profile=0):
                           speed.share_generator_forward)
     dropout = g.prompt_dropout if drops_prompts(g.kappa1, g.kappa2, g.kappa3) else 0.0
     capture = Graphs().capture if speed.cuda_graphs else None                    # one memory for all graphs
-    batches = Batches(plan.prompts, TextEncoder(teacher, dtype, capture, teacher.image_size(config.model.resolution)),
-                      noise_levels(schedule, config.noise), latent_shape, config.train, dropout, config.synthetic,
-                      source.num_extra_noise, device, rank, processes, speed.share_generator_forward)
-
-    updates = _updates(networks, objective, source, capture, 3 in stages, speed)
+    size, shape = teacher.image_size(config.model.resolution), teacher.latent_shape(config.model.resolution)
+    batches = Batches(plan.prompts, TextEncoder(teacher, compute_dtype(config.deepspeed), capture, size),
+                      noise_levels(schedule, config.noise), shape, config.train, dropout, config.synthetic,
+                      source.num_extra_noise, device, comm.get_rank(), comm.get_world_size(),
+                      speed.share_generator_forward)
+    updates = _updates(networks, objective, source, capture, sharded, speed)
     if speed.cuda_graphs:
         for name, update in updates.items():             # (all of them before the first capture takes memory for good)
             update.warm_up(batches(progress.step, name)[0])
-    services = Services(
-        stop, watch, Saver(folder, config.train.keep, channel, config.train.hang_timeout, _warn, checkpoint,
-                           describe_run(config, inputs) if rank == 0 else None),
-        Spikes(config.train.spike, batches),
-        Monitor(engines, teacher.text_encoders, device, dtype, config.train.batch_size, processes, flops,
-                 config.speed.tf32),
-        Profiler(profile, f"{out}/profile", device, run))
-    stopped = Loop(config, engines, ema, copies.values(), batches, updates, progress, run, preview, out, speed,
-                   services)()
-    services.profiler.close()
+    return State(engines, ema, list(copies.values()), speed, batches, updates, progress)
 
-    # the end
-    result = None
-    with watch.paused("the end: writing the last checkpoint, measures"):
+
+def _build_networks(plan, speed, step, device):
+    """(Engines, average, {kind: copy of the generator}) of a run at `step`; the teacher is made ready, too."""
+    config, teacher, checkpoint, stages = plan.config, plan.teacher, plan.checkpoint, zero_stages(plan.config)
+    engines, sections = {}, {name: engine_config(config, name, comm.get_world_size()) for name in ENGINES}
+    for name in ENGINES:
+        network = copy.deepcopy(teacher.network)
+        if checkpoint:
+            network.load_state_dict(read_tensors(checkpoint, name, "weights"))
+        engines[name] = build_engine(speed.prepare(network), getattr(config.optimizer, name), sections[name], device)
+    teacher.network.to(compute_dtype(config.deepspeed))
+    ema = Ema(engines["generator"], config.ema.half_life, config.ema.ramp_up)
+    copies, kind = {}, SOURCES[config.synthetic.source].copy
+    if kind:
+        network = speed.prepare(copy.deepcopy(teacher.network))
+        copies[kind] = COPIES[kind](network, engines["generator"], ema, config.synthetic)
+    speed.prepare(teacher.network)
+    if 3 in stages:
+        shard(teacher.network, sections[ENGINES[stages.index(3)]])
+    if checkpoint:
+        restore(checkpoint, engines, ema)
+        for one in copies.values():
+            one.restore(step, lambda kind: read_tensors(checkpoint, "generator", kind))
+    trained = [e.module.network for e in engines.values()]
+    for network in (*trained, teacher.network, *(one.network for one in copies.values())):
+        speed.refresh(network)
+    return engines, ema, copies
+
+
+def _end(plan, state, services, stopped):
+    """What belongs to the end of a run: what is being written, export, measures, report. Returns the final evaluation
+    on the first process, or None. Raises RunError as `_conclude` does."""
+    step, run, preview, result = state.progress.step, services.run, services.preview, None
+    services.profiler.close()
+    with services.watch.paused("the end: writing the last checkpoint, measures"):
         fault = services.saver.wait()
         if not stopped:
-            weights = ema.gather(lambda name: rank == 0)
-            if rank == 0:
-                if config.train.save_every:
-                    preview.end(weights, f"{out}/export", progress.step)
-                result = preview.evaluate("end", preview.student(weights), progress.step, again=True)
-        if rank == 0:
+            weights = state.ema.gather(lambda name: run is not None)
+            if run:
+                if plan.config.train.save_every:
+                    preview.end(weights, f"{plan.out}/export", step)
+                result = preview.evaluate("end", preview.student(weights), step, again=True)
+        if run:
             preview.wait()
             run.close()
             preview.finish()
         comm.barrier()
-    watch.close()
-    stop.finish()
+    services.watch.close()
+    services.stop.finish()
     comm.barrier()                                       # the store lives in the first process: it leaves last
-    cause = stopped == FAULT and (batches.fault() or f"data.prompts: {config.data.prompts} has changed for a process")
-    return _conclude(out, progress, stopped, fault, run, result, cause)
+    cause = stopped == FAULT and (
+        state.batches.fault() or f"data.prompts: {plan.config.data.prompts} has changed for a process")
+    return _conclude(plan.out, step, stopped, fault, run, result, cause)
 
 
-def _conclude(out, progress, stopped, fault, run, result, cause):
+def _conclude(out, step, stopped, fault, run, result, cause):
     """Say how the run ended. Raises RunError if not all of it is on disk."""
     good = last_good(f"{out}/checkpoints")
     again = "the same command goes on from there"
     if good == "none":
         again = "begin anew with another --out" if lacks_checkpoints(out) else "the same command begins anew"
     if fault:
-        raise RunError(f"step {progress.step} is not saved: {fault}. The last good checkpoint is {good}; {again}")
+        raise RunError(f"step {step} is not saved: {fault}. The last good checkpoint is {good}; {again}")
     if cause:
-        raise RunError(f"{cause}; the run stopped after step {progress.step}. Put the file back; the last checkpoint "
+        raise RunError(f"{cause}; the run stopped after step {step}. Put the file back; the last checkpoint "
                        f"is {good}, {again}")
     if stopped:
-        _warn(f"stopped by {stopped} after step {progress.step}; the last checkpoint is {good}, {again}")
+        _warn(f"stopped by {stopped} after step {step}; the last checkpoint is {good}, {again}")
     elif run is not None and run.lost:
         _warn(f"not everything could be written: {', '.join(run.lost)}")
     return result
@@ -194,8 +228,3 @@ def _all_agree(flag):
     flag = flag.to(torch.int32)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag)
-
-
-def _set_up_device(config, device):
-    if device.type == "cuda":
-        allow_tf32(config.speed.tf32)
