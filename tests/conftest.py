@@ -20,14 +20,6 @@ from sidfast.common.environment import prepare_environment
 prepare_environment()
 if "PYTEST_XDIST_WORKER" in os.environ:                  # read as PyTorch loads: the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # noqa: E402
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"                 # before Triton is imported: kernels run in its interpreter
-    import interpreter
-
-    interpreter.speed_up()
 ROOT = Path(__file__).parents[1]
 _HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
@@ -36,6 +28,20 @@ sys.path.append(str(ROOT / "bench"))                     # what benchmarks and t
 SLOWEST = ("zero", "faults", "studies_runs", "plan", "plan_command", "synthetic_runs", "resume", "evaluate", "fused",
            "fused_decoder", "fit", "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure",
            "pairs", "low_precision")
+
+
+def pytest_configure(config):
+    """Before any test is imported. Where the tests are dealt out to other processes, those have one forking process."""
+    if config.getoption("numprocesses", None):
+        os.environ["TESTS_FORKS"] = str(start_forks()[0])
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"             # before Triton is imported: kernels run in its interpreter
+        import interpreter
+
+        interpreter.speed_up()
 
 
 def pytest_collection_modifyitems(items):
@@ -94,6 +100,8 @@ def _signals_as_before():
 @pytest.fixture(scope="module", autouse=True)
 def _no_group_left():
     """Whatever a file's tests join (training in this process, for example) is over with the file."""
+    import torch
+
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -102,6 +110,8 @@ def _no_group_left():
 @pytest.fixture
 def group(monkeypatch):
     """A process group of this process alone."""
+    import torch
+
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
@@ -147,11 +157,22 @@ def start_launcher(script, *args, processes=1, port, gpu=False, **more):
 
 
 @functools.cache
+def start_forks():
+    """Start tests/forks.py, which ends with this process. Its folder, and what keeps both alive."""
+    folder = tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True)
+    return Path(folder.name), folder, subprocess.Popen(
+        [sys.executable, "tests/forks.py", folder.name], cwd=ROOT, stdin=subprocess.PIPE,
+        env=environment(0) | {"DS_ACCELERATOR": "cpu"})
+
+
 def forks():
-    """The process of tests/forks.py, which ends with this one; and a folder for what its processes say."""
-    process = subprocess.Popen([sys.executable, "tests/forks.py"], cwd=ROOT, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True, env=environment(0) | {"DS_ACCELERATOR": "cpu"})
-    return process, Path(process.stdout.readline().rstrip())
+    """The folder of the forking process that answers: of this process, or of all that the tests are dealt out to."""
+    folder = Path(os.environ["TESTS_FORKS"]) if "TESTS_FORKS" in os.environ else start_forks()[0]
+    deadline = time.monotonic() + 300
+    while not (folder / "socket").exists():
+        assert time.monotonic() < deadline, "tests/forks.py does not answer"
+        time.sleep(0.02)
+    return folder
 
 
 class Forked:
@@ -159,16 +180,19 @@ class Forked:
 
     def __init__(self, program, arguments, port, output=None, **more):
         """`output`: a file for standard output, such as a device; `more`: environment variables."""
-        server, folder = forks()
+        folder = forks()
         self._said = [Path(tempfile.mkdtemp(dir=folder)) / name for name in ("output", "errors")]
         for path in self._said:
             path.touch()                                 # (a process killed at once would leave none)
         errors = str(self._said[1])
-        server.stdin.write(json.dumps({"program": program, "arguments": [str(a) for a in arguments],
-                                       "output": output or str(self._said[0]),
-                                       "errors": errors, "environment": environment(port) | more}) + "\n")
-        server.stdin.flush()
-        self.pid, self.returncode = int(server.stdout.readline()), None
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(folder / "socket"))
+            with connection.makefile("rw") as stream:
+                stream.write(json.dumps({"program": program, "arguments": [str(a) for a in arguments],
+                                         "output": output or str(self._said[0]), "errors": errors,
+                                         "environment": environment(port) | more}) + "\n")
+                stream.flush()
+                self.pid, self.returncode = int(stream.readline()), None
         self._code = Path(f"{errors}.code")
 
     @property

@@ -1,8 +1,10 @@
 """Commands forked from this process, which has the libraries loaded: a start of PyTorch and DeepSpeed takes seconds.
 
-It says which folder its commands may write to, then reads lines of JSON on standard input: {"program": "train", "cli"
-or the path of a script, "arguments", "environment", "output": path, "errors": path}. It answers with the process id,
-and writes the exit code to ERRORS.code in the end.
+    python tests/forks.py FOLDER
+
+It makes FOLDER/socket, takes a line of JSON from each connection ({"program": "train", "cli" or the path of a script,
+"arguments", "environment", "output": path, "errors": path}) and answers with the process id. When a command has ended,
+its exit code is in ERRORS.code. The end of standard input ends this process.
 """
 
 import gc
@@ -10,8 +12,8 @@ import json
 import os
 import runpy
 import select
+import socket
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -65,29 +67,33 @@ def fork(program, arguments, environment, output, errors):
         os._exit(code)
 
 
-def main():
+def main(folder):
     """Until standard input ends."""
     errors = {}
-    while True:
-        if select.select([0], [], [], 0.02 if errors else None)[0]:
-            line = sys.stdin.buffer.raw.readline()
-            if not line:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/starting")
+        listener.listen(64)
+        os.rename(f"{folder}/starting", f"{folder}/socket")
+        while True:
+            ready = select.select([0, listener], [], [], 0.02 if errors else None)[0]
+            if 0 in ready:
                 return
-            job = json.loads(line)
-            pid = fork(**job)
-            errors[pid] = job["errors"]
-            print(pid, flush=True)
-        while errors:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            code = Path(errors.pop(pid) + ".code")
-            code.with_suffix(".partial").write_text(str(os.waitstatus_to_exitcode(status)))
-            code.with_suffix(".partial").rename(code)
+            if listener in ready:
+                connection = listener.accept()[0]
+                with connection, connection.makefile("rw") as stream:
+                    job = json.loads(stream.readline())
+                    pid = fork(**job)
+                    errors[pid] = job["errors"]
+                    stream.write(f"{pid}\n")
+            while errors:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                code = Path(errors.pop(pid) + ".code")
+                code.with_suffix(".partial").write_text(str(os.waitstatus_to_exitcode(status)))
+                code.with_suffix(".partial").rename(code)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="forks-") as folder:
-        print(folder, flush=True)
-        gc.freeze()                                      # (forked processes need not look through the libraries)
-        main()
+    gc.freeze()                                          # (forked processes need not look through the libraries)
+    main(sys.argv[1])
