@@ -135,8 +135,11 @@ def _parser():
     export.add_argument("--checkpoint", metavar="PATH", help="a folder of RUN/checkpoints (the newest)")
     export.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="of the weights (fp16)")
     export.add_argument("--teacher", metavar="DIR", help="where the run's teacher is now, if it was moved")
-    export.add_argument("--single-file", action="store_true",
-                        help="write one .safetensors for ComfyUI and A1111; --out is its name")
+    kind = export.add_mutually_exclusive_group()
+    kind.add_argument("--plain", action="store_true",
+                      help="write a stock pipeline, which needs no remote code; README.md has the recipe")
+    kind.add_argument("--single-file", action="store_true",
+                      help="write one .safetensors for ComfyUI and A1111; --out is its name")
     export.add_argument("--out", required=True, metavar="DIR", help="gets the pipeline; an export there is replaced")
     add_import_option(export)
     export.set_defaults(run=_export)
@@ -325,9 +328,10 @@ def _export(args):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")       # nothing runs on a GPU
     from sidfast.runs.export import export_checkpoint
 
-    step, sigma = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype, args.teacher, args.single_file)
-    say(f"{args.out}: the generator after {step} updates" + (
-        f"; sample it in one step from sigma {sigma:.4f}, with cfg 1" if args.single_file else ""))
+    step, sigma = export_checkpoint(args.folder, args.out, args.checkpoint, args.dtype, args.teacher, args.single_file,
+                                    args.plain)
+    hint = f"; sample it in one step from sigma {sigma:.4f}, with cfg 1" if args.single_file else ""
+    say(f"{args.out}: the generator after {step} updates" + ("; README.md says how to call it" if args.plain else hint))
 
 
 def _demo(args):

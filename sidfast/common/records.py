@@ -101,6 +101,15 @@ class Evaluations(RootModel[dict[str, Evaluation]]):
     """evaluation.json of a run."""
 
 
+class Plain(Schema):
+    """How a stock pipeline of a generator is called."""
+
+    pipeline: str
+    t_init: Count
+    noise_scale: Measure
+    shape: list[Count]
+
+
 class Distillation(Schema):
     """distillation.json of an export, and what a result says of it."""
 
@@ -111,6 +120,7 @@ class Distillation(Schema):
     settings: str | None = None
     best_by: str | None = None
     evaluation: Evaluation = Field(None)                 # absent, but never null
+    plain: Plain = Field(None)                           # as above
 
 
 def parse(raw):

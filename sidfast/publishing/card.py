@@ -7,6 +7,7 @@ from sidfast.common.errors import one_line
 from sidfast.common.files import write_atomically
 from sidfast.common.records import read_evaluations, read_metrics, read_run, recorded, training_seconds
 from sidfast.publishing.export import read_distillation
+from sidfast.publishing.plain import plain_recipe
 from sidfast.teachers.fingerprint import TEACHER
 from sidfast.teachers.folders import find_readme
 
@@ -51,10 +52,10 @@ def write_card(run, export, title, teacher=None):
     else:
         (export / "grid.png").unlink(missing_ok=True)
     name = config["model"]["teacher"]
-    place = recorded(described, "paths").get(TEACHER)
+    place, plain = recorded(described, "paths").get(TEACHER), distillation.get("plain")
     text = _card(name, place == name, teacher or str(place or name), _numbers(read_evaluations(run), distillation),
                  _settings(config, distillation, title) | _cost(run, described, step),
-                 (export / "grid.png").is_file(), title)
+                 (export / "grid.png").is_file(), title, plain_recipe(plain) if plain else _USE)
     write_atomically(export / "README.md", text)
 
 
@@ -100,12 +101,12 @@ def _cost(run, described, step):
     return rows | {name: _plain(versions[name]) for name in _VERSIONS if versions.get(name)}
 
 
-def _card(teacher, of_hub, place, numbers, settings, grid, title):
+def _card(teacher, of_hub, place, numbers, settings, grid, title, use):
     licence, terms = _licence(teacher, place)
     head = ["library_name: diffusers", "pipeline_tag: text-to-image", *licence,
             *([f"base_model: {teacher}"] if of_hub and _HUB_ID.fullmatch(teacher) else []), "tags:",
             *(f"- {tag}" for tag in _TAGS)]
-    parts = ["\n".join(["---", *head, "---"]), "# A one-step text-to-image generator", _ABOUT, _USE,
+    parts = ["\n".join(["---", *head, "---"]), "# A one-step text-to-image generator", _ABOUT, use,
              f"The oldest versions that such a folder was tried with: {OLDEST}."]
     if grid:
         parts.append("![samples: teacher, student at the start, this generator](grid.png)")

@@ -30,9 +30,10 @@ _HERE, _RENAME_EXCHANGE = -100, 2                        # AT_FDCWD; linux/fs.h
 
 
 def write_export(pipe, folder, dtype=torch.float16, distillation=None):
-    """Write a one-step pipeline to `folder` in safetensors, replacing an earlier export only once it is complete.
+    """Write a generator's pipeline to `folder` in safetensors, replacing an earlier export only once it is complete.
 
-    The folder holds the pipeline's code, so diffusers loads it with trust_remote_code and without this package.
+    The folder of a one-step pipeline holds its code, so diffusers loads it with trust_remote_code and without this
+    package; that of a stock pipeline (`plain_pipeline`) needs no code.
     `distillation` (JSON values) says where the generator comes from; see `read_distillation`. Raises OSError where
     nothing can be written, or another process is writing there; UserError for weights that `dtype` cannot hold.
     """
@@ -97,11 +98,15 @@ def _old(folder):
 
 def _write(pipe, partial, dtype, distillation):
     partial.mkdir(parents=True)
-    index = {"_class_name": [_CODE.removesuffix(".py"), _CLASS], "t_init": pipe.config.t_init}
+    ours = "t_init" in pipe.config
+    index = {"_class_name": [_CODE.removesuffix(".py"), _CLASS] if ours else type(pipe).__name__}
+    index |= {name: value for name, value in pipe.config.items() if name[0] != "_" and name not in pipe.components}
     for name, part in pipe.components.items():
-        index[name] = [_save_part(part, partial / name, dtype), type(part).__name__]
+        given = part is not None                         # (a stock pipeline has parts that may be left out)
+        index[name] = [_save_part(part, partial / name, dtype), type(part).__name__] if given else [None, None]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(inspect.getfile(type(pipe)), partial / _CODE)
+    if ours:
+        shutil.copy(inspect.getfile(type(pipe)), partial / _CODE)
     if distillation:
         (partial / _DISTILLATION).write_text(json.dumps(distillation, indent=2) + "\n")
     for path in sorted(partial.rglob("*")):
@@ -216,9 +221,16 @@ def save_tokenizer(tokenizer, folder):
 
 
 def is_one_step(folder):
-    """Whether model_index.json of a folder names the one-step pipeline."""
+    """Whether a folder is an export: its model_index.json names the one-step pipeline, or its distillation.json says
+    that a stock pipeline has such a generator."""
     try:
         index = read_index(folder, "")
     except UserError:                                    # what comes next says so
         return False
-    return index.get("_class_name") == [_CODE.removesuffix(".py"), _CLASS]
+    return index.get("_class_name") == [_CODE.removesuffix(".py"), _CLASS] or "plain" in read_distillation(folder)
+
+
+def read_start(folder):
+    """The timestep at which the generator of an export starts, as its files state it, unchecked."""
+    plain = read_distillation(folder).get("plain")
+    return plain["t_init"] if plain else read_index(folder, "").get("t_init")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sidfast.common.errors import UserError
-from sidfast.publishing.export import is_one_step
+from sidfast.publishing.export import is_one_step, read_start
 from sidfast.publishing.pipeline_class import check_unet, text_to_image_class
 from sidfast.teachers.compatibility import check_tokenizer
 from sidfast.teachers.folders import check_hub_id, download, first_reason
@@ -64,9 +64,9 @@ def load_pipeline(model, device, dtype=torch.float32, option="--model"):
     folder, what = find_pipeline(model, option), f"{option} {model}"
     if is_one_step(folder):                              # its code is ours: nothing of the folder's is run
         teacher = load_teacher(str(folder), what)
-        t_init = read_index(folder, what).get("t_init")
+        t_init = read_start(folder)
         if type(t_init) is not int or not 0 < t_init < len(teacher.schedule):
-            raise UserError(f"{what}: t_init in model_index.json must be a timestep, 1 to {len(teacher.schedule) - 1}")
+            raise UserError(f"{what}: t_init in its JSON files must be a timestep, 1 to {len(teacher.schedule) - 1}")
         return teacher.one_step_pipeline(teacher.network, t_init).to(device, dtype), True
     index = read_index(folder, what)
     refuse_code(folder, what)

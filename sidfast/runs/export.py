@@ -16,6 +16,7 @@ from sidfast.config.schema import build_config
 from sidfast.evaluation.metrics import title
 from sidfast.publishing.card import write_card
 from sidfast.publishing.export import holds_export, write_export
+from sidfast.publishing.plain import describe_plain, plain_pipeline
 from sidfast.runs.identity import check_origin, describe_distillation
 from sidfast.teachers.fingerprint import TEACHER, describe_teacher, teacher_change
 from sidfast.teachers.load import load_teacher
@@ -24,14 +25,14 @@ from sidfast.teachers.sd_single_file import write_single_file
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, single_file=False):
+def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, single_file=False, plain=False):
     """Write the average that a checkpoint holds to the folder `out`, as training writes RUN/export; all or nothing.
 
     `checkpoint`: its folder, or None for the run's newest. `teacher`: where the run's teacher is now, if it was moved.
-    `single_file`: write one .safetensors file in the original layout of Stable Diffusion instead. Returns (the number
-    of updates, the noise level sigma at which the generator starts). Raises UserError for a folder that is no run or no
-    complete checkpoint, for a teacher that is not there, for a teacher or checkpoint of another run, and for an `out`
-    that holds anything but an export.
+    `single_file`: write one .safetensors file in the original layout of Stable Diffusion instead; `plain`: write a
+    stock pipeline of diffusers (`plain_pipeline`). Returns (the number of updates, the noise level sigma at which the
+    generator starts). Raises UserError for a folder that is no run or no complete checkpoint, for a teacher that is not
+    there, for a teacher or checkpoint of another run, and for an `out` that holds anything but an export.
     """
     run, out = Path(run), Path(out)
     described = read_run(run, f"--run {run}: no run directory", "name another")
@@ -46,12 +47,14 @@ def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, sin
         network = teacher.student(read_tensors(checkpoint, "generator", "ema"), config.model.resolution)
     except RuntimeError:                                 # names or shapes of weights
         raise UserError(f"--checkpoint {checkpoint}: is not of this run's teacher, {config.model.teacher}") from None
-    pipe = teacher.one_step_pipeline(network, config.noise.t_init)
-    sigma = teacher.schedule.log_sigma(config.noise.t_init).exp().item()
-    about = describe_distillation(config, step, inputs)
+    start = config.noise.t_init
+    pipe = plain_pipeline(teacher, network) if plain else teacher.one_step_pipeline(network, start)
+    sigma, about = teacher.schedule.log_sigma(start).exp().item(), describe_distillation(config, step, inputs)
+    if plain:
+        about["plain"] = describe_plain(teacher, pipe, start, config.model.resolution)
     try:
         if single_file:
-            write_single_file(pipe, out, DTYPES[dtype], about | {"t_init": config.noise.t_init, "sigma": sigma})
+            write_single_file(pipe, out, DTYPES[dtype], about | {"t_init": start, "sigma": sigma})
         else:
             write_export(pipe, out, DTYPES[dtype], about)
             write_card(run, out, title, str(teacher.folder))
