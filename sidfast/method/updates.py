@@ -42,9 +42,9 @@ class Objective:
 
 class Batch(NamedTuple):
     """One micro-batch: conditions of N samples, and of the empty prompt (one sample); z and eps [N, C, H, W], timesteps
-    t [N], dropped [N] (bool: without text); and what a source of images may need in addition: noise
-    [N, num_extra_noise, C, H, W]; teacher_draw [N], below the share of the teacher's images for those that are its
-    own."""
+    t [N], dropped [N] (bool: without text); and what a source of images may need in addition (the generator does not):
+    noise [N, num_extra_noise, C, H, W]; teacher_draw [N], below the share of the teacher's images for those that are
+    its own."""
 
     cond: Conditions
     uncond: Conditions
@@ -52,8 +52,8 @@ class Batch(NamedTuple):
     eps: torch.Tensor
     t: torch.Tensor
     dropped: torch.Tensor
-    noise: torch.Tensor
-    teacher_draw: torch.Tensor
+    noise: torch.Tensor = torch.empty(0)
+    teacher_draw: torch.Tensor = torch.empty(0)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors in a fixed order; see `with_tensors`."""
