@@ -1,6 +1,7 @@
 """Imports between the folders of sidfast/ point down, from a floor to those below it."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -50,3 +51,13 @@ def test_an_import_that_points_up_is_seen(line):
 def test_the_paper_needs_the_kernels_alone():
     for path in (ROOT / "sidfast" / "method").glob("*.py"):
         assert set(imported(path.read_text(encoding="utf-8"))) <= {"kernels", "method", "common"}, path
+
+
+def test_the_picture_of_the_floors():
+    """docs/architecture.md shows them as they are, the highest first, and names files that exist."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^ *(\d+)  (.{36}) \S", page, re.MULTILINE)
+    assert {int(level): tuple(names.split()) for level, names in rows} == dict(enumerate(FLOORS))
+    assert [int(level) for level, _ in rows] == sorted(range(len(FLOORS)), reverse=True)
+    for path in re.findall(r"`((?:sidfast|kernels)/[\w./]+)`", page):
+        assert (ROOT / path).exists(), path

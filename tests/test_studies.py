@@ -112,7 +112,7 @@ def fails(capsys, *args):
     ({"variants": {"a": {"noise.t_init": 5000}}}, ["variants.a", "noise.t_init (5000)"]),
     ({"variants": {"a": {}, "b": {"model.teacher": "other"}}}, ["the same model.teacher"]),
     ({"variants": {"a": {}, "b": {"model.variant": "fp16"}}}, ["the same model.teacher"]),
-    ({"settings": {"model.prediction_type": "epsilon"}, "teacher": [1.5]}, ["without model.prediction_type"]),
+    ({"settings": {"model.prediction_type": "epsilon"}, "teacher": [1.5]}, ["without model.scheduler"]),
     ({"variants": {"a": {"speed.fused": True}}, "settings": {"deepspeed.bf16": {"enabled": True},
                                                              "deepspeed.fp16": {"enabled": True}}}, ["bf16 and fp16"]),
 ], ids=str)

@@ -175,7 +175,7 @@ def read_study(path):
     teachers = {run.config.model.model_copy(update={"resolution": None}).model_dump_json() for run in runs}
     if len(shapes) > 1 or len(teachers) > 1:
         raise UserError(f"{path}: all variants need the same model.teacher and the same kind of data.prompts")
-    given = [f"model.{key}" for key, value in runs[0].config.model.loading.items() if value is not None]
+    given = [f"model.{key}" for key, value in runs[0].config.model.loading.items() if value]
     if file.teacher and given:
         raise UserError(f"{path}: teacher measures the teacher as its files are, without {', '.join(given)}; leave one "
                         "of them out")
