@@ -125,17 +125,17 @@ def test_trace(profiled):
 
 @pytest.mark.parametrize("steps, left", [(3, []), (4, ["trace-1-steps.json"]), (9, ["trace-5-steps.json"])])
 def test_trace_is_named_by_its_steps(write_config, tmp_path, steps, left):
-    run = RunDirectory(tmp_path, load_config(write_config()), 0)
+    run = RunDirectory(tmp_path / "run", load_config(write_config()), 0)
     trace(run, steps)
-    assert [path.name for path in tmp_path.glob("profile/*")] == left
+    assert [path.name for path in run.out.glob("profile/*")] == left
     run.close()
 
 
 def test_trace_on_a_full_disk_ends_nothing(capfd, write_config, tmp_path):
-    run = RunDirectory(tmp_path, load_config(write_config()), 0)
+    run = RunDirectory(tmp_path / "run", load_config(write_config()), 0)
     with files_up_to(5000):
         trace(run, 9)
-    assert run.lost == ["the trace"] and not list((tmp_path / "profile").iterdir())
+    assert run.lost == ["the trace"] and not list((run.out / "profile").iterdir())
     assert "sidfast: the trace could not be written: PyTorch's profiler found no room, or" in capfd.readouterr().err
     run.close()
 

@@ -283,4 +283,4 @@ def test_run_directory_is_complete(whole):
 
     board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
-    assert [e.step for e in board.Scalars("generator_loss")] == [step for step, *_ in losses(whole)]
+    assert [e.step for e in board.Scalars("loss/generator")] == [step for step, *_ in losses(whole)]

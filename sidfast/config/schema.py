@@ -94,6 +94,9 @@ class Train(Section):
                                                       "spikes.jsonl; null for never")
     sample_every: int = Field(500, ge=1, description="steps between sample grids")
     samples: int = Field(8, ge=0, description="images in a sample grid; 0 for none")
+    tracker: Literal["wandb"] | None = Field(
+        None, description="another place for numbers, samples and configuration besides metrics.jsonl and TensorBoard: "
+                          "wandb, Weights & Biases (pip install 'sidfast[wandb]')")
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -1,4 +1,4 @@
-"""The run directory: configuration, metrics, TensorBoard events, sample grids, export. Written by the first process."""
+"""The run directory: configuration, metrics, trackers, sample grids, export. Written by the first process."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ from sidfast.checkpoints.store import by_age, checkpoint_fault
 from sidfast.common.errors import RunError, UserError
 from sidfast.common.files import is_temporary, replacing, sweep, write_atomically
 from sidfast.common.records import EVALUATIONS, LINES, read_evaluations, read_lines, read_metrics
+from sidfast.monitoring.trackers import open_trackers
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import save_grid
 from sidfast.runs.identity import check_settings, locate_inputs, read_own
@@ -100,6 +101,7 @@ class RunDirectory:
         about = json.dumps(_describe(config) | {"started": started} | facts, indent=2) + "\n"
         try:
             self._open(about, step)
+            self._trackers = open_trackers(config.train.tracker, self.out, config.model_dump(), step, started)
         except WRITE_ERRORS as error:
             raise RunError(f"the run cannot begin: {describe(error)} in {out}") from None
 
@@ -110,18 +112,17 @@ class RunDirectory:
         write_atomically(self.out / "config.json", about)          # the first file: by it `open_run` knows a run
         (self.out / "samples").mkdir(exist_ok=True)
         self._metrics, self._spikes = (LineFile(self.out / name, step) for name in LINES)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
 
     def log(self, step, values):
-        """One line of metrics.jsonl, and TensorBoard scalars."""
+        """One line of metrics.jsonl, and its numbers for the trackers."""
         with self.attempt("a line of metrics.jsonl (it will come with the next)"):
             self._metrics.write({"step": step} | values)
-        with self.attempt("TensorBoard's events"):
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(key, value, step)
+        self._track("scalars", step, {key: value for key, value in values.items() if isinstance(value, (int, float))})
+
+    def _track(self, what, *values):
+        for tracker in self._trackers:
+            with self.attempt(tracker.name):
+                getattr(tracker, what)(*values)
 
     def spikes(self, lines):
         """Lines of spikes.jsonl."""
@@ -146,6 +147,7 @@ class RunDirectory:
         """Save a sample grid (of `image_grid`)."""
         with self.attempt("a sample grid"), replacing(self._sample_of(step)) as file:
             save_grid(picture, file)
+        self._track("image", step, picture)
 
     def has_sample(self, step):
         """Whether the sample grid of a step is there."""
@@ -168,9 +170,8 @@ class RunDirectory:
         return known.get(name) if values is None else values
 
     def close(self):
-        """Write what TensorBoard still holds."""
-        with self.attempt("TensorBoard's events"):
-            self._board.close()
+        """Write what the trackers still hold."""
+        self._track("close")
 
 
 class LineFile:

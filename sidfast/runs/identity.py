@@ -22,7 +22,7 @@ PROMPTS = "data.prompts"
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
 _FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
          "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
-         "train.spike", "evaluation", "speed", "deepspeed")
+         "train.spike", "train.tracker", "evaluation", "speed", "deepspeed")
 _SHARED = "speed.share_generator_forward"                # a variant of the method
 _LATER = ((_SHARED, False), ("data.prompts_column", None), ("model.variant", None), ("model.revision", None))
 # (keys that older runs do not have, at their defaults)

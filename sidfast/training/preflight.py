@@ -29,6 +29,7 @@ from sidfast.data.lengths import LOOKED_AT, cut_note
 from sidfast.engines.engine import ENGINES, check_batch, engine_section, offloads, zero_stages
 from sidfast.engines.validate import check_sections, validate_deepspeed
 from sidfast.method.synthetic import capture_blocker
+from sidfast.monitoring.trackers import check_tracker
 from sidfast.planning.fit import find_micro_batch
 from sidfast.runs.directory import open_run
 from sidfast.runs.evaluate import check_measures
@@ -66,6 +67,7 @@ def check_config(config: Config, processes: int) -> Any:
     """
     check_paths({"model.teacher": config.model.teacher, "data.prompts": config.data.prompts,
                  "evaluation.assets": config.evaluation.assets})
+    check_tracker(config.train.tracker)
     check_batch(config, processes)
     check_sections(config)
     return training_prompts(config.data.prompts, config.train.seed, config.synthetic, config.data.prompts_column,
