@@ -18,9 +18,9 @@ def group_norm(groups, silu):
     return compute
 
 
-def layer_norm(x, weight, bias, residual=None):
-    """(h, LayerNorm of h) for h = x + residual [..., C]."""
-    h = x if residual is None else x + residual
+def layer_norm(x, weight, bias, residual=None, bias_of_x=None):
+    """(h, LayerNorm of h) for h = x + bias_of_x + residual [..., C]."""
+    h = sum((v for v in (bias_of_x, residual) if v is not None), x)
     return h, F.layer_norm(h, h.shape[-1:], weight, bias)
 
 

@@ -87,42 +87,24 @@ def geglu_backward(dy, x, sums_type=None):
     return dx, sum_rows(sums, sums_type) if sums_type else None
 
 
-@torch.library.custom_op("sidfast::geglu", mutates_args=(), schema="(Tensor x) -> Tensor")
-def _forward(x):
-    return geglu_forward(x)
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias_in_x):
+        ctx.save_for_backward(x)
+        return geglu_forward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        return geglu_backward(dy.contiguous(), x, x.dtype if ctx.needs_input_grad[1] else None)
 
 
-@_forward.register_fake
-def _(x):
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@torch.library.custom_op("sidfast::geglu_backward", mutates_args=(), schema="(Tensor dy, Tensor x) -> Tensor")
-def _backward(dy, x):
-    return geglu_backward(dy, x)[0]
-
-
-@_backward.register_fake
-def _(dy, x):
-    return torch.empty_like(x)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy):
-    return _backward(dy.contiguous(), *ctx.saved_tensors)
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def geglu(x):
+def geglu(x, bias_in_x=None):
     """The first half of x times the exact GELU of the second: [..., 2F] -> [..., F], in any of fp32, bf16, fp16.
 
-    Differentiable. ValueError if the last dimension is odd.
+    bias_in_x [2F]: what x contains already, and what gets its gradient here (in x's type). Differentiable. ValueError
+    if the last dimension is odd.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"geglu: {x.shape[-1]} channels have no two halves")
-    return _forward(x.contiguous()) if triton_runs_on(x) else geglu_reference(x)
+    return _Geglu.apply(x.contiguous(), bias_in_x) if triton_runs_on(x) else geglu_reference(x)

@@ -273,71 +273,44 @@ def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residua
     return dxs, dweight, dbias, dshift
 
 
-@torch.library.custom_op("sidfast::group_norm", mutates_args=(), schema=(
-    "(Tensor x, Tensor? other, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps, bool silu)"
-    " -> (Tensor, Tensor, Tensor)"))
-def _forward(x, other, weight, bias, shift, groups, eps, silu):
-    xs = [x] if other is None else [x, other]
-    y, saved = group_norm_forward(xs, [add_channel_stats(v)[1] for v in xs], weight, bias, groups, eps, shift, silu)
-    return y, *saved
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, stats, other, other_stats, shift, weight, bias, groups, eps, silu):
+        xs, all_stats = ([x], [stats]) if other is None else ([x, other], [stats, other_stats])
+        all_stats = [add_channel_stats(v)[1] if sums is None else sums for v, sums in zip(xs, all_stats, strict=True)]
+        y, saved = group_norm_forward(xs, all_stats, weight, bias, groups, eps, shift, silu)
+        ctx.save_for_backward(weight, bias, *saved, *xs)
+        ctx.groups, ctx.silu = groups, silu
+        ctx.set_materialize_grads(False)
+        return y, x, other
+
+    @staticmethod
+    def backward(ctx, dy, *residuals):
+        weight, bias, channel, rstd, *xs = ctx.saved_tensors
+        _, _, _, _, shift, need_weight, need_bias, *_ = ctx.needs_input_grad
+        residuals = [None if d is None else d.contiguous() for d in residuals[:len(xs)]]
+        if dy is None:
+            return residuals[0], None, residuals[1] if len(xs) == 2 else None, *[None] * 7
+        dxs, dweight, dbias, dshift = group_norm_backward(
+            dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, residuals,
+            need_weight or need_bias, shift)
+        dother = dxs[1] if len(dxs) == 2 else None
+        return dxs[0], None, dother, None, dshift, dweight, dbias, None, None, None
 
 
-@_forward.register_fake
-def _(x, other, weight, bias, shift, groups, eps, silu):
-    N, C = x.shape[0], weight.shape[0]
-    return (x.new_empty(*x.shape[:-1], C), x.new_empty(N, 3, C, dtype=torch.float32),
-            x.new_empty(N, groups, dtype=torch.float32))
+def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None, stats=None, other_stats=None):
+    """(y, x, other): GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C];
+    then SiLU or not. Whatever else reads x and other should read those returned: their gradients are then added inside
+    the backward kernel.
 
-
-@torch.library.custom_op("sidfast::group_norm_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor x, Tensor? other, Tensor weight, Tensor bias, Tensor channel, Tensor rstd, int groups,"
-    " bool silu, bool affine, bool shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
-def _backward(dy, x, other, weight, bias, channel, rstd, groups, silu, affine, shift):
-    xs = [x] if other is None else [x, other]
-    dxs, dweight, dbias, dshift = group_norm_backward(dy, xs, (channel, rstd), weight, bias, groups, silu, None, affine,
-                                                      shift)
-    # An operator returns tensors that share no memory; an empty one stands for what was not asked for.
-    outputs = (dxs[-1] if len(dxs) == 2 else None, dweight, dbias.clone() if affine else None, dshift)
-    return dxs[0], *(x.new_empty(0) if v is None else v for v in outputs)
-
-
-@_backward.register_fake
-def _(dy, x, other, weight, bias, channel, rstd, groups, silu, affine, shift):
-    N, C = x.shape[0], weight.shape[0]
-    dother = x.new_empty(0) if other is None else torch.empty_like(other)
-    dweight, dbias = (weight.new_empty(C) if affine else x.new_empty(0) for _ in range(2))
-    return torch.empty_like(x), dother, dweight, dbias, weight.new_empty(N, C) if shift else x.new_empty(0)
-
-
-def _setup_context(ctx, inputs, output):
-    x, other, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
-    ctx.shift_type = None if shift is None else shift.dtype
-    ctx.save_for_backward(x, other, weight, bias, *output[1:])
-
-
-def _differentiate(ctx, dy, *_):
-    x, other, weight, bias, channel, rstd = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    affine = needs[2] or needs[3]
-    dx, dother, dweight, dbias, dshift = _backward(dy.contiguous(), x, other, weight, bias, channel, rstd, ctx.groups,
-                                                   ctx.silu, affine, needs[4])
-    return (dx, dother if needs[1] else None, dweight.to(weight.dtype) if affine else None,
-            dbias.to(bias.dtype) if affine else None, dshift.to(ctx.shift_type) if needs[4] else None, None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
-    """GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C]; then SiLU or not.
-
-    weight, bias [C], C = C1 + C2; any of fp32, bf16, fp16 (y has x's type). Differentiable in all tensors. ValueError
-    if groups do not divide C, and of the kernels for shapes that do not fit.
+    weight, bias [C], C = C1 + C2; stats, other_stats: add_channel_stats' of x and other, computed where None; any of
+    fp32, bf16, fp16 (y has x's type). Differentiable in all other tensors. ValueError if groups do not divide C, and
+    of the kernels for shapes that do not fit.
     """
     C = x.shape[-1] + (0 if other is None else other.shape[-1])
     if C % groups:
         raise ValueError(f"group_norm: {C} channels do not divide into {groups} groups")
     if not triton_runs_on(x):
-        return group_norm_reference(x, weight, bias, groups, eps, silu, shift, other)
-    x, weight, bias, other, shift = (None if v is None else v.contiguous() for v in (x, weight, bias, other, shift))
-    return _forward(x, other, weight, bias, shift, groups, eps, silu)[0]
+        return group_norm_reference(x, weight, bias, groups, eps, silu, shift, other), x, other
+    x, other, shift, weight, bias = (None if v is None else v.contiguous() for v in (x, other, shift, weight, bias))
+    return _GroupNorm.apply(x, stats, other, other_stats, shift, weight, bias, groups, eps, silu)

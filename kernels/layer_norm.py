@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from sidfast.kernels.backend import UNFUSED, require, share, triton_runs_on, widen
-from sidfast.kernels.channel_stats import sum_rows
+from sidfast.kernels.channel_stats import column_sums, sum_rows
 
 
 def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None, bias_of_x=None):
@@ -139,65 +139,34 @@ def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
     return dh, *(sum_rows(sums.flatten(1), weight.dtype).view(3, C) if affine else (None, None, None))
 
 
-@torch.library.custom_op("sidfast::layer_norm", mutates_args=(), schema=(
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)"))
-def _forward(x, residual, weight, bias, eps):
-    h, *rest = layer_norm_forward(x, weight, bias, eps, residual)
-    return x.new_empty(0) if residual is None else h, *rest          # an operator returns none of its inputs
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, bias_of_x, eps):
+        h, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual, bias_of_x)
+        ctx.save_for_backward(h, mean, rstd, weight)
+        ctx.set_materialize_grads(False)
+        return h, y
+
+    @staticmethod
+    def backward(ctx, dh, dy):
+        h, mean, rstd, weight = ctx.saved_tensors
+        _, need_residual, *need_sums, _ = ctx.needs_input_grad
+        dh = None if dh is None else dh.contiguous()
+        if dy is None:                                   # (weight and bias have no part in h)
+            sums = None, None, column_sums(dh.flatten(0, -2), dh.dtype) if need_sums[2] else None
+        else:
+            dh, *sums = layer_norm_backward(dy.contiguous(), h, mean, rstd, weight, dh, any(need_sums))
+        return dh, dh if need_residual else None, *(v if need else None for v, need in zip(
+            sums, need_sums, strict=True)), None
 
 
-@_forward.register_fake
-def _(x, residual, weight, bias, eps):
-    h = x.new_empty(0) if residual is None else torch.empty_like(x)
-    return h, torch.empty_like(x), *(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2))
+def layer_norm(x, weight, bias, eps=1e-5, residual=None, bias_of_x=None):
+    """(h, y): h = x + bias_of_x + residual (x itself without them), y = LayerNorm of h over the last dimension.
 
-
-@torch.library.custom_op("sidfast::layer_norm_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor h, Tensor mean, Tensor rstd, Tensor weight, Tensor? dh, bool affine)"
-    " -> (Tensor, Tensor, Tensor)"))
-def _backward(dy, h, mean, rstd, weight, dh, affine):
-    dh, dweight, dbias, _ = layer_norm_backward(dy, h, mean, rstd, weight, dh, affine)
-    # An operator returns tensors that share no memory; an empty one stands for what was not asked for.
-    return (dh, dweight, dbias.clone()) if affine else (dh, h.new_empty(0), h.new_empty(0))
-
-
-@_backward.register_fake
-def _(dy, h, mean, rstd, weight, dh, affine):
-    dweight, dbias = (weight.new_empty(h.shape[-1]) if affine else h.new_empty(0) for _ in range(2))
-    return torch.empty_like(h), dweight, dbias
-
-
-def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, _ = inputs
-    h, _, mean, rstd = output
-    ctx.types = weight.dtype, bias.dtype
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if residual is None else h, mean, rstd, weight)
-
-
-def _differentiate(ctx, dh, dy, *_):
-    h, mean, rstd, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    affine = needs[2] or needs[3]
-    if dy is None:
-        return dh, dh, None, None, None
-    dh = dh.contiguous() if dh is not None and needs[1] else None
-    dh, dweight, dbias = _backward(dy.contiguous(), h, mean, rstd, weight, dh, affine)
-    return (dh, dh if needs[1] else None, dweight.to(ctx.types[0]) if affine else None,
-            dbias.to(ctx.types[1]) if affine else None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def layer_norm(x, weight, bias, eps=1e-5, residual=None):
-    """(h, y): h = x + residual (x itself without one), y = LayerNorm of h over the last dimension.
-
-    x, residual [..., C], weight, bias [C], in any of fp32, bf16, fp16; h and y have x's type. Differentiable in all.
-    ValueError of the kernels for shapes that do not fit.
+    x, residual [..., C], weight, bias, bias_of_x [C], in any of fp32, bf16, fp16; h and y have x's type. Differentiable
+    in all. ValueError of the kernels for shapes that do not fit.
     """
     if not triton_runs_on(x):
-        return layer_norm_reference(x, weight, bias, eps, residual)
-    x, weight, bias, residual = (None if v is None else v.contiguous() for v in (x, weight, bias, residual))
-    h, y, *_ = _forward(x, residual, weight, bias, eps)
-    return x if residual is None else h, y
+        return layer_norm_reference(x, weight, bias, eps, residual, bias_of_x)
+    x, residual, *vectors = (None if v is None else v.contiguous() for v in (x, residual, weight, bias, bias_of_x))
+    return _LayerNorm.apply(x, residual, *vectors, eps)

@@ -100,8 +100,8 @@ def launch_everything(dtype):
         x, other = draw(1, 16, 16, width), draw(1, 16, 16, skip) if skip else None
         weight, bias, shift = draw(width + skip), draw(width + skip), draw(1, width + skip)
         inputs = [v for v in (x, weight, bias, other, shift) if v is not None]
-        all_gradients([group_norm(x, weight, bias, 32, silu=True, shift=shift, other=other)], *inputs)
-        all_gradients([group_norm(x, weight, bias, 32, other=other)], x)
+        all_gradients(group_norm(x, weight, bias, 32, silu=True, shift=shift, other=other)[:1], *inputs)
+        all_gradients(group_norm(x, weight, bias, 32, other=other)[:1], x)
         all_gradients(layer_norm(x, weight[:width], bias[:width], residual=x.detach()), x, weight, bias)
         all_gradients(layer_norm(x, weight[:width].detach(), bias[:width].detach())[1:], x)
         with torch.no_grad():
@@ -120,7 +120,7 @@ def launch_everything(dtype):
     for width in (8, 12, 66):                            # nothing that 16 bytes divide: an element a thread
         x, weight, bias = draw(3, 5, width), draw(width), draw(width)
         all_gradients(layer_norm(x, weight, bias, residual=x.detach()), x, weight, bias)
-        all_gradients([group_norm(x, weight, bias, 2, silu=True)], x, weight, bias)
+        all_gradients(group_norm(x, weight, bias, 2, silu=True)[:1], x, weight, bias)
         all_gradients([geglu(x)], x)
 
 

@@ -57,6 +57,13 @@ def test_sums_of_the_gradient(dtype, device):
     assert torch.equal(dx, again) and torch.equal(dx, alone) and torch.equal(sums, sums_again)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bias_in_the_input_gets_its_gradient(device):
+    x, bias, dy = random_tensors(device, torch.float32, x=(2, 35, 66), bias=(66,), dy=(2, 35, 33)).values()
+    dx, dbias = torch.autograd.grad(geglu(x, bias), (x, bias), dy)
+    assert error(dbias, dx.double().sum((0, 1))) < BOUND
+
+
 def test_errors():
     with pytest.raises(ValueError, match="7 channels have no two halves"):
         geglu(torch.randn(3, 7))

@@ -34,7 +34,7 @@ def tensors_of(case, device, dtype, shift=True, **options):
 
 
 def norm(groups, silu):
-    return lambda x, weight, bias, **options: group_norm(x, weight, bias, groups, silu=silu, **options)
+    return lambda x, weight, bias, **options: group_norm(x, weight, bias, groups, silu=silu, **options)[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,6 +133,21 @@ def test_some_gradients_only(device):
     want = torch.autograd.grad(y, tensors["x"], dy)
     frozen = {name: v if name == "x" else v.detach() for name, v in tensors.items()}
     assert torch.equal(*torch.autograd.grad(compute(**frozen), tensors["x"], dy), *want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_come_back(device):
+    """Unchanged; what others make of them adds to their gradients, also where y itself is unused."""
+    tensors = tensors_of("odd, seam in a group", device, torch.float32)
+    y, x, other = group_norm(**tensors, groups=6)
+    assert torch.equal(x, tensors["x"]) and torch.equal(other, tensors["other"])
+    leaves, dys = [tensors["x"], tensors["other"]], output_gradients((y, x, other), y.dtype)
+    plain = torch.autograd.grad(y, leaves, dys[0], retain_graph=True)
+    both = torch.autograd.grad((y, x, other), leaves, dys, retain_graph=True)
+    for g, p, d in zip(both, plain, dys[1:], strict=True):
+        assert error(g, p.double() + d.double()) < 1e-6
+    without_y = torch.autograd.grad((x, other), leaves, dys[1:])
+    assert all(torch.equal(g, d) for g, d in zip(without_y, dys[1:], strict=True))
 
 
 def test_errors():

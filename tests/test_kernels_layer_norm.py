@@ -13,9 +13,10 @@ ALL = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if dtype == torch.
 LARGE = [(16, 4096, 320), (16, 256, 1280)]
 
 
-def tensors_of(device, dtype, shape, residual=True, **options):
+def tensors_of(device, dtype, shape, residual=True, bias_of_x=False, **options):
     C = shape[-1:]
-    return random_tensors(device, dtype, x=shape, weight=C, bias=C, residual=shape if residual else None, **options)
+    return random_tensors(device, dtype, x=shape, weight=C, bias=C, residual=shape if residual else None,
+                          bias_of_x=C if bias_of_x else None, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -34,9 +35,9 @@ def test_layer_norm_at_full_size(shape, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=10, derandomize=True, deadline=None)
-@given(T=st.integers(1, 60), C=st.integers(8, 300), residual=st.booleans())
-def test_any_shape(device, T, C, residual):
-    assert_matches(layer_norm, None, tensors_of(device, torch.float32, (T, C), residual))
+@given(T=st.integers(1, 60), C=st.integers(8, 300), residual=st.booleans(), bias_of_x=st.booleans())
+def test_any_shape(device, T, C, residual, bias_of_x):
+    assert_matches(layer_norm, None, tensors_of(device, torch.float32, (T, C), residual, bias_of_x))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -107,7 +108,7 @@ def test_frozen_network_has_the_same_input_gradient(dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("used", [0, 1], ids=["h only", "y only"])
 def test_one_output_used(used, device):
-    tensors = tensors_of(device, torch.float32, (35, 66))
+    tensors = tensors_of(device, torch.float32, (35, 66), bias_of_x=True)
     wide = widened(tensors)
     dy = random_tensors(device, torch.float32, seed=1, dy=(35, 66))["dy"].detach()
     got = torch.autograd.grad(layer_norm(**tensors)[used], list(tensors.values()), dy, allow_unused=True)

@@ -1,9 +1,9 @@
-"""The kernels as PyTorch operators: torch.compile, CUDA graphs, and machines that run no kernel."""
+"""Norms and GEGLU in CUDA graphs, and on machines that run no kernel."""
 
 import pytest
 import torch
 from conftest import environment
-from helpers_kernels import DEVICES, output_gradients, random_tensors
+from helpers_kernels import output_gradients, random_tensors
 from sidfast.kernels.backend import triton_runs_on
 from sidfast.kernels.geglu import geglu
 from sidfast.kernels.group_norm import group_norm
@@ -11,9 +11,9 @@ from sidfast.kernels.layer_norm import layer_norm
 
 X, C = (2, 35, 12), (12,)
 FUNCTIONS = {
-    "group_norm": lambda x, weight, bias, **_: group_norm(x, weight, bias, 4),
+    "group_norm": lambda x, weight, bias, **_: group_norm(x, weight, bias, 4)[0],
     "group_norm, all": lambda x, weight, bias, shift, other, **_: group_norm(
-        x, torch.cat((weight, bias)), torch.cat((bias, weight)), 4, silu=True, shift=shift, other=other),
+        x, torch.cat((weight, bias)), torch.cat((bias, weight)), 4, silu=True, shift=shift, other=other)[0],
     "layer_norm": lambda x, weight, bias, **_: layer_norm(x, weight, bias)[1],
     "layer_norm, residual": lambda x, weight, bias, other, **_: torch.cat(layer_norm(x, weight, bias, residual=other)),
     "geglu": lambda x, **_: geglu(x),
@@ -31,29 +31,6 @@ def run(compute, tensors):
 
 def same(a, b):
     return (a is None and b is None) or torch.equal(a, b)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, pick", [
-    ("group_norm", lambda x, weight, bias, shift, other: (x, None, weight, bias, None, 4, 1e-5, False)),
-    ("group_norm", lambda x, weight, bias, shift, other: (
-        x, other, weight.repeat(2), bias.repeat(2), shift, 4, 1e-5, True)),
-    ("layer_norm", lambda x, weight, bias, shift, other: (x, None, weight, bias, 1e-5)),
-    ("layer_norm", lambda x, weight, bias, shift, other: (x, other, weight, bias, 1e-5)),
-    ("geglu", lambda x, weight, bias, shift, other: (x,)),
-], ids=list(FUNCTIONS))
-def test_operators_keep_their_contract(name, pick, device):
-    """PyTorch's own checks: schema, fake implementation, autograd, also with symbolic sizes."""
-    torch.library.opcheck(getattr(torch.ops.sidfast, name).default, pick(**tensors_on(device)))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_compiled_whole(name, device):
-    """One graph without breaks, the same bits."""
-    compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
-    tensors = tensors_on(device)
-    assert all(same(a, b) for a, b in zip(run(compiled, tensors), run(FUNCTIONS[name], tensors), strict=True))
 
 
 @pytest.mark.gpu
@@ -81,7 +58,7 @@ def test_cuda_graph(name):
 def test_without_gpu_the_references_are_used(monkeypatch):
     monkeypatch.setattr("sidfast.kernels.backend.INTERPRETED", False)
     for module in ("group_norm", "layer_norm", "geglu"):
-        monkeypatch.delattr(f"sidfast.kernels.{module}._forward")
+        monkeypatch.delattr(f"sidfast.kernels.{module}.{module}_forward")
     tensors = tensors_on("cpu")
     assert not triton_runs_on(tensors["x"])
     for compute in FUNCTIONS.values():

@@ -16,7 +16,6 @@ from sidfast.accel.prepacked import Prepacked, channels_last, concat_rows
 from sidfast.accel.unet_ops import (
     add,
     conv,
-    geglu,
     group_norm,
     joint_linear,
     layer_norm,
@@ -24,6 +23,7 @@ from sidfast.accel.unet_ops import (
     projections,
     upsample_conv,
 )
+from sidfast.kernels.geglu import geglu
 from sidfast.kernels.upsample import combine_taps
 
 

@@ -18,9 +18,8 @@ import torch
 
 from sidfast.accel.prepacked import channels_last, concat_rows
 from sidfast.kernels.channel_stats import add_channel_stats, column_sums
-from sidfast.kernels.geglu import geglu_backward, geglu_forward
-from sidfast.kernels.group_norm import group_norm_backward, group_norm_forward
-from sidfast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from sidfast.kernels.group_norm import group_norm as fused_group_norm
+from sidfast.kernels.layer_norm import layer_norm as fused_layer_norm
 from sidfast.kernels.upsample import combine_taps, interleave, separate, separate_taps
 
 _aten = torch.ops.aten
@@ -50,18 +49,12 @@ def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=Non
     x [N, H, W, C1], skip [N, H, W, C2]; stats of both from `conv`; shift [N, C1 + C2]; y [N, H, W, C1 + C2]. Use the
     returned x and skip for whatever else reads them.
     """
-    return _GroupNorm.apply(x, stats, skip, skip_stats, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return fused_group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift, skip, stats, skip_stats)
 
 
 def layer_norm(x, norm, bias_of_x=None, residual=None):
     """(h, y): h = x + bias_of_x + residual, y = LayerNorm `norm` (a module) of h; all [N, S, C], `bias_of_x` [C]."""
-    return _LayerNorm.apply(x, residual, norm.weight, norm.bias, bias_of_x, norm.eps)
-
-
-def geglu(x, bias_in_x):
-    """First half times the GELU of the second: [N, S, 2F] -> [N, S, F]. `bias_in_x` [2F]: what x contains already, and
-    what gets its gradient here."""
-    return _Geglu.apply(x, bias_in_x)
+    return fused_layer_norm(x, norm.weight, norm.bias, norm.eps, residual, bias_of_x)
 
 
 def add(x, bias_of_x, residual):
@@ -70,7 +63,7 @@ def add(x, bias_of_x, residual):
 
 
 def linear(x, weight, bias=None):
-    """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K], detached, has its gradient from `geglu`."""
+    """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K], detached, has its gradient from GEGLU."""
     return _Linear.apply(x, weight, bias)
 
 
@@ -202,58 +195,6 @@ class _JointLinear(torch.autograd.Function):
         if need_weight:
             dweight = torch.cat([_weight_gradient(dy, v) for v in inputs if v is not None], 1).view_as(weight)
         return (dy @ matrix[:, :ctx.C1] if need_x else None, dy @ matrix[:, ctx.C1:] if need_skip else None, dweight)
-
-
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, stats, skip, skip_stats, shift, weight, bias, groups, eps, silu):
-        xs, all_stats = ([x], [stats]) if skip is None else ([x, skip], [stats, skip_stats])
-        y, saved = group_norm_forward(xs, all_stats, weight, bias, groups, eps, shift, silu)
-        ctx.save_for_backward(weight, bias, *saved, *xs)
-        ctx.groups, ctx.silu = groups, silu
-        ctx.set_materialize_grads(False)
-        return y, x, skip
-
-    @staticmethod
-    def backward(ctx, dy, *beside):
-        weight, bias, channel, rstd, *xs = ctx.saved_tensors
-        _, _, _, _, shift, need_weight, need_bias, *_ = ctx.needs_input_grad
-        beside = [None if d is None else d.contiguous() for d in beside[:len(xs)]]
-        dxs, dweight, dbias, dshift = group_norm_backward(
-            dy.contiguous(), xs, (channel, rstd), weight, bias, ctx.groups, ctx.silu, beside,
-            need_weight or need_bias, shift)
-        dskip = dxs[1] if len(dxs) == 2 else None
-        return dxs[0], None, dskip, None, dshift, dweight, dbias, None, None, None
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, bias_of_x, eps):
-        h, y, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual, bias_of_x)
-        ctx.save_for_backward(h, mean, rstd, weight)
-        ctx.set_materialize_grads(False)
-        return h, y
-
-    @staticmethod
-    def backward(ctx, dh, dy):
-        h, mean, rstd, weight = ctx.saved_tensors
-        _, need_residual, *need_sums, _ = ctx.needs_input_grad
-        dh, *sums = layer_norm_backward(dy.contiguous(), h, mean, rstd, weight,
-                                        None if dh is None else dh.contiguous(), any(need_sums))
-        return dh, dh if need_residual else None, *(v if need else None for v, need in zip(
-            sums, need_sums, strict=True)), None
-
-
-class _Geglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias_in_x):
-        ctx.save_for_backward(x)
-        return geglu_forward(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        [x] = ctx.saved_tensors
-        return geglu_backward(dy.contiguous(), x, x.dtype if ctx.needs_input_grad[1] else None)
 
 
 class _Projections(torch.autograd.Function):
