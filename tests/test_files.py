@@ -141,13 +141,13 @@ def test_file_system_that_cannot_flush_folders(tmp_path, monkeypatch, capsys, er
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(export, "_exchange", lambda *_: False)                   # nor exchange two names
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)                   # nor exchange two names
     tell_once.cache_clear()
     for step in (1, 2):
         write_atomically(tmp_path / "file", f"{step}")
         write_checkpoint(tmp_path / "checkpoints", step, {"a": torch.ones(2)})
         (tmp_path / "new").mkdir()
-        export.replace_folder(tmp_path / "new", tmp_path / "export")
+        files.replace_folder(tmp_path / "new", tmp_path / "export")
     assert (tmp_path / "file").read_text() == "2" and (tmp_path / "export").is_dir()
     assert checkpoint.checkpoint_fault(tmp_path / "checkpoints" / "step-00000002") is None
     assert capsys.readouterr().err == ("sidfast: the file system cannot flush files or folders "

@@ -18,6 +18,7 @@ from sidfast.checkpoints import saver as saving
 from sidfast.checkpoints import store as checkpoint
 from sidfast.checkpoints.format import file_name
 from sidfast.checkpoints.saver import Saver
+from sidfast.common import files
 from sidfast.common.channel import Channel
 from sidfast.common.errors import Unfailing
 from sidfast.publishing import export
@@ -201,9 +202,9 @@ def folder_with(path, text):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_export_takes_the_place_of_the_one_before(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(export, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     for text in ("first", "second"):
-        export.replace_folder(folder_with(tmp_path / ".export.partial", text), tmp_path / "export")
+        files.replace_folder(folder_with(tmp_path / ".export.partial", text), tmp_path / "export")
         assert [p.name for p in tmp_path.iterdir()] == ["export"]
         assert (tmp_path / "export" / "file").read_text() == text
 

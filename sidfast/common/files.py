@@ -1,9 +1,10 @@
-"""Files that are whole or absent, also after a power cut; locks; and what commands check of an --out.
+"""Files and folders that are whole or absent, also after a power cut; locks; and what commands check of an --out.
 
 Temporary files and locks may lie in a folder that others can write to: none is ever opened through a link.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -20,6 +21,7 @@ from sidfast.common.errors import UserError, check_paths, tell_once
 _PREFIX, _SUFFIX = ".sidfast-", ".partial"               # of temporary files
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _LONG_AGO = 3600                                         # seconds; no write takes that long
+_HERE, _RENAME_EXCHANGE = -100, 2                        # of Linux
 
 
 @contextlib.contextmanager
@@ -44,6 +46,93 @@ def replacing(path, durable=True):
         raise
     if durable:
         flush(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_by_name(path):
+    """The same, durable, for writers that want a name: a path at which they write the file."""
+    path = Path(path)
+    with temporary_folder(path.parent) as folder:
+        new = folder / path.name
+        yield new
+        _settle(folder)
+        new.replace(path)
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder):
+    """A new folder that takes the place of `folder` when the block ends, or is removed if the block raises.
+
+    A kill leaves nothing half-written in that place; `recover_folder` then removes what it left next to it. Two
+    processes at once would mix their files: see `locked`.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    new = _partial(folder)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        _settle(new)
+        replace_folder(new, folder)
+    except BaseException:
+        remove(new)
+        raise
+
+
+def replace_folder(new, folder):
+    """Put a finished folder in another's place, at one moment where the file system can exchange two names."""
+    old = _old(folder)
+    remove(old)
+    if not folder.exists():
+        new.rename(folder)
+    elif _exchange(new, folder):
+        new.rename(old)
+    else:
+        folder.rename(old)                               # between these two, `recover_folder` knows the way back
+        new.rename(folder)
+    flush(folder.parent)
+    remove(old)
+
+
+def recover_folder(folder):
+    """Undo what a process that was killed inside `replacing_folder` left: nothing half-written, and the folder if there
+    was one."""
+    old = _old(folder)
+    if old.is_dir() and not old.is_symlink() and not folder.exists():
+        old.rename(folder)
+    for left in (_partial(folder), old):
+        remove(left)
+
+
+def _partial(folder):
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _old(folder):
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _exchange(a, b):
+    """Exchange two names by Linux's renameat2; False where that is not possible."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+def _settle(folder):
+    """Make what is in a folder survive a power cut, its files in the mode of any new file (safetensors writes such as
+    their owner alone can read)."""
+    usual = _temporary_name(folder)
+    usual.touch()
+    for path in Path(folder).rglob("*"):
+        if path != usual:
+            if path.is_file():
+                shutil.copymode(usual, path)
+            flush(path)
+    usual.unlink()
 
 
 @contextlib.contextmanager
@@ -171,6 +260,33 @@ def drop_lock(file):
     """Give a lock of `take_lock` back, and remove its file."""
     Path(file.name).unlink(missing_ok=True)
     file.close()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Whether this process alone has the lock at `path`, for the block (`take_lock`)."""
+    lock = take_lock(path)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            drop_lock(lock)
+
+
+def is_locked(path):
+    """Whether a process has the lock at `path`. Never makes the file, nor keeps others from the lock."""
+    place = path
+    while True:
+        try:
+            with open(place, "rb", opener=open_no_link) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or place != path:
+                return False
+            place = _stand_in(path)                      # (a file system without locks)
 
 
 def check_file(out, suffix):

@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import ctypes
 import errno
 import inspect
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sidfast.common.errors import UserError
-from sidfast.common.files import drop_lock, flush, remove, take_lock
+from sidfast.common.files import locked, recover_folder, replacing_folder
 from sidfast.common.records import Distillation, load
 from sidfast.teachers.untrusted import read_index
 from sidfast.teachers.weights import check_exportable
@@ -26,7 +24,6 @@ _CODE, _CLASS = "pipeline.py", "OneStepPipeline"         # of every family's exp
 _OLD_PREFIX = "text_model."                              # of a text encoder's weights in transformers 4
 _DISTILLATION = "distillation.json"
 _CONTENTS = {"model_index.json", _CODE, _DISTILLATION, "README.md", "grid.png"}            # besides the parts
-_HERE, _RENAME_EXCHANGE = -100, 2                        # AT_FDCWD; linux/fs.h
 
 
 def write_export(pipe, folder, dtype=torch.float16, distillation=None):
@@ -41,14 +38,8 @@ def write_export(pipe, folder, dtype=torch.float16, distillation=None):
     with _writing(folder) as alone:
         if not alone:
             raise BlockingIOError(errno.EWOULDBLOCK, f"another process is writing an export to {folder}")
-        _recover(folder)
-        partial = _partial(folder)
-        try:
-            _write(pipe, partial, dtype, distillation)
-        except BaseException:
-            remove(partial)
-            raise
-        replace_folder(partial, folder)
+        with replacing_folder(folder) as new:
+            _write(pipe, new, dtype, distillation)
 
 
 def holds_export(folder):
@@ -63,7 +54,7 @@ def recover_export(folder):
     was one."""
     with _writing(Path(folder)) as alone:
         if alone:                                        # (or else nothing was left: it is being written)
-            _recover(Path(folder))
+            recover_folder(Path(folder))
 
 
 @contextlib.contextmanager
@@ -72,47 +63,22 @@ def _writing(folder):
     if not folder.parent.is_dir():
         yield True
         return
-    lock = take_lock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            drop_lock(lock)
+    with locked(folder.with_name(f".{folder.name}.lock")) as alone:
+        yield alone
 
 
-def _recover(folder):
-    old = _old(folder)
-    if old.is_dir() and not old.is_symlink() and not folder.exists():
-        old.rename(folder)
-    for left in (_partial(folder), old):
-        remove(left)
-
-
-def _partial(folder):
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _old(folder):
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _write(pipe, partial, dtype, distillation):
-    partial.mkdir(parents=True)
+def _write(pipe, folder, dtype, distillation):
     ours = "t_init" in pipe.config
     index = {"_class_name": [_CODE.removesuffix(".py"), _CLASS] if ours else type(pipe).__name__}
     index |= {name: value for name, value in pipe.config.items() if name[0] != "_" and name not in pipe.components}
     for name, part in pipe.components.items():
         given = part is not None                         # (a stock pipeline has parts that may be left out)
-        index[name] = [_save_part(part, partial / name, dtype), type(part).__name__] if given else [None, None]
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        index[name] = [_save_part(part, folder / name, dtype), type(part).__name__] if given else [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if ours:
-        shutil.copy(inspect.getfile(type(pipe)), partial / _CODE)
+        shutil.copy(inspect.getfile(type(pipe)), folder / _CODE)
     if distillation:
-        (partial / _DISTILLATION).write_text(json.dumps(distillation, indent=2) + "\n")
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():                               # (safetensors writes files that their owner alone can read)
-            shutil.copymode(partial / "model_index.json", path)
-        flush(path)
+        (folder / _DISTILLATION).write_text(json.dumps(distillation, indent=2) + "\n")
 
 
 def _save_part(part, folder, dtype):
@@ -126,30 +92,6 @@ def _save_part(part, folder, dtype):
     else:
         save_module(part, folder, dtype)
     return "transformers" if isinstance(part, (PreTrainedModel, PreTrainedTokenizerBase)) else "diffusers"
-
-
-def replace_folder(new, folder):
-    """Put a finished folder in another's place, at one moment where the file system can exchange two names."""
-    old = _old(folder)
-    remove(old)
-    if not folder.exists():
-        new.rename(folder)
-    elif _exchange(new, folder):
-        new.rename(old)
-    else:
-        folder.rename(old)                               # between these two, `recover_export` knows the way back
-        new.rename(folder)
-    flush(folder.parent)
-    remove(old)
-
-
-def _exchange(a, b):
-    """Exchange two names by Linux's renameat2; False where that is not possible."""
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    return call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
 def read_distillation(folder):

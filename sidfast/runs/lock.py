@@ -1,7 +1,6 @@
 """One job at a time in a run directory."""
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 from sidfast.common.errors import UserError, tell
-from sidfast.common.files import check_folder, drop_lock, open_no_link, take_lock
+from sidfast.common.files import check_folder, drop_lock, is_locked, take_lock
 
 NAME = ".lock"
 _held = {}                                               # a lock lives as long as its process
@@ -95,7 +94,7 @@ def _leave(path, made):
 def _wait(out, path, patience):
     """Until no other job holds the lock."""
     deadline = time.monotonic() + patience
-    while _is_taken(path) and not _is_ours(path):
+    while is_locked(path) and not _is_ours(path):
         if time.monotonic() > deadline:
             raise _taken(out, path)
         time.sleep(0.1)
@@ -104,17 +103,6 @@ def _wait(out, path, patience):
 def _taken(out, path):
     return UserError(f"--out {out}: another job is training there ({_holder(path)}); end it first, or choose another "
                      "folder")
-
-
-def _is_taken(path):
-    try:
-        with open(path, "rb", opener=open_no_link) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:                                      # no such file, or a file system without locks
-        return False
-    return False
 
 
 def _is_ours(path):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sidfast.common.errors import UserError
-from sidfast.common.files import drop_lock, take_lock, write_atomically
+from sidfast.common.files import locked, write_atomically
 from sidfast.common.records import MOST, Count, Measure, RunFile, Schema, load
 from sidfast.config.schema import build_config
 from sidfast.evaluation.results import MetricName
@@ -63,12 +63,8 @@ def reserved(out, run):
     """
     path = Path(out) / run.folder.with_name(f".{run.folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(path)
-    try:
-        yield lock is not None
-    finally:
-        if lock:
-            drop_lock(lock)
+    with locked(path) as alone:
+        yield alone
 
 
 def read_record(out, run, name=RESULT):

@@ -11,16 +11,13 @@ for which they would assume wrong ones is refused.
 
 import json
 import re
-import shutil
-import tempfile
-from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 
 from sidfast.common.errors import UserError
-from sidfast.common.files import flush
+from sidfast.common.files import replacing_by_name
 from sidfast.teachers.weights import check_exportable
 
 _UNET = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "act_fn": "silu", "norm_num_groups": 32,
@@ -70,14 +67,8 @@ def write_single_file(pipe, path, dtype=torch.float16, about=None):
                 "modelspec.architecture": f"stable-diffusion-v{2 if second else 1}",
                 "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[
                     pipe.scheduler.config.prediction_type], "sidfast": json.dumps(about or {})}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        whole, usual = Path(folder) / "whole", Path(folder) / "usual"
-        save_file(tensors, whole, metadata)
-        usual.touch()
-        shutil.copymode(usual, whole)                    # (safetensors writes files that their owner alone can read)
-        flush(whole)
-        whole.replace(path)
-    flush(path.parent)
+    with replacing_by_name(path) as new:
+        save_file(tensors, new, metadata)
 
 
 def original_layout(pipe):
