@@ -24,7 +24,7 @@ def replayed(log):
         static = [v.detach().clone() for v in function() or ()]
 
         def replay():
-            log.append(function.__name__.removeprefix("_run_"))
+            log.append(function.func.__name__.removeprefix("_run_"))
             for old, new in zip(static, function() or (), strict=True):
                 old.copy_(new.detach())
 

@@ -6,25 +6,36 @@ import torch
 
 
 class GraphedStep:
-    """A whole training step (no arguments, tensors out), replayed as one CUDA graph where there is a GPU.
+    """`function(*tensors)`, replayed as one CUDA graph where there is a GPU, for tensors of the shapes of `inputs`.
 
-    Calling it runs the step once more and returns the step's outputs, which the next call overwrites. Building it
-    runs `warmup` steps for real, so that lazy initialisation (cuDNN's search, optimizer state, constants) is over
-    before capture. Without a GPU every call just runs the step.
+    Calling it copies the tensors to where the graph reads them, runs the function once more and returns its outputs,
+    which the next call overwrites. Building it runs `warmup` calls for real, so that lazy initialisation (cuDNN's
+    search, optimizer state, constants) is over before capture. Without a GPU every call just runs the function.
+    `capture`: Graphs.capture, or a stand-in for it that is used without a GPU too; by default the graph has memory of
+    its own.
     """
 
-    def __init__(self, step, device, warmup=3):
-        self._step, self._replay = step, None
-        if device.type == "cuda":
-            warm_up(step, device, warmup)
-            self._replay, self._outputs = Graphs().capture(step)
+    def __init__(self, function, device, inputs=(), warmup=3, capture=None):
+        self._inputs = [value.clone() for value in inputs]
+        self._run, self._replay = functools.partial(function, *self._inputs), None
+        if capture or device.type == "cuda":
+            warm_up(self._run, device, warmup)
+            self._replay, self._outputs = (capture or Graphs().capture)(self._run)
 
-    def __call__(self):
-        """The step's outputs."""
+    def __call__(self, *tensors):
+        """The function's outputs. Raises ValueError for other shapes than those of `inputs`."""
+        for static, value in zip(self._inputs, tensors, strict=True):
+            if static.shape != value.shape:
+                raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
+            static.copy_(value)
         if self._replay is None:
-            return self._step()
+            return self._run()
         self._replay()
         return self._outputs
+
+    def fits(self, tensors):
+        """Whether tensors have the shapes of `inputs`."""
+        return [value.shape for value in tensors] == [static.shape for static in self._inputs]
 
 
 class Graphs:

@@ -24,18 +24,15 @@ class Replayed:
 
     def __init__(self, function, rows):
         self.function, self.rows = function, rows
-        self._inputs = self._step = None
+        self._step = None
 
     def __call__(self, *tensors):
         """function(*tensors), a tensor of its own. The first batch of `rows` rows is captured."""
-        if self._inputs is None and len(tensors[0]) == self.rows:
-            self._inputs = [t.clone() for t in tensors]
-            self._step = GraphedStep(lambda: self.function(*self._inputs), tensors[0].device, warmup=2)
-        if self._inputs is None or any(t.shape != i.shape for t, i in zip(tensors, self._inputs, strict=True)):
+        if self._step is None and len(tensors[0]) == self.rows:
+            self._step = GraphedStep(self.function, tensors[0].device, tensors, warmup=2)
+        if self._step is None or not self._step.fits(tensors):
             return self.function(*tensors)
-        for static, value in zip(self._inputs, tensors, strict=True):
-            static.copy_(value)
-        return self._step().clone()
+        return self._step(*tensors).clone()
 
 
 def fuse_pipeline(pipe, rows, name):

@@ -2,7 +2,7 @@
 
 import torch
 
-from sidfast.accel.graphs import warm_up
+from sidfast.accel.graphs import GraphedStep, warm_up
 from sidfast.common.errors import NothingFinite
 from sidfast.kernels.accumulate import accumulate
 
@@ -77,7 +77,7 @@ class GradientAccumulator:
     def __init__(self, trained, compute, leave_out, sums=None, capture=None, agree=None):
         self._network, self._flat, self._compute, self._leave_out = trained.network, trained.flat, compute, leave_out
         self._shared, self._capture, self._agree = sums or GradientBuffers(), capture, agree
-        self._sums = self._inputs = self._loss = self._finite = None
+        self._sums = self._loss = self._finite = None
         self._warm, self._adder = False, _BucketedAdd()
         self._forward = None if capture else self._run_forward
         self._backward = None if capture else self._run_backward
@@ -106,8 +106,7 @@ class GradientAccumulator:
         """Run both passes for real, as is needed before capture. Losses that share memory are best all warmed up before
         the first is captured: what this takes is then given back before the graphs' own memory grows."""
         self._prepare()
-        self._inputs = [v.clone() for v in tensors]
-        warm_up(lambda: (self._run_forward(), self._run_backward()), self._weight.device, 2)
+        warm_up(lambda: (self._run_forward(*tensors), self._run_backward()), self._weight.device, 2)
         self._warm = True
 
     def _prepare(self):
@@ -133,11 +132,12 @@ class GradientAccumulator:
     def _capture_both(self, tensors):
         if not self._warm:
             self.warm_up(*tensors)
-        self._forward, self._static = self._capture(self._run_forward)
-        self._backward, _ = self._capture(self._run_backward)
+        device = self._weight.device
+        self._forward = GraphedStep(self._run_forward, device, tensors, 0, self._capture)
+        self._backward = GraphedStep(self._run_backward, device, (), 0, self._capture)
 
-    def _run_forward(self):
-        self._loss, finite, *others = self._compute(self._network, *self._inputs)
+    def _run_forward(self, *inputs):
+        self._loss, finite, *others = self._compute(self._network, *inputs)
         self._finite = finite.all()
         return self._finite, finite, *others
 
@@ -169,15 +169,8 @@ class GradientAccumulator:
 
     def _run(self, tensors):
         """(flag, *outcome) of the forward pass, as tensors of their own."""
-        if not self._capture:
-            self._inputs = tensors
-            return self._forward()
-        for static, value in zip(self._inputs, tensors, strict=True):
-            if static.shape != value.shape:
-                raise ValueError(f"captured for a tensor of shape {tuple(static.shape)}, got {tuple(value.shape)}")
-            static.copy_(value)
-        self._forward()
-        return [v.clone() for v in self._static]
+        outputs = self._forward(*tensors)
+        return [v.clone() for v in outputs] if self._capture else outputs
 
 
 class _Flush(torch.autograd.Function):

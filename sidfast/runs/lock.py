@@ -42,13 +42,7 @@ def claimed(out, first, patience=45):
 
 def is_claimed(out):
     """Whether a job is at work in the run directory `out`."""
-    try:
-        lock = take_lock(Path(out).resolve() / NAME)
-    except OSError:                                      # (no such folder, or one that cannot be written)
-        return False
-    if lock is not None:
-        drop_lock(lock)
-    return lock is None
+    return is_locked(Path(out).resolve() / NAME)
 
 
 def _hold(out, path, patience):
