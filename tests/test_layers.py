@@ -1,45 +1,27 @@
-"""Imports between the folders of sidfast/ point down, from a floor to those below it."""
+"""Imports between the folders of sidfast/ point down, from a floor to those below it; files and functions are short."""
 
-import ast
 import re
 
 import pytest
 from conftest import ROOT
+from count_house import FLOORS, LEVEL, family_words, functions, imported, modules, place_of, ups
 
-FLOORS = (("kernels", "common"), ("method",), ("config", "data", "accel"), ("teachers", "engines"),
-          ("checkpoints", "monitoring", "publishing"), ("evaluation",), ("runs", "toy"), ("planning",), ("training",),
-          ("train", "studies"), ("cli",), ("__main__",))
-LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-MODULES = [path.relative_to(ROOT / "sidfast") for path in sorted((ROOT / "sidfast").rglob("*.py"))]
+PACKAGE = modules("sidfast")
+LONGEST = {"sidfast/cli.py": 130, "sidfast/training/trainer.py": 109}         # on the way to 60, as all others
 
 
-def place_of(path):
-    """The folder, or the module at the top, that a path belongs to."""
-    return path.parts[0].removesuffix(".py")
-
-
-def imported(source):
-    """The places of sidfast that a module imports from, inside functions too."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "sidfast":
-            yield from [node.module.split(".")[1]] if "." in node.module else [name.name for name in node.names]
-        elif isinstance(node, ast.Import):
-            yield from [name.name.split(".")[1] for name in node.names if name.name.startswith("sidfast.")]
-
-
-def ups(source, here):
-    """The places above `here` that a module imports from."""
-    return sorted({place for place in imported(source) if LEVEL[place] > LEVEL[here]})
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def test_every_folder_has_a_floor():
-    assert {place_of(path) for path in MODULES} - {"__init__", "kernels"} == LEVEL.keys() - {"kernels"}
+    assert {place_of(path) for path in PACKAGE} - {"__init__", "kernels"} == LEVEL.keys() - {"kernels"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_imports_point_down(path):
     if place_of(path) != "__init__":
-        assert ups((ROOT / "sidfast" / path).read_text(encoding="utf-8"), place_of(path)) == []
+        assert ups(path.read_text(encoding="utf-8"), place_of(path)) == []
 
 
 @pytest.mark.parametrize("line", ["from sidfast.training import loop", "from sidfast import cli",
@@ -49,8 +31,26 @@ def test_an_import_that_points_up_is_seen(line):
 
 
 def test_the_paper_needs_the_kernels_alone():
-    for path in (ROOT / "sidfast" / "method").glob("*.py"):
+    for path in modules("sidfast/method"):
         assert set(imported(path.read_text(encoding="utf-8"))) <= {"kernels", "method", "common"}, path
+
+
+@pytest.mark.parametrize("path", modules("sidfast", "kernels", "bench"), ids=name_of)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+    assert [found for found in functions(path) if found[0] > LONGEST.get(name_of(path), 60)] == []
+
+
+def test_few_files_in_training():
+    assert len(modules("sidfast/training")) < 10
+
+
+@pytest.mark.parametrize("line, words", [
+    ("from diffusers import UNet2DConditionModel", ["UNet2DConditionModel"]), ("scheduler.config.prediction_type",
+    ["prediction_type"]), ("betas = scheduler.alphas_cumprod", ["betas", "alphas_cumprod"]),
+    ('both = {"betas": (0.0, 0.9)}', []), ("Adam(p, betas=(0, 1))", []), ('group["betas"][0]', [])])
+def test_words_of_a_family_are_seen(line, words):
+    assert [word for _, word in family_words(line)] == words
 
 
 def test_the_picture_of_the_floors():
