@@ -14,7 +14,16 @@ from PIL import Image
 from sidfast.checkpoints import store as checkpoint
 from sidfast.common import files
 from sidfast.common.errors import tell_once
-from sidfast.common.files import remove, replacing, sweep, temporary_folder, write_atomically
+from sidfast.common.files import (
+    recover_folder,
+    remove,
+    replacing,
+    replacing_by_name,
+    replacing_folder,
+    sweep,
+    temporary_folder,
+    write_atomically,
+)
 from sidfast.evaluation.rows import FolderRows
 from sidfast.publishing import export
 from sidfast.runs.directory import RunDirectory
@@ -43,6 +52,45 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, content):
             raise KeyboardInterrupt
         assert path.exists() and b"half" not in path.read_bytes(), before
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    """With files in the mode of any new file; after a failure, and after a kill, the one before is still there."""
+    folder = tmp_path / "folder"
+    for content in ("first", "second"):
+        with replacing_folder(folder) as new:
+            (new / "part").mkdir()
+            (new / "part" / "file").touch(mode=0o600)
+            (new / "part" / "file").write_text(content)
+        with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as new:
+            (new / "half").touch()
+            raise KeyboardInterrupt
+        (tmp_path / ".folder.partial").mkdir()           # of a process that was killed
+        assert [str(p.relative_to(folder)) for p in sorted(folder.rglob("*"))] == ["part", "part/file"]
+        assert (folder / "part" / "file").read_text() == content
+        assert stat.S_IMODE((folder / "part" / "file").stat().st_mode) == 0o666 & ~_umask()
+    recover_folder(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_written_by_its_name_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OSError), replacing_by_name(path) as new:
+        new.write_text("half")
+        raise OSError
+    assert path.read_text() == "old"
+    with replacing_by_name(path) as new:
+        new.touch(mode=0o600)
+        new.write_text("new")
+    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def _umask():
+    before = os.umask(0)
+    os.umask(before)
+    return before
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from sidfast.common.errors import UserError
-from sidfast.common.files import remove
+from sidfast.common.files import check_folder, replacing_folder
 from sidfast.teachers.families import ARCHITECTURES
 from sidfast.teachers.tokenizer import build_tokenizer
 
@@ -16,14 +16,9 @@ def write_random_teacher(architecture, folder, device, seed=0):
     All or nothing. Raises UserError for a folder that is not empty, or cannot be made.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: is there already; choose another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        remove(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made ({error.strerror})") from None
     family, tokenizer = ARCHITECTURES[architecture], build_tokenizer()           # (of the shapes world alone)
     torch.manual_seed(seed)
     with torch.device(device):
@@ -35,7 +30,5 @@ def write_random_teacher(architecture, folder, device, seed=0):
     for part, encoder in family.tokenizers.items():
         parts[part] = build_tokenizer()
         parts[part].model_max_length = networks[encoder].config.max_position_embeddings
-    family.pipeline_of(parts).save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    with replacing_folder(folder) as new:
+        family.pipeline_of(parts).save_pretrained(new)

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessor
 
 from sidfast.common.errors import UserError
-from sidfast.common.files import check_folder, remove
+from sidfast.common.files import check_folder, replacing_folder
 from sidfast.data import shapes
 from sidfast.evaluation.attributes import correct, load_checker, save_checker
 from sidfast.evaluation.evaluate import evaluate, pipeline_generator
@@ -137,20 +137,16 @@ def _round_to_fp16(*modules):
 
 
 def _write(out, pipe, clip, checker, tokenizer, numbers, card):
-    partial = out / ".partial"
-    remove(partial)
-    pipe.save_pretrained(partial / "teacher")
-    for name in ("vae", "unet"):                         # again, in fp16; transformers would load it as fp16,
-        save_module(getattr(pipe, name), partial / "teacher" / name)            # so the text encoder stays in fp32
-    save_module(clip, partial / "clip")
-    tokenizer.save_pretrained(partial / "clip")
-    CLIPImageProcessor(size=_SIDE, crop_size=_SIDE, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-                       ).save_pretrained(partial / "clip")
-    save_checker(checker, partial / "checker")
-    (partial / "teacher" / "README.md").write_text(card, encoding="utf-8")
-    (partial / "teacher" / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    for name in _WRITTEN:
-        if os.path.lexists(out / name):
-            (out / name).rename(partial / f"old-{name}")
-        (partial / name).rename(out / name)
-    remove(partial)
+    with replacing_folder(out / "teacher") as folder:
+        pipe.save_pretrained(folder)
+        for name in ("vae", "unet"):                     # again, in fp16; transformers would load it as fp16,
+            save_module(getattr(pipe, name), folder / name)                      # so the text encoder stays in fp32
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    with replacing_folder(out / "clip") as folder:
+        save_module(clip, folder)
+        tokenizer.save_pretrained(folder)
+        CLIPImageProcessor(size=_SIDE, crop_size=_SIDE, do_center_crop=False, image_mean=[0.5] * 3,
+                           image_std=[0.5] * 3).save_pretrained(folder)
+    with replacing_folder(out / "checker") as folder:
+        save_checker(checker, folder)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from sidfast.accel.graphs import warm_up
+from sidfast.accel.graphs import GraphedStep
 from sidfast.data.diversity import fixed_z
 from sidfast.data.lines import PromptsChanged
 from sidfast.method.conditions import split
@@ -32,7 +32,7 @@ class TextEncoder:
         self.teacher, self.dtype, self.size = teacher, dtype, size or teacher.image_size()
         with torch.no_grad():
             self.uncond = self._cast(teacher.family.encode_empty(teacher, self.size))
-        self._capture, self._replay = capture if teacher.family.capturable(teacher) else None, None
+        self._capture, self._step = capture if teacher.family.capturable(teacher) else None, None
 
     def tokenize(self, prompts):
         """N prompts -> token ids [N, ...] on the CPU, from where a GPU can fetch them by itself."""
@@ -45,13 +45,9 @@ class TextEncoder:
         ids = ids.to(self.teacher.device, non_blocking=True)
         if self._capture is None:
             return self._encode(ids)
-        if self._replay is None:
-            self._ids = ids.clone()
-            warm_up(lambda: self._encode(self._ids), ids.device, 2)
-            self._replay, self._cond = self._capture(lambda: self._encode(self._ids))
-        self._ids.copy_(ids)
-        self._replay()
-        return {name: value.clone() for name, value in self._cond.items()}
+        if self._step is None:
+            self._step = GraphedStep(self._encode, ids.device, [ids], 2, self._capture)
+        return {name: value.clone() for name, value in self._step(ids).items()}
 
     @torch.no_grad()
     def _encode(self, ids):
