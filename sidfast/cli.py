@@ -80,8 +80,9 @@ def _parser():
     judge.add_argument("--seed-offset", type=int, default=0, metavar="S", help="image i has seed S + i (0)")
     judge.add_argument("--metrics", metavar="LIST",
                        help="of fid,kid,clip,precision,recall,diversity,accuracy (fid,clip; of shapes accuracy too)")
-    judge.add_argument("--features", metavar="NETWORK", help="inception:FILE or clip:FOLDER")
-    judge.add_argument("--clip", metavar="FOLDER", help="of a transformers CLIP, for clip and diversity")
+    judge.add_argument("--features", metavar="NETWORK", help="inception:FILE, clip:FOLDER, or clip:HUB_ID")
+    judge.add_argument("--clip", metavar="FOLDER",
+                       help="of a transformers CLIP, or its hub id, for clip and diversity")
     judge.add_argument("--steps", type=int, metavar="N", help="of a model that takes several (50)")
     judge.add_argument("--guidance", type=float, metavar="G", help="of a model that takes several steps (1.5)")
     judge.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the model (fp32)")

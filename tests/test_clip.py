@@ -14,6 +14,7 @@ from helpers_input import edit, fails
 from PIL import Image
 from random_judges import write_inception
 from safetensors.torch import load_file, save_file
+from test_teacher_files import Hub
 
 from sidfast import cli
 from sidfast.common.errors import UserError
@@ -241,3 +242,45 @@ def test_the_command_says_which_option(clip, tmp_path, capsys):
         line = fails(capsys, cli.main, "evaluate", "--model", tmp_path / "images", "--prompts",
                      tmp_path / "prompts.txt", "--out", tmp_path / "r.json", *options)
         assert words in line and not (tmp_path / "r.json").exists()
+
+
+# ---- of the hub
+
+
+def test_clip_of_the_hub(clip, tmp_path, monkeypatch):
+    """Its safetensors and tokenizer alone are downloaded; a result names the id and the commit."""
+    (clip / "onnx").mkdir()
+    for name in ("pytorch_model.bin", "model.py", "onnx/config.json", "onnx/model.safetensors",
+                 "model.fp16.safetensors"):
+        (clip / name).write_bytes(b"{}")
+    hub = Hub(clip, tmp_path / "0123abc")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    (tmp_path / "images").mkdir()
+    for n in range(2):
+        Image.new("RGB", (64, 64), (90 * n, 0, 0)).save(tmp_path / "images" / f"{n}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    results = []
+    for name in ("someone/clip", ASSETS / "clip"):
+        assert cli.main(["evaluate", "--model", str(tmp_path / "images"), "--prompts", str(tmp_path / "prompts.txt"),
+                         "--metrics", "clip", "--clip", str(name), "--out", str(tmp_path / "r.json")]) == 0
+        results.append(json.loads((tmp_path / "r.json").read_text()))
+    ours, plain = results
+    assert ours["metrics"] == plain["metrics"] and ours["clip"]["sha256"] == plain["clip"]["sha256"]
+    assert (ours["clip"]["weights"], ours["clip"]["revision"]) == ("someone/clip", "0123abc")
+    assert "revision" not in plain["clip"]
+    assert sorted(p.name for p in hub.cache.rglob("*")) == sorted(p.name for p in (ASSETS / "clip").iterdir())
+    assert load_features("clip:someone/clip", "cpu").path == "someone/clip"
+
+
+def test_hub_that_does_not_give_it(clip, tmp_path, monkeypatch):
+    """A line that says why; a path is never looked up, and a model without safetensors is refused."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    for name in (tmp_path / "gone", "./gone/clip", "gone.safetensors"):
+        with pytest.raises(UserError, match="no CLIP in"):
+            load_clip(name, "cpu")
+    with pytest.raises(UserError, match=r"^--features clip:someone/clip: someone/clip is not a folder here, and the "):
+        load_features("clip:someone/clip", "cpu")
+    (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(clip, tmp_path / "0123abc"))
+    with pytest.raises(UserError, match=r"^--clip someone/clip: .* has no weights"):
+        load_clip("someone/clip", "cpu")

@@ -188,8 +188,10 @@ class Evaluation(Section):
     seeds_per_prompt: int = Field(1, ge=1, le=10**9, description="images of each prompt; diversity needs 2 or more")
     reference: str | None = Field(None, description="folder of real images, or an .npz with mu and sigma; the shapes "
                                                     "world is drawn")
-    features: str | None = Field(None, description="inception:FILE or clip:FOLDER; the shapes world has its own")
-    clip: str | None = Field(None, description="folder of the CLIP of the CLIP score; the shapes world has its own")
+    features: str | None = Field(None, description="inception:FILE, or clip: and a folder or hub id; the shapes world "
+                                                   "has its own")
+    clip: str | None = Field(None, description="folder or hub id of the CLIP of the CLIP score; the shapes world has "
+                                               "its own")
     resize: int | None = Field(None, ge=1, le=16384, description="side to which images are brought first, in pixels")
     filter: Literal["bicubic", "bilinear", "lanczos"] = Field("bicubic", description="of resize, antialiased")
     assets: str = Field("assets", description="folder with the clip and checker of `sidfast teacher`")

@@ -18,7 +18,7 @@ from sidfast.data import shapes
 from sidfast.evaluation.preprocessing import Preprocessing, read_preprocessing
 from sidfast.teachers.clip import tokenize
 from sidfast.teachers.compatibility import check_tokenizer
-from sidfast.teachers.folders import first_reason
+from sidfast.teachers.folders import find_network, first_reason, is_hub_id
 from sidfast.teachers.load import check_finite_weights, load_network
 from sidfast.teachers.untrusted import read_config, refuse_pickles
 
@@ -35,8 +35,8 @@ class ClipFeatures:
     the small CLIP by default.
     """
 
-    def __init__(self, clip, tokenizer, preprocess=None, path=None, sha256=None):
-        self.clip, self.tokenizer, self.path, self.sha256 = clip, tokenizer, path, sha256
+    def __init__(self, clip, tokenizer, preprocess=None, path=None, sha256=None, revision=None):
+        self.clip, self.tokenizer, self.path, self.sha256, self.revision = clip, tokenizer, path, sha256, revision
         side = clip.config.vision_config.image_size
         self.preprocess = preprocess or Preprocessing(side, resize=(side, side))
         self.dimension = clip.config.projection_dim
@@ -74,7 +74,8 @@ class ClipFeatures:
     def describe(self):
         """What a result says of it."""
         return {"network": f"CLIP{self.suffix.replace('_', ' ')}", "weights": self.path, "sha256": self.sha256,
-                "dimension": self.dimension, "preprocessing": self.preprocess.describe()}
+                "dimension": self.dimension, "preprocessing": self.preprocess.describe(),
+                **({"revision": self.revision} if self.revision else {})}
 
 
 class InceptionFeatures:
@@ -100,24 +101,26 @@ class InceptionFeatures:
 
 
 def load_features(spec, device):
-    """A feature network from `clip:FOLDER` or `inception:FILE`. Raises UserError if it is not there or broken."""
+    """A feature network from `clip:FOLDER`, `clip:HUB_ID` or `inception:FILE`. Raises UserError if it is not there, or
+    broken."""
     kind, _, path = spec.partition(":")
     if kind not in ("clip", "inception") or not path:
-        raise UserError(f"--features {spec}: must be clip:FOLDER or inception:FILE")
+        raise UserError(f"--features {spec}: must be clip:FOLDER, clip:OWNER/NAME of the hub, or inception:FILE")
     return load_clip(path, device, f"--features {spec}") if kind == "clip" else load_inception(path, device)
 
 
-def load_clip(folder, device, what=None):
-    """ClipFeatures of a transformers folder, in fp32, every part of which is there and fits the others.
+def load_clip(name, device, what=None):
+    """ClipFeatures of a transformers folder or hub id, in fp32, every part of which is there and fits the others.
 
-    `what` opens the message of the UserError for a folder where that is not so (default: --clip and the folder).
+    `what` opens the message of the UserError for a folder where that is not so (default: --clip and the name).
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    folder, what = Path(folder), what or f"--clip {folder}"
+    what = what or f"--clip {name}"
+    folder = find_network(str(name), what)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{what}: no CLIP in {folder} (config.json is missing); a transformers folder is needed, "
-                        "of which `sidfast teacher` trains a small one")
+        raise UserError(f"{what}: no CLIP in {folder} (config.json is missing); a transformers folder or hub id is "
+                        "needed, and `sidfast teacher` trains a small one")
     refuse_pickles(folder, what, "transformers.CLIPModel")
     config = read_config(folder / "config.json", what)
     if config.get("model_type") != "clip":
@@ -135,7 +138,8 @@ def load_clip(folder, device, what=None):
     _fit_tokenizer(tokenizer, clip.config.text_config, folder, what)
     preprocess = read_preprocessing(folder, side, what)
     clip = clip.to(device).eval().requires_grad_(False)
-    return ClipFeatures(clip, tokenizer, preprocess, str(folder), hash_files(sorted(folder.glob("*.safetensors"))))
+    return ClipFeatures(clip, tokenizer, preprocess, str(name), hash_files(sorted(folder.glob("*.safetensors"))),
+                        folder.name if is_hub_id(str(name)) else None)           # (the hub's cache: by its commit)
 
 
 def _fit_tokenizer(tokenizer, config, folder, what):

@@ -185,7 +185,7 @@ def _judge(measures, metrics, device):
     if metrics & {"clip", "diversity"}:
         folder = measures.clip or small
         if folder is None:
-            raise UserError("--clip: the CLIP is missing; give the folder of one in transformers format")
+            raise UserError("--clip: the CLIP is missing; give the folder or hub id of one in transformers format")
         same = features and features.path == folder
         clip = features if same else load_clip(folder, device)
     if "accuracy" in metrics:

@@ -82,6 +82,7 @@ def _left(study, out):
 def _check_inputs(study, path):
     """What a run would otherwise stumble over after hours, or one after the other."""
     from sidfast.data.prompts import open_lines
+    from sidfast.teachers.folders import is_hub_id
     from sidfast.training.preflight import check_runs
 
     measures = study.file.evaluation
@@ -89,7 +90,7 @@ def _check_inputs(study, path):
     for name, place in (("coco", measures.coco), ("prompts", measures.prompts), ("reference", measures.reference),
                         ("features", features), ("clip", measures.clip),
                         ("assets", measures.assets if study.of_shapes else None)):
-        if place is not None and not Path(place).exists():
+        if place is not None and not Path(place).exists() and not (name in ("features", "clip") and is_hub_id(place)):
             raise UserError(f"{path}: evaluation.{name}: {place} does not exist")
     if measures.prompts is not None:
         open_lines(measures.prompts, measures.prompts_column, f"{path}: evaluation.prompts")

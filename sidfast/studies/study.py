@@ -34,8 +34,8 @@ class Measures(Section):
     prompts: str | None = Field(None, description="one prompt a line, or a table")
     prompts_column: str | None = Field(None, description="of a table: its column of prompts")
     reference: str | None = Field(None, description="real images, or an .npz with mu and sigma")
-    features: str | None = Field(None, description="inception:FILE or clip:FOLDER")
-    clip: str | None = Field(None, description="folder of a transformers CLIP")
+    features: str | None = Field(None, description="inception:FILE, or clip: and a folder or hub id")
+    clip: str | None = Field(None, description="folder or hub id of a transformers CLIP")
     metrics: str | None = Field(None, description="with commas; fid,clip unless given")
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the model; fp32 unless given")
     resize: int | None = Field(None, ge=1, description="bring the images to so many pixels first")
@@ -235,4 +235,5 @@ def _check_evaluation(path, file, of_shapes):
         if needing and getattr(m, name) is None:
             raise UserError(f"{path}: evaluation.{name} is missing; {', '.join(sorted(needing))} need it")
     if m.features is not None and not m.features.startswith(("inception:", "clip:")):
-        raise UserError(f"{path}: evaluation.features: must be inception:FILE or clip:FOLDER, not {m.features!r}")
+        raise UserError(f"{path}: evaluation.features: must be inception:FILE, clip:FOLDER or clip:HUB_ID, not "
+                        f"{m.features!r}")

@@ -25,8 +25,28 @@ def find_teacher(name, variant=None, revision=None, what="model.teacher", choose
             raise UserError(f"model.revision: {name} is a folder; only a model on the hub has revisions")
         return folder
     check_hub_id(name, what)
+    return _from_hub(what, name, variant, revision, choose)
+
+
+def find_network(name, what):
+    """The folder of one network with its tokenizer, such as a CLIP's, given as a folder or as a hub id (downloaded
+    unless cached). A path that is not there is returned as it is. Raises UserError, which `what` opens."""
+    return _from_hub(what, name, parts="") if is_hub_id(name) else Path(name)
+
+
+def is_hub_id(name):
+    """Whether a name is one of the hub (owner/name), and no path: neither it nor a folder that it would be in is
+    here."""
     try:
-        return download(name, variant, revision, choose)
+        check_hub_id(name, "")
+    except UserError:
+        return False
+    return not Path(name).exists()
+
+
+def _from_hub(what, name, *args, **options):
+    try:
+        return download(name, *args, **options)
     except UserError:                                    # of `choose`
         raise
     except Exception as error:                           # the hub library raises its own, the network's and the OS's
@@ -79,23 +99,24 @@ def find_readme(name, revision=None):
     return Path(found) if isinstance(found, str) else None
 
 
-def download(name, variant=None, revision=None, choose=None):
+def download(name, variant=None, revision=None, choose=None, parts="*/"):
     """The folder of a hub id's files in the cache, as far as a pipeline needs them; no code and no pickle.
 
-    `choose`: as for `find_teacher`. Weights of a part come in `variant` where they exist so, or else plain, or else in
-    the usual variant. Raises what the hub library does.
+    `choose`: as for `find_teacher`; `parts`: pattern of the folders of networks, "" for the model's own. Weights of a
+    part come in `variant` where they exist so, or else plain, or else in the usual variant. Raises what the hub library
+    does.
     """
     from huggingface_hub import snapshot_download
 
-    known = [f"*/*{end}" for end in (".json", ".txt", ".model")]
+    known = [f"{parts}*{end}" for end in (".json", ".txt", ".model")]
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=["model_index.json", README, *known],
-                                    ignore_patterns=["*.index*.json"]))
-    parts = choose(folder) if choose else None
+                                    ignore_patterns=["*.index*.json", *([] if parts else ["*/*"])]))
+    chosen = choose(folder) if choose else None
     wanted = {variant, None, _USUAL_VARIANT}
     for kind in dict.fromkeys((variant, None, _USUAL_VARIANT)):
-        missing = [path.parent for path in sorted(folder.glob("*/config.json"))  # (networks have one)
-                   if (parts is None or path.parent.name in parts) and not find_variants(path.parent) & wanted]
-        patterns = [f"{path.name}/{pattern}" for path in missing for pattern in _patterns(kind)]
+        missing = [path.parent for path in sorted(folder.glob(f"{parts}config.json"))        # (networks have one)
+                   if (chosen is None or path.parent.name in chosen) and not find_variants(path.parent) & wanted]
+        patterns = [f"{path.name}/{pattern}" if parts else pattern for path in missing for pattern in _patterns(kind)]
         if patterns:
             _tell_size(name, snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=True))
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
