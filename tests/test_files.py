@@ -171,7 +171,7 @@ def test_names_of_earlier_releases_are_no_traps(tmp_path, victim):
         (tmp_path / "run" / name).symlink_to(victim / "file")
     write_atomically(tmp_path / "run" / "config.json", "{}")
     run = object.__new__(RunDirectory)
-    run.out, run.lost = tmp_path / "run", []
+    run.out, run.lost, run._trackers = tmp_path / "run", [], ()
     picture = Image.new("RGB", (8, 8))
     picture.info["sidfast-grid"] = "{}"
     run.sample(3, picture)
