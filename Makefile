@@ -29,6 +29,7 @@ bench: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 docs: $(READY)
 	$(VENV)/bin/python -m sidfast.config.describe docs
@@ -43,6 +44,6 @@ $(READY): setup.py pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .PHONY: train test test-slow test-gpu bench lint docs clean

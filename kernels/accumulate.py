@@ -3,6 +3,8 @@
 Several parameters' in one launch: a network has hundreds of small ones, and a launch takes longer than adding them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -11,13 +13,13 @@ from sidfast.kernels.backend import TYPES
 _BLOCK = 4096
 
 
-def accumulate_reference(sums, gradients, wanted):
+def accumulate_reference(sums: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: torch.Tensor) -> None:
     """`accumulate` in plain PyTorch."""
     for s, gradient in zip(sums, gradients, strict=True):
         s.add_(torch.where(wanted, gradient, torch.zeros_like(gradient)))
 
 
-def accumulate(sums, gradients, wanted):
+def accumulate(sums: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: torch.Tensor) -> None:
     """Add each of `gradients` to its sum, in place and in the sum's type, if `wanted` (a bool, a tensor) holds.
 
     Lists of tensors, as many of either and two by two of one shape (ValueError if not), all sums of one type and all
@@ -33,7 +35,7 @@ def accumulate(sums, gradients, wanted):
     add(sums, gradients, wanted)
 
 
-def launch(sums, gradients, wanted):
+def launch(sums: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: torch.Tensor) -> None:
     """`accumulate` by the kernel, on what it has checked; a gradient in another order of dimensions is copied first."""
     gradients = [_laid_out_like(s, gradient) for s, gradient in zip(sums, gradients, strict=True)]
     sizes = [s.numel() for s in sums]

@@ -4,6 +4,7 @@ They run on a GPU, and anywhere through Triton's interpreter (TRITON_INTERPRET=1
 Elsewhere the public functions evaluate their references.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,14 +19,14 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNFUSED = {"enable_fp_fusion": False}
 
 
-def triton_runs_on(x):
+def triton_runs_on(x: torch.Tensor) -> bool:
     """Whether the kernels take this tensor; float64, for example, is left to the references. On the meta device (see
     `without_launches`) they do."""
     return x.dtype in TYPES and (x.is_cuda or x.is_meta or INTERPRETED)
 
 
 @contextmanager
-def without_launches():
+def without_launches() -> Iterator[None]:
     """Inside the block a kernel that gets tensors of the meta device is not launched: results have their shapes and
     bytes, and no numbers. For plans of memory."""
     original = KernelInterface.__getitem__
@@ -46,12 +47,12 @@ def without_launches():
         KernelInterface.__getitem__ = original
 
 
-def widen(x):
+def widen(x: torch.Tensor) -> torch.Tensor:
     """x in fp32 or, where it has more already, as it is: what references and statistics are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def require(name, *expected):
+def require(name: str, *expected: tuple[torch.Tensor | None, Sequence[int]]) -> None:
     """ValueError naming the function unless every (tensor, shape) fits, has elements and is contiguous; a tensor of
     None fits.
 
@@ -63,7 +64,7 @@ def require(name, *expected):
             raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)}, strides {x.stride()}, should be contiguous")
 
 
-def require_shapes(name, *expected):
+def require_shapes(name: str, *expected: tuple[torch.Tensor | None, Sequence[int]]) -> None:
     """The same without the order in memory, for functions that bring it about themselves."""
     for x, shape in expected:
         if x is not None and x.shape != tuple(shape):
@@ -72,7 +73,7 @@ def require_shapes(name, *expected):
             raise ValueError(f"{name}: a tensor of shape {tuple(x.shape)} is empty")
 
 
-def share(blocks, device, columns=1, density=16):
+def share(blocks: int, device: torch.device, columns: int = 1, density: int = 16) -> tuple[int, int]:
     """How to split `blocks` blocks of rows: (programs, blocks for each), about `density` programs a multiprocessor.
 
     `columns`: the programs side by side that each block of rows needs. The interpreter gets few programs, so that the
@@ -87,7 +88,7 @@ def share(blocks, device, columns=1, density=16):
     return triton.cdiv(blocks, each), each
 
 
-def flat_like(x, *others):
+def flat_like(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors with one order of elements inside a sample, that of x [N, C, H, W], so that kernels can run along
     memory: channels last if x is, plain otherwise. Those that lie otherwise are copied."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)

@@ -21,7 +21,8 @@ CHUNK = 64
 COLUMNS = 64                                             # channels of a program
 
 
-def add_channel_stats_reference(x, residual=None, bias=None):
+def add_channel_stats_reference(x: torch.Tensor, residual: torch.Tensor | None = None, bias: torch.Tensor | None = None
+                                ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [N, ..., C] in x's type; stats [N, chunks, 2, C] of y as rounded."""
     y = widen(x)
     if residual is not None:
@@ -36,7 +37,7 @@ def add_channel_stats_reference(x, residual=None, bias=None):
     return y, torch.stack(stats, 1)
 
 
-def column_sums_reference(x):
+def column_sums_reference(x: torch.Tensor) -> torch.Tensor:
     """x [T, C]. Returns the sums [C]."""
     return widen(x).sum(0)
 
@@ -96,7 +97,8 @@ def _sum_rows_kernel(p_parts, p_sums, P, K, BP: tl.constexpr, BK: tl.constexpr):
     tl.store(p_sums + o_k, tl.sum(b_sum, 0).to(p_sums.dtype.element_ty), mask=o_k < K)
 
 
-def add_channel_stats(x, residual=None, bias=None, out=None, interleaved=False):
+def add_channel_stats(x: torch.Tensor, residual: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+                      out: torch.Tensor | None = None, interleaved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x + residual + bias, and the statistics from which any GroupNorm of y starts.
 
     x, residual [N, ..., C], bias [C], in any of fp32, bf16, fp16. Returns y in x's type and stats, fp32
@@ -118,7 +120,7 @@ def add_channel_stats(x, residual=None, bias=None, out=None, interleaved=False):
     return y, stats
 
 
-def sum_rows(parts, dtype):
+def sum_rows(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over rows of what programs left, fp32 [programs, K], in one launch and in `dtype`: [K]."""
     P, K = parts.shape
     sums = parts.new_empty(K, dtype=dtype)
@@ -128,7 +130,7 @@ def sum_rows(parts, dtype):
     return sums
 
 
-def column_sums(x, dtype=torch.float32):
+def column_sums(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The sum of each column of x [T, C] in any of fp32, bf16, fp16: [C]. ValueError if x is not contiguous."""
     T, C = x.shape
     require("column_sums", (x, (T, C)))

@@ -17,7 +17,8 @@ _BLOCK = 2048                                            # elements of a sample 
 _MAX = tl.constexpr(3.4028234663852886e38)               # the largest finite fp32
 
 
-def fake_score_loss_reference(output, target, w, kappa1):
+def fake_score_loss_reference(output: torch.Tensor, target: torch.Tensor, w: torch.Tensor, kappa1: float
+                              ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fake_score_loss`; plain PyTorch, in the type of the inputs."""
     error = guide(output, target.shape[0], kappa1) - target
     finite = error.isfinite().flatten(1).all(1)
@@ -113,7 +114,8 @@ def _backward(ctx, dloss, _):
 _fake_score_loss.register_autograd(_backward, setup_context=_setup)
 
 
-def fake_score_loss(output, target, w, kappa1):
+def fake_score_loss(output: torch.Tensor, target: torch.Tensor, w: torch.Tensor, kappa1: float
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 5 of method.md. output [N or 2N, C, H, W]; target [N, C, H, W]; w [N]; fp32, bf16 or fp16, arithmetic in
     fp32.
 

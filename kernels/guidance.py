@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-def guide(output, n, kappa):
+def guide(output: torch.Tensor, n: int, kappa: float) -> torch.Tensor:
     """o_kappa [n, C, H, W] (method.md, eq. 3), in fp32 or better, of an output [n or 2n, C, H, W].
 
     Raises ValueError for another number of rows.
@@ -25,7 +25,7 @@ def guide(output, n, kappa):
     return null + kappa * (cond - null)
 
 
-def denoise(output, x_t, A, B, kappa):
+def denoise(output: torch.Tensor, x_t: torch.Tensor, A: torch.Tensor, B: torch.Tensor, kappa: float) -> torch.Tensor:
     """x_hat [N, C, H, W] (method.md, eqs. 2 and 3) of an output [N or 2N, C, H, W], in whose memory format it comes;
     x_t [N, C, H, W]; A, B [N].
 

@@ -12,7 +12,8 @@ from sidfast.kernels.backend import flat_like, require_shapes, triton_runs_on
 _BLOCK = 2048                                            # elements of a sample per program
 
 
-def add_noise_reference(x, eps, a, s, copies, dtype):
+def add_noise_reference(x: torch.Tensor, eps: torch.Tensor, a: torch.Tensor, s: torch.Tensor, copies: int,
+                        dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_noise`; plain PyTorch."""
     a, s = (v.to(x.dtype)[:, None, None, None] for v in (a, s))
     x_t = a * x + s * eps
@@ -93,7 +94,8 @@ def _backward(ctx, dx_t, dinput):
 _add_noise.register_autograd(_backward, setup_context=_setup)
 
 
-def add_noise(x, eps, a, s, copies, dtype):
+def add_noise(x: torch.Tensor, eps: torch.Tensor, a: torch.Tensor, s: torch.Tensor, copies: int, dtype: torch.dtype
+              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 1 of method.md. x, eps [N, C, H, W] in one float type; a, s [N]; differentiable in x.
 
     Returns x_t [N, C, H, W] in x's type and the networks' input [copies * N, C, H, W] in `dtype`, both in x's memory

@@ -14,6 +14,8 @@ Forward is one launch: every program sums its part of a sample, and the last one
 up, in a fixed order. Backward is a second launch over the same inputs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,9 @@ _BLOCK = 2048                                            # elements of a sample 
 _MAX = tl.constexpr(3.4028234663852886e38)               # the largest finite fp32
 
 
-def sid_loss_reference(x_g, x_t, o_real, o_fake, A, B, kappa2, kappa3, kappa4, alpha):
+def sid_loss_reference(x_g: torch.Tensor, x_t: torch.Tensor, o_real: torch.Tensor, o_fake: torch.Tensor,
+                       A: torch.Tensor, B: torch.Tensor, kappa2: float, kappa3: float, kappa4: float, alpha: float
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sid_loss`; plain PyTorch, in the type of the inputs."""
     y_real = denoise(o_real, x_t, A, B, kappa4)
     y_2 = denoise(o_fake, x_t, A, B, kappa2)
@@ -136,7 +140,7 @@ def _sid_loss_backward(dloss: torch.Tensor, omega: torch.Tensor, finite: torch.T
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x_g, x_t, o_real and o_fake."""
     inputs = flat_like(x_g, x_t, o_real, o_fake)
-    grads = tuple(torch.empty_like(v) for v in inputs)
+    grads: Any = tuple(torch.empty_like(v) for v in inputs)
     N, D = x_g.shape[0], x_g[0].numel()
     _sid_loss_backward_kernel[(N, triton.cdiv(D, _BLOCK))](
         dloss, dloss.stride(0), omega, finite.view(torch.int8), *inputs, A, B, *grads, N, D, kappa2, kappa3, kappa4,
@@ -163,7 +167,9 @@ def _backward(ctx, dloss, *_):
 _sid_loss.register_autograd(_backward, setup_context=_setup)
 
 
-def sid_loss(x_g, x_t, o_real, o_fake, A, B, kappa2, kappa3, kappa4, alpha):
+def sid_loss(x_g: torch.Tensor, x_t: torch.Tensor, o_real: torch.Tensor, o_fake: torch.Tensor, A: torch.Tensor,
+             B: torch.Tensor, kappa2: float, kappa3: float, kappa4: float, alpha: float
+             ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eqs. 6 to 8 of method.md. x_g, x_t [N, C, H, W]; o_real, o_fake [N or 2N, C, H, W]; A, B [N]; fp32, bf16 or fp16,
     arithmetic in fp32.
 
@@ -177,7 +183,7 @@ def sid_loss(x_g, x_t, o_real, o_fake, A, B, kappa2, kappa3, kappa4, alpha):
     require_shapes("sid_loss", (x_t, x_g.shape), (A, (N,)), (B, (N,)),
                    *((output, (len(output), *sample)) for output in (o_real, o_fake)))
     scales = (float(v) for v in (kappa2, kappa3, kappa4, alpha))
-    args = (x_g, x_t, o_real, o_fake, A.contiguous(), B.contiguous(), *scales)
+    args: Any = (x_g, x_t, o_real, o_fake, A.contiguous(), B.contiguous(), *scales)
     if not triton_runs_on(x_g):
         return sid_loss_reference(*args)
     return _sid_loss(*args)[:2]

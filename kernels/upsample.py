@@ -18,14 +18,14 @@ from sidfast.kernels.channel_stats import add_channel_stats
 _ROWS, _CHANNELS, _TAPS = 16, 128, 256                   # of a program: rows, channels; channels of all its taps
 
 
-def combine_taps_reference(weight):
+def combine_taps_reference(weight: torch.Tensor) -> torch.Tensor:
     """`combine_taps` in plain PyTorch."""
     by_parity = _combine(_combine(widen(weight), 2), -1)                         # [q, b, p, a, K, C]
     combined = by_parity.permute(2, 0, 4, 5, 3, 1).flatten(0, 2)
     return combined.to(weight.dtype, memory_format=torch.channels_last)
 
 
-def separate_taps_reference(gradient):
+def separate_taps_reference(gradient: torch.Tensor) -> torch.Tensor:
     """`separate_taps` in plain PyTorch."""
     by_parity = widen(gradient).unflatten(0, (2, 2, -1)).permute(1, 5, 0, 4, 2, 3)
     rows = _separate(by_parity).movedim(0, -1)           # [p, a, K, C, 3]
@@ -43,7 +43,7 @@ def _separate(seen):
     return torch.stack((seen[0, 0] + seen[1, 0], seen[0, 1] + seen[1, 0], seen[0, 1] + seen[1, 1]))
 
 
-def interleave_reference(z):
+def interleave_reference(z: torch.Tensor) -> torch.Tensor:
     """z [N, H + 1, W + 1, 4K] -> y [N, 2H, 2W, K]."""
     N, H, W, _ = z.shape
     by_parity = z.unflatten(3, (2, 2, -1))
@@ -52,7 +52,7 @@ def interleave_reference(z):
     return y.reshape(N, 2 * H - 2, 2 * W - 2, -1)
 
 
-def separate_reference(dy):
+def separate_reference(dy: torch.Tensor) -> torch.Tensor:
     """The adjoint of `interleave_reference`: dy [N, 2H, 2W, K] -> dz [N, H + 1, W + 1, 4K]."""
     N, H, W, K = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]
     dz = dy.new_zeros(N, H + 1, W + 1, 2, 2, K)
@@ -108,7 +108,7 @@ def _separate_taps_kernel(p_gradient, p_separated, K, C, BC: tl.constexpr):
         tl.store(p_separated + (i_k * 9 + tap) * C + o_c, b_sum.to(p_separated.dtype.element_ty), mask=o_c < C)
 
 
-def combine_taps(weight):
+def combine_taps(weight: torch.Tensor) -> torch.Tensor:
     """A 3x3 kernel [K, C, 3, 3] as the 2x2 one [4K, C, 2, 2], channels last, sums in fp32."""
     K, C = weight.shape[:2]
     require_shapes("combine_taps", (weight, (K, C, 3, 3)))
@@ -119,7 +119,7 @@ def combine_taps(weight):
     return combined
 
 
-def separate_taps(gradient):
+def separate_taps(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient [K, C, 3, 3] of a 3x3 kernel, channels last, from that of its 2x2 one: the adjoint of
     `combine_taps`."""
     K, C = gradient.shape[0] // 4, gradient.shape[1]
@@ -131,7 +131,7 @@ def separate_taps(gradient):
     return separated
 
 
-def interleave(z, bias=None):
+def interleave(z: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """y [N, 2H, 2W, K] + bias [K] out of z [N, H + 1, W + 1, 4K], and y's statistics as `add_channel_stats` has them.
 
     ValueError for shapes that do not fit, or strides.
@@ -139,7 +139,7 @@ def interleave(z, bias=None):
     return add_channel_stats(z, bias=bias, interleaved=True)
 
 
-def separate(dy):
+def separate(dy: torch.Tensor) -> torch.Tensor:
     """The gradient [N, H + 1, W + 1, 4K] of z from that of y [N, 2H, 2W, K]. ValueError if dy is not contiguous."""
     require("separate", (dy, dy.shape))
     N, H, W, K = dy.shape[0], dy.shape[1] // 2, dy.shape[2] // 2, dy.shape[3]

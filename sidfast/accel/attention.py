@@ -4,6 +4,7 @@ All take q [N, S, heads, d] and k, v [N, L, heads, d], any strides whose last is
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -32,7 +33,8 @@ IMPLEMENTATIONS = {"cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION), "flash": _sdpa(SD
 _BOUND = 3e-2                                            # relative error in bf16 and fp16; fp32 is far below
 
 
-def choose_attention(shapes, dtype, device, names=None, repeat=5):
+def choose_attention(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device,
+                     names: Sequence[str] | None = None, repeat: int = 5) -> dict[str, float | str]:
     """Time implementations (all, or `names`) on the given shapes, forward and backward, and check them against the
     maths. On a GPU kernels alone are timed, as a CUDA graph: what launching costs differs from start to start.
 

@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from torch import nn
 from torch.nn import functional as F
 
 from sidfast.accel.prepacked import Prepacked
@@ -19,12 +20,12 @@ from sidfast.accel.unet_ops import conv, group_norm
 class FusedDecoderAttention(Prepacked, Attention):
     """Attention of all positions to all, after a GroupNorm and added to its input."""
 
-    def prepack(self):
+    def prepack(self) -> tuple[torch.Tensor, ...]:
         """The three projections as one: weight [3C, C] and bias [3C]."""
         parts = (self.to_q, self.to_k, self.to_v)
         return torch.cat([m.weight for m in parts]), torch.cat([m.bias for m in parts])
 
-    def forward(self, x, stats):
+    def forward(self, x: torch.Tensor, stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [N, H, W, C] and its statistics -> y [N, H, W, C] and its statistics. For inference: no gradients reach the
         projections."""
         y, x, _ = group_norm(x, stats, self.group_norm)
@@ -38,7 +39,7 @@ class FusedDecoderAttention(Prepacked, Attention):
 class FusedDecoder(Decoder):
     """Latents to pixels."""
 
-    def forward(self, sample, latent_embeds=None):
+    def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """sample [N, C, H, W] -> [N, 3, 8H, 8W] (for three upsamplings) in memory format channels_last."""
         h, stats = self.conv_in(sample)
         first, *rest = self.mid_block.resnets
@@ -55,7 +56,7 @@ class FusedDecoder(Decoder):
         return self.conv_out(self.conv_norm_out(h, stats))
 
 
-def fuse_decoder(vae):
+def fuse_decoder(vae: nn.Module) -> nn.Module:
     """Make the decoder of an AutoencoderKL run on the fused kernels, in place, for inference; returns the VAE.
 
     Raises ValueError, saying why, for one that they do not cover (`decoder_fuse_blocker`).
@@ -72,7 +73,7 @@ def fuse_decoder(vae):
     return vae
 
 
-def decoder_fuse_blocker(vae):
+def decoder_fuse_blocker(vae: nn.Module) -> str | None:
     """What of a VAE's decoder the fused kernels do not cover, in a few words, or None."""
     decoder = getattr(vae, "decoder", None)
     if type(decoder) is not Decoder:

@@ -5,6 +5,9 @@ back. Activations stay channels last from end to end. Covered: the blocks of Sta
 linear or convolutional projections and any block_out_channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
@@ -39,7 +42,8 @@ class FusedUNet(UNet2DConditionModel):
 
     repeats_images = True
 
-    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True, **others):
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, encoder_hidden_states: torch.Tensor,
+                added_cond_kwargs: dict | None = None, return_dict: bool = True, **others) -> Any:
         """sample [N, C, H, W], timesteps [N] or one for all, text [k N, L, D] -> o [k N, C, H, W] in memory format
         channels_last: all images with the first N texts, then with the next. Other arguments as diffusers has them;
         those of added_cond_kwargs have as many rows as text.
@@ -107,7 +111,7 @@ _FUSED = {ResnetBlock2D: FusedResnet, Transformer2DModel: FusedTransformer, Down
           BasicTransformerBlock: FusedTransformerBlock, Upsample2D: FusedUpsample, UNet2DConditionModel: FusedUNet}
 
 
-def fuse(unet, attention="math", checkpointing=False):
+def fuse(unet: nn.Module, attention: str = "math", checkpointing: bool = False) -> nn.Module:
     """Make a UNet run on the fused kernels, in place, and return it; `attention`: a key of IMPLEMENTATIONS;
     `checkpointing`: whether the backward pass computes the activations of each module again.
 
@@ -118,15 +122,15 @@ def fuse(unet, attention="math", checkpointing=False):
         raise ValueError(f"this UNet cannot run on the fused kernels: {reason}")
     for module in unet.modules():
         if type(module) in _FUSED:
-            module.__class__ = _FUSED[type(module)]
+            module.__class__ = _FUSED[type(module)]      # type: ignore[assignment]
         if isinstance(module, FusedTransformerBlock):
             module.attend = IMPLEMENTATIONS[attention]
     unet.conv_in.__class__, unet.conv_norm_out.__class__ = FusedConvIn, FusedNormOut
-    unet.checkpointing = checkpointing
+    unet.checkpointing = checkpointing                   # type: ignore[assignment]
     return unet
 
 
-def unfuse(unet):
+def unfuse(unet: nn.Module) -> nn.Module:
     """The inverse of `fuse`, in place, and return it; a UNet that is not fused stays as it is."""
     plain = {fused: original for original, fused in _FUSED.items()} | {
         FusedConvIn: nn.Conv2d, FusedNormOut: nn.GroupNorm}
@@ -138,7 +142,7 @@ def unfuse(unet):
     return unet
 
 
-def fuse_blocker(unet):
+def fuse_blocker(unet: nn.Module) -> str | None:
     """What of a network the fused kernels do not cover, in a few words, or None."""
     if not isinstance(unet, UNet2DConditionModel):
         return f"a {type(unet).__name__}, not a UNet"
@@ -167,13 +171,13 @@ def fuse_blocker(unet):
 
 
 @torch.no_grad()
-def attention_shapes(unet, rows, run):
+def attention_shapes(unet: nn.Module, rows: int, run: Callable) -> list[tuple[int, ...]]:
     """Every attention of one pass over `rows` images: [(N, S, L, heads, d, times it occurs)], as `choose_attention`
     takes them. `run(unet)`: the pass, of one image. Leaves the UNet as diffusers has it.
 
     Raises ValueError for a UNet that the fused kernels do not cover.
     """
-    seen = {}
+    seen: dict[tuple, int] = {}
 
     def attend(q, k, v):
         key = (rows, q.shape[1], k.shape[1], *q.shape[2:])
@@ -183,7 +187,7 @@ def attention_shapes(unet, rows, run):
     fuse(unet)
     for module in unet.modules():
         if hasattr(module, "attend"):
-            module.attend = attend
+            module.attend = attend                       # type: ignore[assignment]
     run(unet)
     unfuse(unet)
     return [(*key, count) for key, count in seen.items()]

@@ -6,11 +6,12 @@ With beta1 = 0 (method.md, section 8) the first moment, its bias corrected, is t
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 
-def total_norm(gradients):
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The norm of all gradients together, a float64 scalar on their device. (PyTorch's fp32 norm of millions of numbers
     on a CPU is off by some 1e-4.)"""
     return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm()
@@ -27,7 +28,7 @@ class SecondMomentAdam(torch.optim.Adam):
         super().__init__(params, lr=lr, betas=(0.0, beta2), eps=eps, fused=True)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """One step of the parameters that have a gradient."""
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in stepped:
@@ -51,10 +52,11 @@ class Checked:
     reduced already, so every process decides alike.
     """
 
+    param_groups: list[dict]
     overflow = False
-    _global_grad_norm = None                             # for the engine's get_global_grad_norm
+    _global_grad_norm: float | None = None                             # for the engine's get_global_grad_norm
 
-    def step(self):
+    def step(self) -> None:
         """One step, or none."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._global_grad_norm = float(total_norm(gradients))

@@ -8,7 +8,7 @@ back between the two passes.
 
 import functools
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,11 +27,11 @@ class ParamSlice(NamedTuple):
     start: int
     piece: int                                           # its number among `FlatBlock.sizes`
 
-    def view(self, whole):
+    def view(self, whole: torch.Tensor) -> torch.Tensor:
         """The part of a flat tensor that is this parameter."""
         return self.shaped(whole[self.start:self.start + self.shape.numel()])
 
-    def shaped(self, part):
+    def shaped(self, part: torch.Tensor) -> torch.Tensor:
         """That part in the parameter's shape; a convolution's lies channels last."""
         if len(self.shape) != 4:
             return part.view(self.shape)
@@ -42,9 +42,10 @@ class ParamSlice(NamedTuple):
 class FlatBlock:
     """Part of the class of a block whose parameters are one, `joined`; see `flatten_blocks`."""
 
+    joined: nn.Parameter
     places, sizes = (), ()
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         """As the block's own."""
         with self._parameters_at_hand():
             if self.recomputed:                          # (the checkpoint saves nothing, and has hooks of its own)
@@ -75,7 +76,7 @@ class _WholeParam(NamedTuple):
         return whole
 
 
-def flatten_blocks(network):
+def flatten_blocks(network: nn.Module) -> nn.Module:
     """Lay the parameters of each block of a fused network end to end, in place, and return it; others stay as is."""
     for name, block in network.named_modules():
         if type(block) in BLOCKS:
@@ -84,7 +85,7 @@ def flatten_blocks(network):
     return network
 
 
-def param_slices(network):
+def param_slices(network: nn.Module) -> list[tuple[Any, Any]]:
     """[(parameter, its places)] of a network, joined or not. A place has the `name` and `shape` of a parameter that the
     network had, and `view(tensor)`, which is that parameter's part of a tensor shaped like the present one."""
     blocks = {id(block.joined): block.places for block in network.modules() if isinstance(block, FlatBlock)}

@@ -5,6 +5,8 @@
 All counted in images, `images` those seen so far; the paper's half-life and ramp-up are in method.md, section 8.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from sidfast.engines.engine import gather, master_weights, scatter
@@ -18,21 +20,21 @@ class Ema:
         self.engine, self.half_life, self.ramp_up = engine, half_life, ramp_up
         self.shards = [m.detach().clone() for m in master_weights(engine)]
 
-    def decay(self, batch_size, images):
+    def decay(self, batch_size: int, images: int) -> float:
         """d, the weight of the old average when `images` have been seen, the last `batch_size` of them since."""
         half_life = self.half_life if self.ramp_up is None else min(self.half_life, self.ramp_up * images)
         return 0.5 ** (batch_size / max(half_life, 1e-8))
 
     @torch.no_grad()
-    def update(self, batch_size, images):
+    def update(self, batch_size: int, images: int) -> None:
         """Follow the generator by one step of `batch_size` images, which makes `images` in all."""
         torch._foreach_lerp_(self.shards, [m.detach() for m in master_weights(self.engine)],
                              1 - self.decay(batch_size, images))
 
-    def gather(self, keep=lambda name: True):
+    def gather(self, keep: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
         """Whole averaged weights {name: fp32, CPU}; a collective call, see `engines.gather`."""
         return gather(self.engine, self.shards, keep)
 
-    def restore(self, full):
+    def restore(self, full: dict[str, torch.Tensor]) -> None:
         """Set the average from whole weights {name: tensor}. Raises KeyError for one that is missing."""
         scatter(self.engine, full, self.shards)

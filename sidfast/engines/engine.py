@@ -7,14 +7,18 @@ of processes.
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from torch import nn
 
 from sidfast.common.errors import UserError
 from sidfast.config.deepspeed import ENGINES
+from sidfast.config.schema import Adam, Config
 from sidfast.engines.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
 from sidfast.engines.blocks import flatten_blocks, param_slices
 from sidfast.engines.module import EngineModule
@@ -23,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ZERO_SUPPORTED_OPTIMIZERS.append(SecondMomentAdam)       # PyTorch's Adam is on it; DeepSpeed looks at the very type
 
 
-def engine_config(config, name, processes):
+def engine_config(config: Config, name: str, processes: int) -> dict[str, Any]:
     """DeepSpeed's configuration of one engine: the user's section, with batch sizes filled in.
 
     Below ZeRO stage 3 an update sums gradients over micro-batches itself (GradientAccumulator), and hands over the
@@ -35,7 +39,7 @@ def engine_config(config, name, processes):
     return section | {"train_micro_batch_size_per_gpu": at_once, "gradient_accumulation_steps": share // at_once}
 
 
-def check_batch(config, processes):
+def check_batch(config: Config, processes: int) -> None:
     """Raise UserError if the global batch does not divide among micro-batches and processes."""
     train = config.train
     for name in ENGINES:
@@ -46,7 +50,7 @@ def check_batch(config, processes):
                             f"processes ({images} x {processes} = {images * processes})")
 
 
-def engine_section(config, name):
+def engine_section(config: Config, name: str) -> dict[str, Any]:
     """The user's section for one engine, with the defaults that differ from DeepSpeed's."""
     section = copy.deepcopy({k: v for k, v in config.deepspeed.items() if k not in ENGINES})
     _merge(section, config.deepspeed.get(name, {}))
@@ -56,18 +60,18 @@ def engine_section(config, name):
     return section
 
 
-def zero_stage(section):
+def zero_stage(section: dict[str, Any]) -> int:
     """ZeRO's stage in a `deepspeed` section."""
     zero = section.get("zero_optimization")
     return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
-def zero_stages(config):
+def zero_stages(config: Config) -> list[int]:
     """ZeRO's stage of each engine."""
     return [zero_stage(engine_section(config, name)) for name in ENGINES]
 
 
-def is_flat(section):
+def is_flat(section: dict[str, Any]) -> bool:
     """Whether an engine's parameters are those of a FlatParameters: stage 3 parts and gathers them one by one."""
     return zero_stage(section) != 3
 
@@ -80,13 +84,13 @@ def _merge(base, extra):
             base[key] = value
 
 
-def compute_dtype(section):
+def compute_dtype(section: dict[str, Any]) -> torch.dtype:
     """The type that a `deepspeed` section makes networks compute in."""
     bf16, fp16 = (section.get(k, {}).get("enabled", False) for k in ("bf16", "fp16"))
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def build_engine(network, adam, section, device):
+def build_engine(network: nn.Module, adam: Adam, section: dict[str, Any], device: torch.device) -> Any:
     """A DeepSpeed engine with Adam around a network in fp32; a collective call.
 
     `adam`: the configuration's optimizer.NETWORK; `section`: from `engine_config`. DeepSpeed's errors pass through
@@ -104,7 +108,7 @@ def build_engine(network, adam, section, device):
     return engine
 
 
-def shard(network, section):
+def shard(network: nn.Module, section: dict[str, Any]) -> None:
     """Deal the weights of a frozen network out to the processes, as ZeRO stage 3 does: each block is gathered for its
     passes. In place; a collective call. `section`: that of an engine at stage 3."""
     zero = {k: v for k, v in section["zero_optimization"].items() if k != "offload_optimizer"}
@@ -112,20 +116,20 @@ def shard(network, section):
                          config=section | {"zero_optimization": zero})
 
 
-def set_learning_rate(engine, adam, step, total):
+def set_learning_rate(engine: Any, adam: Adam, step: int, total: int) -> None:
     """The learning rate of step 0, 1, 2, ... of `total`: linear warm-up, constant, linear decay."""
     factor = min(1.0, (step + 1) / max(1, adam.warmup), (total - step) / max(1, adam.decay))
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = adam.lr * factor
 
 
-def offloads(section):
+def offloads(section: dict[str, Any]) -> bool:
     """Whether a `deepspeed` section keeps the optimizer's state in host memory, or on a disk."""
     offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
 
 
-def moments_kept(adam, section):
+def moments_kept(adam: Adam, section: dict[str, Any]) -> tuple[str, ...]:
     """The kinds of Adam's moments that an engine will keep; DeepSpeed's Adam for the CPU always keeps both."""
     return MOMENTS if adam.beta1 > 0 or offloads(section) else MOMENTS[1:]
 
@@ -142,7 +146,7 @@ def _adam(module, adam, eps, section, device):
     return (CheckedAdam if plain else torch.optim.Adam)(parameters, fused=device.type == "cuda", **both)
 
 
-def master_weights(engine):
+def master_weights(engine: Any) -> list[torch.Tensor]:
     """The fp32 tensors of this process that the optimizer steps, as a flat list, in a fixed order."""
     optimizer = engine.optimizer
     for name in ("fp32_partitioned_groups_flat",         # ZeRO 3
@@ -156,7 +160,8 @@ def master_weights(engine):
 
 
 @torch.no_grad()
-def gather(engine, tensors, keep=lambda name: True):
+def gather(engine: Any, tensors: Sequence[torch.Tensor], keep: Callable[[str], bool] = lambda name: True
+           ) -> dict[str, torch.Tensor]:
     """Whole tensors {parameter name: fp32, on the CPU} out of `tensors`, laid out like `master_weights(engine)`.
 
     Every process must call it; each keeps the names for which keep(name) holds.
@@ -165,7 +170,7 @@ def gather(engine, tensors, keep=lambda name: True):
 
 
 @torch.no_grad()
-def copy_weights(engine, tensors, network):
+def copy_weights(engine: Any, tensors: Sequence[torch.Tensor], network: nn.Module) -> None:
     """Write `tensors`, laid out like `master_weights(engine)`, into another network that is whole; a collective
     call."""
     target = dict(network.named_parameters())
@@ -193,7 +198,7 @@ def _each(engine, tensors):
 
 
 @torch.no_grad()
-def scatter(engine, full, tensors):
+def scatter(engine: Any, full: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
     """The inverse of `gather`: writes this process's part of `full` ({name: tensor}) into `tensors`, in place.
 
     Raises KeyError for a parameter that `full` lacks.
@@ -236,7 +241,7 @@ def _swap(left, right):
             b.data.copy_(held)
 
 
-def moments(engine):
+def moments(engine: Any) -> dict[str, list[torch.Tensor]]:
     """{kind: Adam's moments for each of `master_weights(engine)`}, of the kinds kept; zeros before the first step."""
     own, state = master_weights(engine), engine.basic_optimizer.state
     return {kind: [state[m][kind] if kind in state.get(m, {}) else torch.zeros_like(m, requires_grad=False)
@@ -247,13 +252,13 @@ def _kinds(engine):
     return MOMENTS[1:] if isinstance(engine.basic_optimizer, SecondMomentAdam) else MOMENTS
 
 
-def optimizer_step(engine):
+def optimizer_step(engine: Any) -> int:
     """Steps that Adam has taken (overflows in fp16 not counted)."""
     steps = {int(s["step"]) for s in engine.basic_optimizer.state.values() if "step" in s}
     return steps.pop() if steps else 0
 
 
-def load_moments(engine, full, step):
+def load_moments(engine: Any, full: dict[str, Any], step: int) -> None:
     """Set Adam's state from whole moments {kind: {name: tensor}}, {} for a kind that was not kept, after `step` steps.
 
     A first moment that was not kept is the gradient: an Adam with beta1 = 0 that keeps one may begin with zeros.
@@ -270,12 +275,12 @@ def load_moments(engine, full, step):
         optimizer.state[master] = {"step": counter, **{kind: tensors[i] for kind, tensors in values.items()}}
 
 
-def loss_scale(engine):
+def loss_scale(engine: Any) -> float:
     """The factor that DeepSpeed puts on the loss: in fp16, 1 otherwise."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
-def loss_scale_state(engine):
+def loss_scale_state(engine: Any) -> dict[str, Any]:
     """The dynamic loss scaler's counters in fp16 (an empty dictionary otherwise)."""
     if not engine.fp16_enabled():
         return {}
@@ -283,7 +288,7 @@ def loss_scale_state(engine):
             if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def load_loss_scale(engine, state):
+def load_loss_scale(engine: Any, state: dict[str, Any]) -> None:
     """Set the loss scaler's counters again."""
     for key, value in state.items():
         setattr(_loss_scaler(engine), key, value)

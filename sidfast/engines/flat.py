@@ -5,6 +5,7 @@ several hundred parameters longer, on a fast GPU, than the arithmetic. Laid out 
 goes on reading its own parameters, which are views.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class ParamSlice:
     parameter: nn.Parameter
     start: int
 
-    def view(self, bucket):
+    def view(self, bucket: torch.Tensor) -> torch.Tensor:
         """The part of a bucket that is this parameter, in its shape and memory layout."""
         p = self.parameter
         return bucket.detach()[self.start:self.start + p.numel()].as_strided(p.shape, p.stride())
@@ -49,20 +50,20 @@ class FlatParameters(nn.Module):
                 view.copy_(place.parameter)
         self.bind()
 
-    def bind(self):
+    def bind(self) -> None:
         """Make the network's parameters views of the buckets as they are now."""
         for place, view in self._views(self.buckets):
             place.parameter.data = view
 
-    def parts(self, i, bucket):
+    def parts(self, i: int, bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """[(name, its part)] of each parameter in a tensor laid out like bucket number `i`."""
         return [(place.name, place.view(bucket)) for place in self._places[i]]
 
-    def named(self, tensors):
+    def named(self, tensors: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """The same of tensors laid out like all buckets."""
         return [part for i, tensor in enumerate(tensors) for part in self.parts(i, tensor)]
 
-    def like(self, dtype):
+    def like(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Zeros laid out like the buckets."""
         return [torch.zeros_like(c, dtype=dtype, requires_grad=False) for c in self.buckets]
 

@@ -1,7 +1,10 @@
 """The network inside an engine."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 
 from sidfast.engines.flat import FlatParameters
@@ -31,16 +34,16 @@ class EngineModule(nn.Module):
         return self._held[0]
 
     @property
-    def denoiser(self):
+    def denoiser(self) -> Callable:
         """The network for passes that are not the engine's. At stage 3 they go through this module: its hook tells
         DeepSpeed where a pass begins, so that it can prefetch the next weights."""
         if self.flat:
             return self.network
-        denoiser = functools.partial(self, _call)
+        denoiser: Any = functools.partial(self, _call)
         denoiser.repeats_images = getattr(self.network, "repeats_images", False)
         return denoiser
 
-    def forward(self, compute, *tensors, **options):
+    def forward(self, compute: Callable, *tensors: torch.Tensor, **options) -> Any:
         """compute(network, *tensors, **options)."""
         return compute(self.network, *tensors, **options)
 

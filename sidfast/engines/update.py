@@ -4,8 +4,9 @@ Engines are DeepSpeed's, or anything with `module` (an EngineModule), a call tha
 `step()`, where step acts at the accumulation boundary.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +19,8 @@ from sidfast.method.updates import Batch, Objective, fake_score_step, generator_
 class Networks(NamedTuple):
     """Two engines (see above), and the teacher's network, frozen."""
 
-    generator: object
-    fake_score: object
+    generator: Any
+    fake_score: Any
     teacher: torch.nn.Module
 
 
@@ -35,7 +36,7 @@ class UpdateOutput(NamedTuple):
     images: list
 
 
-def fake_score_update(networks: Networks, objective: Objective, source=None, **options) -> "Update":
+def fake_score_update(networks: Networks, objective: Objective, source: Callable | None = None, **options) -> "Update":
     """The fake score's Update on the images of `source(batch)`, by default the generator's own (eq. 4). `options` of
     Update."""
     generator = networks.generator.module.denoiser
@@ -43,7 +44,7 @@ def fake_score_update(networks: Networks, objective: Objective, source=None, **o
     return Update(networks.fake_score, fake_score_step(objective, source), **options)
 
 
-def generator_update(networks: Networks, objective: Objective, run=sequential, **options) -> "Update":
+def generator_update(networks: Networks, objective: Objective, run: Callable = sequential, **options) -> "Update":
     """The generator's Update; `run`: how the passes of teacher and fake score are run. `options` of Update."""
     trained = networks.fake_score.module                 # the engine itself would prepare for a backward of its own
     compute = generator_step(objective, trained.denoiser, networks.teacher, run)

@@ -13,12 +13,13 @@ from torch import nn
 
 from sidfast.common.errors import UserError
 from sidfast.common.explain import explain, first_fault
+from sidfast.config.schema import Config
 from sidfast.engines.engine import ENGINES, build_engine, compute_dtype, engine_config
 
 _WRITERS = ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "autotuning")
 
 
-def check_sections(config):
+def check_sections(config: Config) -> None:
     """Raise UserError for a `deepspeed` section that DeepSpeed cannot read; builds nothing."""
     joined = comm.get_world_size() if comm.is_initialized() else 1               # (DeepSpeed counts those that have)
     for name in ENGINES:
@@ -27,7 +28,7 @@ def check_sections(config):
             DeepSpeedConfig(section | {"gradient_accumulation_steps": 1})
 
 
-def validate_deepspeed(config, processes, device):
+def validate_deepspeed(config: Config, processes: int, device: torch.device) -> None:
     """Build each engine around a small network and take one step; a collective call, once processes have joined.
 
     Raises UserError, which names the section and passes DeepSpeed's reason on, for a section that it does not take.

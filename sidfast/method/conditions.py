@@ -20,7 +20,7 @@ def dtype_of(cond: Conditions) -> torch.dtype:
     return next(value.dtype for value in cond.values() if value.is_floating_point())
 
 
-def select(cond: Conditions, index) -> Conditions:
+def select(cond: Conditions, index: torch.Tensor | slice | list[int]) -> Conditions:
     """The samples that `index` (of a tensor's first dimension) picks."""
     return {name: value[index] for name, value in cond.items()}
 

@@ -8,10 +8,13 @@ class is to make it known to the configuration (docs/ablations.md).
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-DENSITIES = {}                                           # name -> class (method.md, section 6)
+from sidfast.method.schedule import Schedule
+
+DENSITIES: dict[str, type["Density"]] = {}               # name -> class (method.md, section 6)
 
 
 class Density:
@@ -20,7 +23,7 @@ class Density:
     `options`: the keys of the configuration's `noise` section that it takes, all with defaults.
     """
 
-    options = ()
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, name=None, **options):
         super().__init_subclass__(**options)
@@ -28,16 +31,16 @@ class Density:
             DENSITIES[name] = cls
 
     @classmethod
-    def for_schedule(cls, schedule, low, high, **options):
+    def for_schedule(cls, schedule: Schedule, low: float, high: float, **options) -> "Density":
         """The distribution for a teacher: its Schedule, and the range [low, high] of ln sigma (numbers) that will
         be drawn from. `options`: those of the class that were given."""
         return cls(**options)
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """u uniform in [0, 1], float64, any shape -> ln sigma, float64, of that shape, rising with u."""
         raise NotImplementedError
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """(start, end): the u's in [0, 1] of ln sigma = low and high (numbers), by the inverse of `icdf."""
         raise NotImplementedError
 
@@ -46,16 +49,16 @@ class Density:
 class Normal(Density, name="edm"):
     """ln sigma ~ N(mean, std^2): EDM's training noise (arXiv 2206.00364)."""
 
-    options = ("mean", "std")
+    options: ClassVar[tuple[str, ...]] = ("mean", "std")
 
     mean: float = -1.2
     std: float = 1.2
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """ln sigma = mean + std Phi^-1(u) (section 6, `edm`)."""
         return self.mean + self.std * torch.special.ndtri(u)
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """Phi((ln sigma - mean) / std) of both ends."""
         return tuple(0.5 * math.erfc((self.mean - v) / self.std / math.sqrt(2)) for v in (low, high))
 
@@ -79,12 +82,12 @@ class Laplace(Density, name="laplace"):
     mean: float = 0.0
     scale: float = 0.5
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """-1/2 times the quantile of logSNR at 1 - u (section 6, `laplace`)."""
         v = u - 0.5                                      # -logSNR ~ Laplace(-mean, scale)
         return 0.5 * (-self.mean - self.scale * torch.sign(v) * torch.log1p(-2 * v.abs()))
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """The distribution function of ln sigma at both ends."""
         return tuple(self._cdf(v) for v in (low, high))
 
@@ -105,16 +108,16 @@ class Karras(Density, name="karras"):
     rho: float = 7.0
 
     @classmethod
-    def for_schedule(cls, schedule, low, high, **options):
+    def for_schedule(cls, schedule: Schedule, low: float, high: float, **options) -> "Karras":
         """Between low and high (ln smin and ln smax)."""
         return cls(low, high, **options)
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """The formula of section 6 (`karras`) at 1 - u, so that it rises with u."""
         low, high = math.exp(self.log_sigma_min / self.rho), math.exp(self.log_sigma_max / self.rho)
         return self.rho * torch.log(low + u * (high - low))
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """(0, 1), whatever the range."""
         return 0.0, 1.0
 
@@ -125,11 +128,11 @@ class Cosine(Density, name="cosine"):
 
     offset: float = 0.008
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """The logarithm of section 6's formula (`cosine`)."""
         return torch.tan(math.pi / 2 * (u + self.offset) / (1 + self.offset)).log()
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """u = (1 + offset) 2/pi atan(sigma) - offset of both ends, cut off to [0, 1]."""
         angle = (math.atan(math.exp(v)) * 2 / math.pi for v in (low, high))
         return tuple(min(max(v * (1 + self.offset) - self.offset, 0.0), 1.0) for v in angle)
@@ -147,12 +150,12 @@ class Sigmoid(Density, name="sigmoid"):
     def _g(self, x):
         return 1 / (1 + math.exp(-x / self.tau))
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """ln sigma = ln((1 - a^2) / a^2) / 2, with a^2 from section 6's schedule (`sigmoid`) at u."""
         g = torch.sigmoid((self.start + u * (self.end - self.start)) / self.tau)
         return 0.5 * ((g - self._g(self.start)) / (self._g(self.end) - g)).log()
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """The u at which the schedule has a^2 = 1 / (1 + sigma^2), of both ends."""
         return tuple(self._cdf(v) for v in (low, high))
 
@@ -169,12 +172,12 @@ class Grid(Density):
         """`log_sigma`: rising ln sigma [K], float64."""
         self.log_sigma = log_sigma
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """Level number floor(K u); for u = 1 the last."""
         index = (u * len(self.log_sigma)).long().clamp(0, len(self.log_sigma) - 1)
         return self.log_sigma.to(u.device)[index]
 
-    def cdf_range(self, low, high):
+    def cdf_range(self, low: float, high: float) -> tuple[float, ...]:
         """(i / K, (j + 1) / K), i and j the first and the last level in [low, high]. Raises ValueError if there are
         none."""
         inside = (self.log_sigma >= low) & (self.log_sigma <= high)
@@ -188,7 +191,7 @@ class Ddpm(Grid, name="ddpm"):
     """The teacher's own timesteps, all equally likely: the paper's (section 6, `ddpm`)."""
 
     @classmethod
-    def for_schedule(cls, schedule, low, high):
+    def for_schedule(cls, schedule: Schedule, low: float, high: float) -> "Ddpm":
         """Over the teacher's grid; no options."""
         return cls(schedule.log_sigma(torch.arange(len(schedule))))
 
@@ -197,7 +200,7 @@ class Linear(Grid, name="linear"):
     """The timesteps of DDPM's original schedule (arXiv 2006.11239), all equally likely (section 6, `linear`)."""
 
     @classmethod
-    def for_schedule(cls, schedule, low, high):
+    def for_schedule(cls, schedule: Schedule, low: float, high: float) -> "Linear":
         """Over DDPM's grid, whatever the teacher's; no options."""
         a2 = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
         return cls(0.5 * ((1 - a2) / a2).log())
@@ -210,7 +213,7 @@ class Truncated:
     Raises ValueError if less than 1e-6 of it lies there.
     """
 
-    distribution: object
+    distribution: Density
     low: float
     high: float
 
@@ -219,7 +222,7 @@ class Truncated:
         if end - start < 1e-6:
             raise ValueError("the noise levels of this density lie outside of the teacher's range")
 
-    def icdf(self, u):
+    def icdf(self, u: torch.Tensor) -> torch.Tensor:
         """As Density's, of what is left: the whole's quantile at start + u (end - start), (start, end) its
         `cdf_range`."""
         start, end = self.distribution.cdf_range(self.low, self.high)
@@ -245,7 +248,7 @@ class NoiseLevels:
             raise ValueError(f"noise.t_max ({t_max}) has no signal (zero terminal SNR), and density {density!r} needs "
                              "a finite range: take a smaller one")
 
-    def sample(self, n, generator):
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """n timesteps t [n] in [t_min, t_max] (float64, fractional in general) on the generator's device."""
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         return self.schedule.timestep(self.distribution.icdf(u))

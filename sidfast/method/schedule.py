@@ -14,13 +14,13 @@ class Schedule(Protocol):
 
     def __len__(self) -> int: ...
 
-    def to(self, device) -> "Schedule":
+    def to(self, device: torch.device | str) -> "Schedule":
         """The same schedule with its tables on another device."""
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a, s) of timesteps t, whole or fractional, fp32, each of t's shape (eq. 1)."""
 
-    def log_sigma(self, t) -> torch.Tensor:
+    def log_sigma(self, t: torch.Tensor | float) -> torch.Tensor:
         """ln sigma, sigma = s / a, of timesteps t (a tensor or a number), float64."""
 
     def timestep(self, log_sigma: torch.Tensor) -> torch.Tensor:

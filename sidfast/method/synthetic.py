@@ -6,6 +6,8 @@ batch, so that a source's images do not depend on micro-batches or processes, an
 """
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +15,11 @@ from sidfast.method.conditions import select
 from sidfast.method.equations import copies, passes, predict_guided
 from sidfast.method.generator import denoise_at, generate
 
-SOURCES, DEGRADATIONS = {}, {}                           # name -> class
+if TYPE_CHECKING:
+    from sidfast.method.updates import Batch, Objective
+
+SOURCES: dict[str, type["Source"]] = {}                  # name -> class
+DEGRADATIONS: dict[str, type] = {}
 
 
 class Source:
@@ -25,7 +31,10 @@ class Source:
     `num_extra_noise`: how many more noise tensors it takes for an image.
     """
 
-    options, copy, capturable, num_extra_noise = (), None, True, 0
+    options: tuple[str, ...] = ()
+    copy: str | None = None
+    capturable = True
+    num_extra_noise = 0
 
     def __init_subclass__(cls, name=None, **options):
         super().__init_subclass__(**options)
@@ -36,7 +45,7 @@ class Source:
         """`network`: the generator's, or that of its `copy`; `objective`: the run's Objective."""
         self.network, self.objective = network, objective
 
-    def generate(self, batch):
+    def generate(self, batch: "Batch") -> torch.Tensor:
         """One-step images [N, C, H, W] of a Batch (eq. 4)."""
         return generate(self.network, batch.z, batch.cond, self.objective)
 
@@ -189,7 +198,8 @@ class Degraded:
         return self.degradation(self.inner(batch), batch.noise[:, self.inner.num_extra_noise:])
 
 
-def build_source(section, generator, teacher, objective, lagged, scheduler, shared=False):
+def build_source(section: Any, generator: Callable, teacher: Callable, objective: "Objective",
+                 lagged: dict[str, Callable], scheduler: Callable, shared: bool = False) -> Callable:
     """What draws the images of one run: a Source, or a wrapper around one that is called alike.
 
     `section`: the configuration's `synthetic`; `generator`, `teacher`: networks; `lagged`: {kind: network} of the
@@ -198,7 +208,7 @@ def build_source(section, generator, teacher, objective, lagged, scheduler, shar
     """
     cls = Shared if shared else SOURCES[section.source]
     network = lagged[cls.copy] if cls.copy else generator
-    source = cls(network, objective, **{name: getattr(section, name) for name in cls.options})
+    source: Any = cls(network, objective, **{name: getattr(section, name) for name in cls.options})
     if section.teacher_share:
         guidance = objective.kappa4 if section.teacher_guidance is None else section.teacher_guidance
         source = TeacherShare(source, teacher, objective.predict, scheduler(), section.teacher_share,
@@ -208,6 +218,6 @@ def build_source(section, generator, teacher, objective, lagged, scheduler, shar
     return source
 
 
-def capture_blocker(section):
+def capture_blocker(section: Any) -> str | None:
     """Why CUDA graphs cannot hold a section's images, or None."""
     return None if SOURCES[section.source].capturable else f"synthetic.source {section.source!r} depends on values"

@@ -5,9 +5,9 @@ trained; samples with keep [N] (bool) False count as 0. Optimizers, accumulation
 (engines/update.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,19 +59,19 @@ class Batch(NamedTuple):
         """All tensors in a fixed order; see `with_tensors`."""
         return [*self.cond.values(), *self.uncond.values(), *self[2:]]
 
-    def with_tensors(self, tensors) -> "Batch":
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "Batch":
         """A Batch of the same keys with other tensors, in the order of `tensors`."""
         k = len(self.cond)
         return Batch(dict(zip(self.cond, tensors[:k], strict=True)),
                      dict(zip(self.uncond, tensors[k:2 * k], strict=True)), *tensors[2 * k:])
 
 
-def sequential(first: Callable, second: Callable, device):
+def sequential(first: Callable, second: Callable, device: torch.device) -> tuple[Any, Any]:
     """(first(), second())."""
     return first(), second()
 
 
-def fake_score_step(objective: Objective, source: Callable[[Batch], torch.Tensor]):
+def fake_score_step(objective: Objective, source: Callable[[Batch], torch.Tensor]) -> Callable:
     """The fake score's `compute` (eq. 5) on the images x_g [N, C, H, W] of `source(batch)`."""
     kappas = [objective.kappa1]
 
@@ -90,7 +90,8 @@ def fake_score_step(objective: Objective, source: Callable[[Batch], torch.Tensor
     return compute
 
 
-def generator_step(objective: Objective, fake_score, teacher, run=sequential):
+def generator_step(objective: Objective, fake_score: Callable, teacher: Callable, run: Callable = sequential
+                   ) -> Callable:
     """The generator's `compute` (eqs. 6 to 8). Gradients pass through both denoisers, whose weights are frozen; `run`:
     how the passes of the two are run, one after the other or at the same time."""
     kappas, predict = (objective.kappa2, objective.kappa3, objective.kappa4), objective.predict
@@ -116,7 +117,7 @@ def leave_out(batch: Batch, finite: torch.Tensor) -> tuple[Batch, torch.Tensor]:
     If no sample is finite, zeros without text take their place. The teacher draws none of the replaced samples: their
     images do not matter, and it would have more than its share."""
     if not finite.any():
-        zeros = {name: torch.zeros_like(getattr(batch, name)) for name in ("z", "eps", "noise")}
+        zeros: dict[str, Any] = {name: torch.zeros_like(getattr(batch, name)) for name in ("z", "eps", "noise")}
         return batch._replace(cond=expand(batch.uncond, len(finite)), **zeros), finite
     rows = torch.where(finite, torch.arange(len(finite), device=finite.device), finite.to(torch.uint8).argmax())
     taken = Batch(select(batch.cond, rows), batch.uncond, *(v[rows] for v in batch[2:]))
