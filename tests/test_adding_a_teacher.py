@@ -58,7 +58,7 @@ def test_the_example_is_a_family(example, folder):
     with torch.no_grad():
         want, null = plain.encode_prompt(["mdjrny-v4 style a red circle"], "cpu", 1, True)
         cond = teacher.encode(teacher.tokenize(["a red circle"]), size)["encoder_hidden_states"]
-        exported = teacher.one_step_pipeline(teacher.network, 625).encode_prompt(["a red circle"])
+        exported = teacher.one_step_pipeline(teacher.network, 625).encode_prompt(["a red circle"])[0]
         uncond = teacher.family.encode_empty(teacher, size)["encoder_hidden_states"]
     assert torch.equal(cond, want) and torch.equal(exported, want) and torch.equal(uncond, null)
     options = {"num_inference_steps": 2, "output_type": "latent"}

@@ -82,12 +82,12 @@ assert diffusers.__file__.startswith({libraries!r}), diffusers.__file__
 pipe = DiffusionPipeline.from_pretrained({str(export)!r}, trust_remote_code=True, low_cpu_mem_usage=False)
 noise = [torch.Generator().manual_seed(i) for i in range(3)]
 images = pipe({PROMPTS!r}, generator=noise, output_type="pt", num_inference_steps=1, guidance_scale=0).images
-torch.save((pipe.encode_prompt({PROMPTS!r}), images), {str(tmp_path / 'images.pt')!r})
+torch.save((pipe.encode_prompt({PROMPTS!r})[0], images), {str(tmp_path / 'images.pt')!r})
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": libraries}, check=True)
     text, images = torch.load(tmp_path / "images.pt", weights_only=True)
     noise = [torch.Generator().manual_seed(i) for i in range(3)]
-    assert torch.allclose(text, pipe.encode_prompt(PROMPTS), atol=1e-5)
+    assert torch.allclose(text, pipe.encode_prompt(PROMPTS)[0], atol=1e-5)
     assert torch.allclose(images, pipe(PROMPTS, generator=noise, output_type="pt").images, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_the_usual_arguments(pipe):
     for options in ({"num_inference_steps": 1, "guidance_scale": 0}, {"guidance_scale": 1.0}, {"guidance_scale": None},
                     {"negative_prompt": ""}, {"negative_prompt": [""]}, {"height": 16, "width": 16}):
         assert torch.equal(make("a red circle", **options), want), options
-    embeds = pipe.encode_prompt(["a red circle"])
+    embeds = pipe.encode_prompt(["a red circle"])[0]
     assert torch.equal(make(prompt_embeds=embeds), want)
     several = make(prompt_embeds=embeds, num_images_per_prompt=2)
     assert torch.allclose(several, make(["a red circle"] * 2), atol=1e-6) and len(several) == 2

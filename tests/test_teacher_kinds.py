@@ -44,7 +44,7 @@ OTHER = "describes another network than the weights next to it hold: "
 REFUSED = {
     "unclip": (unet(class_embed_type="identity"), "unCLIP"),
     "noise-levels": (unet(num_class_embeds=1000), "num_class_embeds is 1000"),
-    "sdxl": (unet(addition_embed_type="text_time"), "SDXL"),
+    "sdxl": (unet(addition_embed_type="text_time"), "addition_embed_type is text_time"),
     "deepfloyd": (unet(addition_embed_type="text"), "addition_embed_type is text"),
     "ip-adapter": (unet(encoder_hid_dim_type="ip_image_proj", encoder_hid_dim=1024), "IP-Adapter"),
     "projected": (unet(encoder_hid_dim=4096), "encoder_hid_dim is 4096"),
@@ -65,7 +65,7 @@ REFUSED = {
     "tiny-vae": (vae(_class_name="AutoencoderTiny"), "is a AutoencoderTiny"),
     "t5": (text(model_type="t5"), "is a t5, not a CLIP"),
     "projection": (index(text_encoder=["transformers", "CLIPTextModelWithProjection"]), "write CLIPTextModel there"),
-    "second-encoder": (index(text_encoder_2=["transformers", "CLIPTextModel"]), "two text encoders"),
+    "second-encoder": (index(text_encoder_2=["transformers", "CLIPTextModel"]), "has no tokenizer_2"),
     "controlnet": (index(controlnet=["diffusers", "ControlNetModel"]), "has a controlnet"),
     "prior": (index(prior=["diffusers", "PriorTransformer"]), "has a prior"),
     "part-elsewhere": (index(**{"../vae": ["diffusers", "AutoencoderKL"]}), "names a part '../vae'"),

@@ -72,8 +72,10 @@ def _write(pipe, folder, dtype, distillation):
     index = {"_class_name": [_CODE.removesuffix(".py"), _CLASS] if ours else type(pipe).__name__}
     index |= {name: value for name, value in pipe.config.items() if name[0] != "_" and name not in pipe.components}
     for name, part in pipe.components.items():
-        given = part is not None                         # (a stock pipeline has parts that may be left out)
-        index[name] = [_save_part(part, folder / name, dtype), type(part).__name__] if given else [None, None]
+        if part is not None:
+            index[name] = [_save_part(part, folder / name, dtype), type(part).__name__]
+        elif not ours:                                   # (a stock pipeline has parts that may be left out)
+            index[name] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if ours:
         shutil.copy(inspect.getfile(type(pipe)), folder / _CODE)

@@ -28,7 +28,7 @@ class Teacher:
     `folder`: None for an architecture without files; `parts`: {folder of the pipeline: network, tokenizer or
     scheduler}, networks in fp32 on the CPU as loaded, or on the meta device, without weights; `schedule`: its path and
     what its network predicts; `sampling`: the scheduler of diffusers that draws its images in several steps; `changes`:
-    values in the place of those of the folder's scheduler_config.json.
+    values in the place of those of the folder's scheduler_config.json; `index`: its model_index.json.
     """
 
     family: "Family"
@@ -37,6 +37,7 @@ class Teacher:
     schedule: Schedule
     sampling: Any
     changes: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
 
     @property
     def network(self) -> nn.Module:
@@ -232,8 +233,8 @@ class Family(ABC):
         is none of diffusers."""
 
     @abstractmethod
-    def pipeline_of(self, parts: dict[str, Any]):
-        """diffusers' pipeline of these parts."""
+    def pipeline_of(self, parts: dict[str, Any], index: dict[str, Any] | None = None):
+        """diffusers' pipeline of these parts; `index`: a model_index.json, with flags of the pipeline."""
 
     @abstractmethod
     def one_step_pipeline(self, teacher: Teacher, network: nn.Module, t_init: int):

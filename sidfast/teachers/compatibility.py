@@ -5,13 +5,32 @@ applies it, or is refused with a line that says why.
 """
 
 import re
+from dataclasses import dataclass, field
 
 from sidfast.common.errors import UserError
 from sidfast.teachers.untrusted import read_config, read_index, refuse_harm
 
+_CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 _UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}               # text-to-image runs without them
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_KIND = "a Stable Diffusion 1.x or 2.x pipeline is needed"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a family of latent diffusion with CLIP's texts is made of.
+
+    `needed`: ends messages; `encoders`: {text encoder: its class}; `unet`: rules for a UNet besides those of all.
+    """
+
+    needed: str
+    encoders: dict[str, str]
+    unet: dict[str, tuple] = field(default_factory=dict)
+
+    @property
+    def parts(self):
+        """The folders that are needed."""
+        tokenizers = (name.replace("text_encoder", "tokenizer") for name in self.encoders)
+        return "unet", "vae", *self.encoders, *tokenizers, "scheduler"
+
 
 # What a UNet must not have: {key: (the values that are fine, what others mean)}.
 _UNET = {
@@ -19,7 +38,7 @@ _UNET = {
                            "a distilled student and not a teacher"),
     "class_embed_type": ((None,), "needs an embedding of an image or a class with every text (unCLIP, for example)"),
     "num_class_embeds": ((None,), "needs a class or a noise level with every text (an upscaler, for example)"),
-    "addition_embed_type": ((None,), "needs more than the text (image sizes and a pooled embedding in SDXL)"),
+    "addition_embed_type": ((None,), "needs more than the text"),
     "encoder_hid_dim_type": ((None,), "projects its conditions (an IP-Adapter or Kandinsky, which take an image)"),
     "encoder_hid_dim": ((None,), "projects its conditions (an IP-Adapter or Kandinsky, which take an image)"),
     "attention_type": (("default",), "has layers for boxes in the image (GLIGEN)"),
@@ -34,61 +53,64 @@ _VAE = {
     "latents_std": ((None,), "normalises its latents, which Stable Diffusion pipelines do not undo")}
 
 
-def check_teacher(folder, what):
-    """{part: configuration} of a folder: JSON objects, and transformers' own of the text encoder. Raises UserError,
-    which `what` opens, for parts that do not fit, and for anything but a text-to-image model with one CLIP as its text
-    encoder."""
+def check_teacher(folder, what, kind):
+    """{part: configuration} of a folder: JSON objects, and transformers' own of text encoders. Raises UserError, which
+    `what` opens, for parts that do not fit, and for anything but a text-to-image model of this Kind."""
     index = read_index(folder, what)
-    _check_parts(folder, index, what)
-    unet, vae, text, scheduler = (read_config(folder / name, what) for name in (
-        "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"))
-    for name, config in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        refuse_harm(config, what, folder / name / "config.json")
+    _check_parts(folder, index, what, kind)
+    configs = {part: read_config(folder / part / "config.json", what) for part in ("unet", "vae", *kind.encoders)}
+    scheduler, needed = read_config(folder / "scheduler" / "scheduler_config.json", what), kind.needed
+    for part, config in configs.items():
+        refuse_harm(config, what, folder / part / "config.json")
+    unet, vae = configs["unet"], configs["vae"]
     for part, config, cls in (("unet", unet, "UNet2DConditionModel"), ("vae", vae, "AutoencoderKL")):
         if config.get("_class_name", cls) != cls:
-            raise UserError(f"{what}: {folder}/{part} is a {config['_class_name']}, not a {cls}; {_KIND}")
-    for part, config, wrong in (("unet", unet, _UNET), ("vae", vae, _VAE)):
+            raise UserError(f"{what}: {folder}/{part} is a {config['_class_name']}, not a {cls}; {needed}")
+    for part, config, wrong in (("unet", unet, _UNET | kind.unet), ("vae", vae, _VAE)):
         for key, (fine, meaning) in wrong.items():
             if config.get(key, fine[0]) not in fine:
                 raise UserError(f"{what}: {folder}/{part} {meaning}: {key} is {str(config[key])[:60]} in config.json; "
-                                f"{_KIND}")
-    text = _read_text_config(folder, text, index, what)
-    _check_sizes(folder, unet, vae, text, what)
-    return {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
+                                f"{needed}")
+    texts = {part: _read_text_config(folder / part, configs[part], index[part], what, kind) for part in kind.encoders}
+    _check_sizes(folder, unet, vae, texts, what, needed)
+    return configs | texts | {"scheduler": scheduler}
 
 
-def _check_parts(folder, index, what):
-    given = {part for part, value in index.items() if isinstance(value, list) and value[:1] != [None]}
-    if "text_encoder_2" in given:
-        raise UserError(f"{what}: {folder} has two text encoders; Stable Diffusion 1.x and 2.x have one")
-    for part in _PARTS:
+def given_parts(index):
+    """The components that a model_index.json names."""
+    return {part for part, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+
+
+def _check_parts(folder, index, what, kind):
+    given = given_parts(index)
+    for part in kind.parts:
         if part not in given:
-            raise UserError(f"{what}: {folder}/model_index.json has no {part}; {_KIND}")
+            raise UserError(f"{what}: {folder}/model_index.json has no {part}; {kind.needed}")
         if not (folder / part).is_dir():
             raise UserError(f"{what}: {folder} has no folder {part}")
-    for part in sorted(given - {*_PARTS, *_UNUSED, "_class_name"}):
+    for part in sorted(given - {*kind.parts, *_UNUSED, "_class_name"}):
         raise UserError(f"{what}: {folder} has a {part} (model_index.json), so its images follow from more than a "
-                        f"text; {_KIND}")
+                        f"text; {kind.needed}")
 
 
-def _read_text_config(folder, config, index, what):
+def _read_text_config(folder, config, cls, what, kind):
     """transformers' configuration of a CLIP's text encoder, of a whole CLIP's its text half."""
     from transformers import CLIPTextConfig
 
-    kind, cls = config.get("model_type", "clip_text_model"), index["text_encoder"]
-    if kind not in ("clip_text_model", "clip"):
-        raise UserError(f"{what}: {folder}/text_encoder is a {str(kind)[:60]}, not a CLIP; {_KIND}")
-    if cls in (["transformers", "CLIPTextModelWithProjection"], ["transformers", "CLIPModel"]):
-        raise UserError(f"{what}: {folder}/model_index.json loads the text encoder as {cls[1]}, which gives one vector "
-                        "for a text, and the UNet needs one for each token; write CLIPTextModel there")
+    model, wanted = config.get("model_type", "clip_text_model"), kind.encoders[folder.name]
+    if model not in ("clip_text_model", "clip"):
+        raise UserError(f"{what}: {folder} is a {str(model)[:60]}, not a CLIP; {kind.needed}")
+    if cls != ["transformers", wanted] and cls in [["transformers", name] for name in _CLIPS]:
+        raise UserError(f"{what}: {folder.parent}/model_index.json loads the {folder.name} as {cls[1]}, which gives "
+                        f"other embeddings than {wanted}; write {wanted} there")
     try:
-        return CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        return CLIPTextConfig.from_pretrained(folder)
     except Exception as error:                           # the library's own for values that it does not know
-        raise UserError(f"{what}: {folder}/text_encoder/config.json cannot be read "
+        raise UserError(f"{what}: {folder}/config.json cannot be read "
                         f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})") from None
 
 
-def _check_sizes(folder, unet, vae, text, what):
+def _check_sizes(folder, unet, vae, texts, what, needed):
     channels, out, latent = unet.get("in_channels", 4), unet.get("out_channels", 4), vae.get("latent_channels", 4)
     if channels != out:
         raise UserError(f"{what}: {folder}/unet takes {channels} channels and gives {out} (a model for inpainting, for "
@@ -96,13 +118,15 @@ def _check_sizes(folder, unet, vae, text, what):
     if latent != channels:
         raise UserError(f"{what}: {folder}/vae has latents of {latent} channels, its unet of {channels}: they are of "
                         "different models")
-    width = unet.get("cross_attention_dim", 1280)
-    if width != text.hidden_size:
-        raise UserError(f"{what}: {folder}/unet takes texts of width {width} (cross_attention_dim), its text_encoder "
-                        f"gives {text.hidden_size} (hidden_size): they are of different models")
+    width, given = unet.get("cross_attention_dim", 1280), sum(text.hidden_size for text in texts.values())
+    if width != given:
+        raise UserError(f"{what}: {folder}/unet takes texts of width {width} (cross_attention_dim), its "
+                        f"{' and '.join(texts)} give{'s' * (len(texts) == 1)} {given} (hidden_size): they are of "
+                        "different models")
     blocks = [unet.get(key) for key in ("down_block_types", "mid_block_type", "up_block_types")]
     if None not in blocks[::2] and "CrossAttn" not in str(blocks):
-        raise UserError(f"{what}: {folder}/unet has no cross-attention, so the text does not reach its images; {_KIND}")
+        raise UserError(f"{what}: {folder}/unet has no cross-attention, so the text does not reach its images; "
+                        f"{needed}")
     size, factor = unet.get("sample_size"), vae.get("scaling_factor", 0.18215)
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(type(side) is int and 1 <= side <= 2048 for side in sides):

@@ -2,8 +2,9 @@
 
 from sidfast.teachers.base import Family
 from sidfast.teachers.sd import StableDiffusion
+from sidfast.teachers.sdxl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(),)
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 
 

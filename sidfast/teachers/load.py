@@ -41,7 +41,7 @@ def load_teacher(name, what: str = _KEY, *, variant: str | None = None, revision
                 for part in family.networks}
     for module in networks.values():
         module.float().eval().requires_grad_(False)
-    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler)
+    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, read_index(folder, what))
 
 
 def load_meta_teacher(name, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
@@ -55,13 +55,14 @@ def load_meta_teacher(name, what: str = _KEY, *, variant: str | None = None, rev
         family = ARCHITECTURES[name]
         own = family.build_scheduler(name, scheduler or {})
         with torch.device("meta"):
-            return _assemble(family, None, family.build(name), {}, (own, own), scheduler)
+            networks = family.build(name)
+        return _assemble(family, None, networks, {}, (own, own), scheduler)
     folder = _find_configurations(name, revision)
     family, configs, schedulers = _check(folder, what, scheduler)
     tokenizers = _load_tokenizers(folder, family, configs, what)
     networks = {part: _without_weights(folder / part, family.class_of(part), what, variant)
                 for part in family.networks}
-    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler)
+    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, read_index(folder, what))
 
 
 def load_prompt_limit(name, what: str):
@@ -96,10 +97,10 @@ def _load_tokenizers(folder, family, configs, what):
     return tokenizers
 
 
-def _assemble(family, folder, networks, tokenizers, schedulers, changes):
+def _assemble(family, folder, networks, tokenizers, schedulers, changes, index=None):
     family.adapt(networks[family.network])
     parts = networks | tokenizers | {"scheduler": schedulers[0]}
-    return Teacher(family, folder, parts, family.schedule(schedulers[0]), schedulers[1], changes or {})
+    return Teacher(family, folder, parts, family.schedule(schedulers[0]), schedulers[1], changes or {}, index or {})
 
 
 def _without_weights(folder, cls, what, variant):

@@ -11,7 +11,7 @@ from sidfast.common.errors import UserError
 from sidfast.method.conditions import dtype_of
 from sidfast.teachers import clip
 from sidfast.teachers.base import Family
-from sidfast.teachers.compatibility import as_diffusers_sizes, check_teacher
+from sidfast.teachers.compatibility import Kind, as_diffusers_sizes, check_teacher, given_parts
 from sidfast.teachers.folders import first_reason
 from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.schedulers import check_changes, load_schedulers
@@ -20,11 +20,14 @@ from sidfast.teachers.untrusted import read_index
 
 VOCABULARY, TEXT_LENGTH = 49408, 77                      # CLIP's
 
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
                 "hidden_act": "gelu", "projection_dim": 512}
 _SD1 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 _SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+
+
+_KIND = Kind("a Stable Diffusion 1.x or 2.x pipeline is needed", {"text_encoder": "CLIPTextModel"})
 
 
 class StableDiffusion(Family):
@@ -35,17 +38,17 @@ class StableDiffusion(Family):
                           "text_encoder": "transformers.CLIPTextModel"}
     tokenizers: ClassVar = {"tokenizer": "text_encoder"}
     architectures: ClassVar = {                            # name -> (UNet, text encoder, latent side, prediction type)
-        "sd15": (_SD1, _CLIP_L, 64, "epsilon"),
+        "sd15": (_SD1, CLIP_L, 64, "epsilon"),
         "sd21": (_SD2, _OPEN_CLIP_H, 64, "epsilon"),
         "sd21-768": (_SD2, _OPEN_CLIP_H, 96, "v_prediction")}
 
     def accepts(self, index):
         """As Family's: a UNet, and one text encoder."""
-        return "unet" in index and "text_encoder_2" not in index
+        return "unet" in index and "text_encoder_2" not in given_parts(index)
 
     def check(self, folder, what):
         """As Family's."""
-        return check_teacher(folder, what)
+        return check_teacher(folder, what, _KIND)
 
     def schedulers(self, folder, configs, what, changes):
         """As Family's: DDPM's levels for exports, DDIM for images in several steps."""
@@ -98,9 +101,9 @@ class StableDiffusion(Family):
             scheduler = cls.from_pretrained(teacher.folder / "scheduler", **teacher.changes)
         except Exception as error:                       # the library raises many kinds for a broken folder
             raise UserError(f"{what}: its {name} cannot be loaded ({first_reason(error)})") from None
-        return self.pipeline_of(teacher.parts | {"scheduler": scheduler})
+        return self.pipeline_of(teacher.parts | {"scheduler": scheduler}, teacher.index)
 
-    def pipeline_of(self, parts):
+    def pipeline_of(self, parts, index=None):
         """As Family's."""
         return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                                  requires_safety_checker=False)
@@ -122,7 +125,7 @@ class StableDiffusion(Family):
 
     def build_scheduler(self, architecture, changes):
         """As Family's."""
-        scheduler = stable_diffusion_scheduler(self.architectures[architecture][-1])
+        scheduler = stable_diffusion_scheduler(StableDiffusion.architectures[architecture][-1])
         check_changes(DDIMScheduler, changes)
         return DDIMScheduler.from_config(scheduler.config, **changes)
 

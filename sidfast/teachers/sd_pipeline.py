@@ -29,15 +29,19 @@ _CODE = "pipeline.py"                                    # the name of this file
 class OneStepPipeline(DiffusionPipeline):
     """Prompts to images in one step.
 
-    Args: the parts of a Stable Diffusion pipeline, and `t_init`, the timestep at which the generator starts.
+    Args: the parts of a Stable Diffusion pipeline, 1.x, 2.x or XL, and `t_init`, the timestep at which the generator
+    starts.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = ("text_encoder_2", "tokenizer_2")
     _callback_tensor_inputs = ("latents", "prompt_embeds")
 
-    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, t_init: int = 625):
+    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, text_encoder_2=None, tokenizer_2=None,
+                 t_init: int = 625):
         super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+                              text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
         self.register_to_config(t_init=t_init)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -45,7 +49,7 @@ class OneStepPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, prompt=None, height=None, width=None, num_images_per_prompt=1, generator=None, latents=None,
                  output_type="pil", return_dict=True, *, num_inference_steps=1, guidance_scale=0.0,
-                 negative_prompt=None, prompt_embeds=None, callback_on_step_end=None,
+                 negative_prompt=None, prompt_embeds=None, pooled_prompt_embeds=None, callback_on_step_end=None,
                  callback_on_step_end_tensor_inputs=("latents",)):
         """Make images from prompts.
 
@@ -60,6 +64,7 @@ class OneStepPipeline(DiffusionPipeline):
             guidance_scale: 0 to 1, which mean the same: no guidance.
             negative_prompt: empty or None: without guidance it would have no effect.
             prompt_embeds: text embeddings [N, L, D] (of `encode_prompt`) in place of `prompt`.
+            pooled_prompt_embeds: with them for Stable Diffusion XL, [N, P] (of `encode_prompt` too).
             callback_on_step_end: called once, as callback(pipe, 0, t_init, tensors), with the generated latents; it may
                 return others.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "latents" and "prompt_embeds".
@@ -76,10 +81,13 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError("give one of prompt and prompt_embeds")
         device, dtype = self._execution_device, self.unet.dtype
         if prompt_embeds is None:                        # (before noise is drawn: a GPU may still be busy)
-            prompt_embeds = self.encode_prompt(_repeat(_as_list(prompt), num_images_per_prompt))
+            prompts = _repeat(_as_list(prompt), num_images_per_prompt)
+            prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompts)
         else:
-            prompt_embeds = self._check_embeds(prompt_embeds).repeat_interleave(num_images_per_prompt, 0)
-            prompt_embeds = prompt_embeds.to(device, dtype)
+            self._check_embeds(prompt_embeds, pooled_prompt_embeds)
+            prompt_embeds, pooled_prompt_embeds = (
+                None if embeds is None else embeds.repeat_interleave(num_images_per_prompt, 0).to(device, dtype)
+                for embeds in (prompt_embeds, pooled_prompt_embeds))
         shape = self._latent_shape(len(prompt_embeds), height, width, latents)
         if latents is None:
             if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
@@ -87,7 +95,7 @@ class OneStepPipeline(DiffusionPipeline):
                                  "or a single one")
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
-        latents = self.denoise(latents.to(device, dtype), prompt_embeds)
+        latents = self.denoise(latents.to(device, dtype), prompt_embeds, pooled_prompt_embeds)
         if callback_on_step_end is not None:
             known = {"latents": latents, "prompt_embeds": prompt_embeds}
             tensors = {name: known[name] for name in callback_on_step_end_tensor_inputs}
@@ -95,8 +103,7 @@ class OneStepPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = latents
         else:
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -111,20 +118,42 @@ class OneStepPipeline(DiffusionPipeline):
             shutil.copyfile(__file__, code)
 
     def encode_prompt(self, prompts):
-        """Text embeddings [N, L, D] of N prompts."""
-        device = self._execution_device
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True,
-                                max_length=self.tokenizer.model_max_length, return_tensors="pt").to(device)
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask if masked else None
-        return self.text_encoder(tokens.input_ids, attention_mask=mask)[0].to(self.unet.dtype)
+        """(text embeddings [N, L, D] of N prompts, None); for Stable Diffusion XL (both encoders' last but one layers
+        side by side, the second encoder's embeddings [N, P] of the whole prompts)."""
+        if self.text_encoder_2 is None:
+            return self._encode(self.tokenizer, self.text_encoder, prompts)[0].to(self.unet.dtype), None
+        pairs = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        first, second = (self._encode(*pair, prompts, output_hidden_states=True) for pair in pairs)
+        states = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), -1)
+        return states.to(self.unet.dtype), second[0].to(self.unet.dtype)
 
-    def denoise(self, z, text):
+    def _encode(self, tokenizer, text_encoder, prompts, **options):
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                           return_tensors="pt").to(self._execution_device)
+        masked = getattr(text_encoder.config, "use_attention_mask", False)
+        return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None, **options)
+
+    def _decode(self, latents):
+        """Pixels [N, 3, H, W] in [-1, 1]. A VAE that overflows in half precision says so (`force_upcast`)."""
+        dtype = self.vae.dtype
+        if dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae.to(torch.float32)
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        images = self.vae.decode(latents, return_dict=False)[0]
+        self.vae.to(dtype)
+        return images
+
+    def denoise(self, z, text, pooled=None):
         """x_g = x_hat(s z, t_init): noise z [N, C, H, W] of variance 1 to latents, in one pass of the network."""
         a2 = self.scheduler.alphas_cumprod[self.config.t_init].item()
         a, s = a2**0.5, (1 - a2) ** 0.5
         x_t = s * z
-        output = self.unet(x_t, self.config.t_init, encoder_hidden_states=text, return_dict=False)[0]
+        added = {}
+        if pooled is not None:                           # (size of the original, its crop's corner, size of the image)
+            height, width = (self.vae_scale_factor * side for side in z.shape[2:])
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=text.dtype, device=text.device)
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(z), 6)}}
+        output = self.unet(x_t, self.config.t_init, encoder_hidden_states=text, **added, return_dict=False)[0]
         if self.scheduler.config.prediction_type == "v_prediction":
             return a * x_t - s * output
         return (x_t - s * output) / a
@@ -147,11 +176,13 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(f"latents: shape {list(latents.shape)} where {shape} is needed")
         return tuple(shape)
 
-    def _check_embeds(self, embeds):
+    def _check_embeds(self, embeds, pooled):
         width = self.unet.config.cross_attention_dim
         if embeds.ndim != 3 or embeds.shape[-1] != width or not len(embeds):
             raise ValueError(f"prompt_embeds: shape {list(embeds.shape)} where [prompts, tokens, {width}] is needed")
-        return embeds
+        if (pooled is None) != (self.text_encoder_2 is None):
+            raise ValueError("pooled_prompt_embeds: " + ("are needed beside prompt_embeds" if pooled is None else
+                                                         "have no place in this model; leave them out"))
 
 
 def _check_one_step(steps, guidance, negative_prompt):
