@@ -65,7 +65,7 @@ REFUSED = {
     "tiny-vae": (vae(_class_name="AutoencoderTiny"), "is a AutoencoderTiny"),
     "t5": (text(model_type="t5"), "is a t5, not a CLIP"),
     "projection": (index(text_encoder=["transformers", "CLIPTextModelWithProjection"]), "write CLIPTextModel there"),
-    "second-encoder": (index(text_encoder_2=["transformers", "CLIPTextModel"]), "has no tokenizer_2"),
+    "second-encoder": (index(text_encoder_2=["transformers", "CLIPTextModel"]), "has no folder text_encoder_2"),
     "controlnet": (index(controlnet=["diffusers", "ControlNetModel"]), "has a controlnet"),
     "prior": (index(prior=["diffusers", "PriorTransformer"]), "has a prior"),
     "part-elsewhere": (index(**{"../vae": ["diffusers", "AutoencoderKL"]}), "names a part '../vae'"),
