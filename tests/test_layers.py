@@ -7,7 +7,6 @@ from conftest import ROOT
 from count_house import FLOORS, LEVEL, family_words, functions, imported, modules, place_of, ups
 
 PACKAGE = modules("sidfast")
-LONGEST = {"sidfast/cli.py": 130, "sidfast/training/trainer.py": 109}         # on the way to 60, as all others
 
 
 def name_of(path):
@@ -38,7 +37,7 @@ def test_the_paper_needs_the_kernels_alone():
 @pytest.mark.parametrize("path", modules("sidfast", "kernels", "bench"), ids=name_of)
 def test_files_and_functions_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
-    assert [found for found in functions(path) if found[0] > LONGEST.get(name_of(path), 60)] == []
+    assert [found for found in functions(path) if found[0] > 60] == []
 
 
 def test_few_files_in_training():
