@@ -174,7 +174,7 @@ def _export(args):
 def _demo(args):
     from sidfast.publishing.demo import run_demo
 
-    run_demo(args.model, args.teacher, args.port, _device())
+    run_demo(args.model, args.teacher, args.host, args.port, _device())
 
 
 _FUNCTIONS = {

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sidfast.config.schema import build_config
 from sidfast.publishing.export import read_distillation, write_export
 from sidfast.publishing.load import load_pipeline
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.tokenizer import words
 
 CPU = torch.device("cpu")
 
@@ -53,6 +55,7 @@ def test_page(export, tiny_teacher, capfd):
             want = pipe("a red circle", generator=torch.Generator().manual_seed(3), **options).images[0]
             assert list(Image.open(path).convert("RGB").getdata()) == list(want.getdata())
         assert client.predict(3, api_name="/next_seed") == 4
+        assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/student", "/teacher", "/next_seed"}
         refused(url, capfd)
     finally:
         page.close()
@@ -104,8 +107,10 @@ def test_inputs(name, words, values):
     (["--model", "/nowhere"], "/nowhere"), (["--model", "EXPORT", "--teacher", "/nowhere"], "/nowhere"),
     (["--model", "TEACHER", "--teacher", "TEACHER"], "takes several steps itself"),
     (["--model", "/nowhere", "--port", "99999999"], "--port must be at least 1 and at most 65535"),
-    (["--model", "/nowhere", "--port", "-1"], "--port")],
-    ids=["model", "teacher", "several", "port", "negative-port"])
+    (["--model", "/nowhere", "--port", "-1"], "--port"),
+    (["--model", "/nowhere", "--host", "203.0.113.7"], "--host 203.0.113.7: the page cannot be there (Cannot assign"),
+    (["--model", "/nowhere", "--host", "x" * 70], "--host xxx")],
+    ids=["model", "teacher", "several", "port", "negative-port", "host", "long-host"])
 def test_bad_input(export, tiny_teacher, capsys, args, words):
     pytest.importorskip("gradio")
     places = {"EXPORT": str(export), "TEACHER": str(tiny_teacher)}

@@ -1,13 +1,16 @@
-"""`sidfast demo`: a page on this machine, with the student beside its teacher and their times. Nothing leaves it."""
+"""`sidfast demo`: a page on this machine, of a student and its teacher, with their times. Nothing leaves it."""
 
+import errno
+import getpass
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sidfast.common.errors import UserError
+from sidfast.common.errors import UserError, say
 from sidfast.common.extras import need
 from sidfast.common.records import read_run, recorded
 from sidfast.publishing.export import read_distillation
@@ -15,12 +18,19 @@ from sidfast.publishing.generate import make_images, to_pil
 from sidfast.publishing.load import find_pipeline, load_pipeline
 from sidfast.teachers.fingerprint import TEACHER, describe_teacher, teacher_change
 from sidfast.teachers.load import load_teacher
+from sidfast.teachers.tokenizer import build_tokenizer
 
-_HOST = "127.0.0.1"
-_PROMPT = "a small red circle above a large blue square on a white background"
-_CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; }"
-_STEPS, _GUIDANCE = 50, 1.5                              # of a teacher, until the sliders are moved
+_SHAPES = ("a small red circle above a large blue square on a white background",
+           "a large green square on a gray background", "a small yellow cross on a black background")
+_PHOTOS = ("a lighthouse on a cliff in a storm, oil painting", "portrait of an old fisherman, studio light, 85 mm",
+           "a red fox in fresh snow, morning light", "a bowl of ramen on a wooden table, seen from above")
+_CSS = """.picture img { width: 100%; height: 100%; object-fit: contain; }
+@media (max-width: 640px) { .picture { height: auto !important; aspect-ratio: 1; } }"""
+_STEPS = 50                                              # of a teacher, until the sliders are moved, and its guidance:
+_GUIDANCE = {"shapes": 1.5, "photos": 7.5}
 _MOST_STEPS, _MOST_GUIDANCE = 100, 10
+_LOCAL, _ALL = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
+_NARROW = 280                                            # pixels; fields of a row stand below each other on a phone
 _MOST_SEED, _MOST_TEXT = 2**63 - 1, 10_000               # PyTorch's; characters, far more than a text encoder takes
 
 
@@ -31,6 +41,12 @@ class Model:
     name: str
     pipe: object
     one_step: bool
+    guidance: float                                      # of its teacher, or its own if it takes several steps
+
+    @property
+    def prompts(self):
+        """Prompts to begin with: of the shapes world, which its teacher alone knows, or of what others draw."""
+        return _SHAPES if _knows_shapes(self.pipe) else _PHOTOS
 
     def __call__(self, prompt, seed, steps=None, guidance=None):
         """(PIL image, seconds from the prompt to it). The noise depends on the seed alone, for every model. Raises
@@ -83,19 +99,12 @@ def build_demo(student, teacher):
             raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title="sidfast", analytics_enabled=False) as page:
-        gr.Markdown(f"# sidfast\n`{student.name}`" + (f" beside its teacher, `{teacher.name}`" if teacher else ""))
-        with gr.Row():
-            prompt = gr.Textbox(label="Prompt", value=_PROMPT, scale=5, autofocus=True)
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, scale=1)
-        several = teacher or not student.one_step
-        with gr.Row(visible=bool(several)):
-            steps = gr.Slider(1, _MOST_STEPS, _STEPS, step=1, label="Steps of the teacher" if teacher else "Steps")
-            guidance = gr.Slider(0, _MOST_GUIDANCE, _GUIDANCE, step=0.1,
-                                 label="Guidance of the teacher" if teacher else "Guidance")
+        gr.Markdown(f"# sidfast\n`{student.name}`" + (f" and its teacher, `{teacher.name}`" if teacher else ""))
+        inputs = prompt, seed, *_ = _inputs(gr, student, teacher)
         with gr.Row():
             go = gr.Button("Make", variant="primary")
             again = gr.Button("Next seed")
-        inputs, shown = [prompt, seed, steps, guidance], []
+        shown = []
         with gr.Row(equal_height=True):
             for label, model in (("Student", student), ("Teacher", teacher)):
                 if model:
@@ -109,27 +118,62 @@ def build_demo(student, teacher):
         for start in starts:
             public = start is starts[0]                  # one of them is enough for a program that calls the page
             for name, model, outputs in shown:           # the student first: it need not wait for the teacher
-                start = start(_bind(run, model), inputs, outputs, concurrency_limit=1, concurrency_id="models",
+                start = start(_bind(run, model), list(inputs), outputs, concurrency_limit=1, concurrency_id="models",
                               preprocess=False,          # (of gradio, which prints tracebacks: `check_inputs` does it)
                               api_name=name if public else None,
                               api_visibility="public" if public else "private").then
     return page
 
 
-def run_demo(model, teacher, port, device):
-    """Serve the page on this machine alone until interrupted. Raises UserError for whatever is at fault."""
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port must be at least 1 and at most 65535, not {port}")
+def _inputs(gr, student, teacher):
+    """The fields of the page: prompt, seed, steps, guidance."""
+    with gr.Row():
+        prompt = gr.Textbox(label="Prompt", value=student.prompts[0], scale=5, min_width=_NARROW, autofocus=True)
+        seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, scale=1)
+    gr.Examples([[text] for text in student.prompts[1:]], prompt, label="Prompts to try", api_name=None,
+                api_visibility="private")                # (gradio shows 60 characters)
+    of = " of the teacher" if teacher else ""
+    with gr.Row(visible=bool(teacher) or not student.one_step):
+        steps = gr.Slider(1, _MOST_STEPS, _STEPS, step=1, label=f"Steps{of}", min_width=_NARROW)
+        guidance = gr.Slider(0, _MOST_GUIDANCE, student.guidance, step=0.1, label=f"Guidance{of}", min_width=_NARROW)
+    return prompt, seed, steps, guidance
+
+
+def run_demo(model, teacher, host, port, device):
+    """Serve the page at an address of this machine until interrupted. Raises UserError for whatever is at fault."""
+    check_address(host, port)
     gr = _gradio()
     page = build_demo(*open_models(model, teacher, device))
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
-        page.queue().launch(server_name=_HOST, server_port=port, share=False, inbrowser=False, ssr_mode=False,
+        page.queue().launch(server_name=host, server_port=port, share=False, inbrowser=False, ssr_mode=False,
                             theme=theme, css=_CSS, footer_links=[], quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise UserError(f"--port {port}: {str(error).splitlines()[0]}") from None
-    print(f"sidfast: http://{_HOST}:{port} (Ctrl-C ends it)", flush=True)
+    say(address_text(host, port))
     page.block_thread()
+
+
+def check_address(host, port):
+    """Raise UserError for a port or an address that a page cannot have here."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port must be at least 1 and at most 65535, not {port}")
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place, family=family).close()
+    except (OSError, UnicodeError) as error:             # (UnicodeError: no name that a host can have)
+        option = f"--port {port}" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else (
+            f"--host {host}")
+        raise UserError(f"{option}: the page cannot be there ({getattr(error, 'strerror', None) or error})") from None
+
+
+def address_text(host, port):
+    """Where the page is, for the user: lines."""
+    name = socket.gethostname()
+    shown = name if host in _ALL else f"[{host}]" if ":" in host else host
+    more = (f"from another machine: ssh -N -L {port}:{shown}:{port} {getpass.getuser()}@{name}, then the same address "
+            "there" if host in _LOCAL else "whoever reaches this address can use the page, without a password")
+    return f"sidfast: http://{shown}:{port} (Ctrl-C ends it)\nsidfast: {more}"
 
 
 def check_inputs(prompt, seed, steps, guidance):
@@ -155,6 +199,8 @@ def _whole(name, value, least, most):
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _named_teacher(model, folder):
     """The folder of the teacher that an export names, where its run found it or under that name here, or None."""
     about, known = read_distillation(folder), {}
@@ -184,7 +230,14 @@ def _gradio():
 def _open(model, device, option="--model"):
     pipe, one_step = load_pipeline(model, device, torch.float16 if device.type == "cuda" else torch.float32, option)
     pipe.set_progress_bar_config(disable=True)
-    opened = Model(str(model), pipe, one_step)
-    opened("", 0, 2, _GUIDANCE)
+    known = read_distillation(find_pipeline(model, option)).get("guidance", {}).get("kappa4")
+    usual = _GUIDANCE["shapes" if _knows_shapes(pipe) else "photos"]
+    opened = Model(str(model), pipe, one_step, min(known or usual, _MOST_GUIDANCE))
+    opened("", 0, 2, opened.guidance)
     return opened
 
+
+def _knows_shapes(pipe):
+    """Whether a pipeline's texts are those of the shapes world, by its tokenizer."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    return tokenizer is not None and tokenizer.get_vocab() == build_tokenizer().get_vocab()
