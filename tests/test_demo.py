@@ -16,8 +16,8 @@ from sidfast.common.errors import UserError
 from sidfast.config.schema import build_config
 from sidfast.publishing.export import read_distillation, write_export
 from sidfast.publishing.load import load_pipeline
+from sidfast.teachers import tokenizer
 from sidfast.teachers.load import load_teacher
-from sidfast.teachers.tokenizer import words
 
 CPU = torch.device("cpu")
 
@@ -117,6 +117,49 @@ def test_bad_input(export, tiny_teacher, capsys, args, words):
     assert cli.main(["demo", *(places.get(arg, arg) for arg in args)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("sidfast: ") and words in error and "\n" not in error
+
+
+def test_prompts_and_guidance_suit_the_teacher(export, tiny_teacher, tmp_path):
+    """Of the shapes world for those who know its words alone; the guidance that a student was distilled with."""
+    from sidfast.publishing.demo import open_models
+
+    teacher = load_teacher(str(tiny_teacher))
+    write_export(teacher.one_step_pipeline(teacher.network, 625), tmp_path / "guided",
+                 distillation={"guidance": {"kappa1": 1.5, "kappa4": 4.5}})
+    assert open_models(tmp_path / "guided", None, CPU)[0].guidance == 4.5
+    student, teacher = open_models(export, None, CPU)
+    assert student.guidance == teacher.guidance == 1.5
+    assert all(set(text.split()) <= set(tokenizer.words()) for text in student.prompts)
+    other = shutil.copytree(export, tmp_path / "other")
+    path = other / "tokenizer" / "tokenizer.json"        # (of another vocabulary)
+    text = path.read_text().replace('"red</w>"', '"X"').replace('"blue</w>"', '"red</w>"')
+    path.write_text(text.replace('"X"', '"blue</w>"'))
+    student = open_models(other, tiny_teacher, CPU)[0]
+    assert student.guidance == 7.5 and "lighthouse" in student.prompts[0]
+
+
+@pytest.mark.parametrize("host, lines", [
+    ("127.0.0.1", ["http://127.0.0.1:7 (", "ssh -N -L 7:127.0.0.1:7 me@box, "]),
+    ("::1", ["http://[::1]:7 (", "ssh -N -L 7:[::1]:7 me@box, "]),
+    ("0.0.0.0", ["http://box:7 (", "can use the page, without a password"]),
+    ("10.0.0.5", ["http://10.0.0.5:7 (", "can use the page"])], ids=str)
+def test_addresses(monkeypatch, host, lines):
+    from sidfast.publishing import demo
+
+    monkeypatch.setattr(demo.getpass, "getuser", lambda: "me")
+    monkeypatch.setattr(demo.socket, "gethostname", lambda: "box")
+    said = demo.address_text(host, 7).splitlines()
+    assert all(line.startswith("sidfast: ") and words in line for line, words in zip(said, lines, strict=True))
+
+
+def test_address_that_is_taken():
+    from sidfast.publishing.demo import check_address
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port}: the page cannot be there \(Address already in use"):
+            check_address("127.0.0.1", port)
+    check_address("localhost", port)
 
 
 @pytest.fixture(scope="module")
