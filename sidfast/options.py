@@ -153,6 +153,8 @@ def _export(parser):
 def _demo(parser):
     parser.add_argument("--model", required=True, metavar="DIR", help="run directory, export, or diffusers folder")
     parser.add_argument("--teacher", metavar="DIR", help="the one the model was distilled from, if it is still there")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                        help="of the page (127.0.0.1: this machine alone; 0.0.0.0: whoever reaches it)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
 
 
