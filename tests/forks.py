@@ -22,13 +22,18 @@ from sidfast.common.environment import prepare_environment  # noqa: E402
 
 prepare_environment()
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 (DeepSpeed loads it with its first engine: seconds)
+# Loaded once, for all that are forked: also what is loaded late, with the first engine, export and report.
+import deepspeed.module_inject.auto_ep_layer  # noqa: E402
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402
+import matplotlib.backends.backend_svg  # noqa: E402, F401
 import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 
 import sidfast.cli  # noqa: E402
 import sidfast.train  # noqa: E402
-import sidfast.training.launch  # noqa: E402 (loaded once, for all that are forked)
+import sidfast.training.launch  # noqa: E402
 
 
 def run(program, arguments):
