@@ -20,14 +20,17 @@ from sidfast.common.environment import prepare_environment
 prepare_environment()
 if "PYTEST_XDIST_WORKER" in os.environ:                  # read as PyTorch loads: the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.fsync = os.fstat                                      # (no test can cut the power: disks need not be waited for)
 ROOT = Path(__file__).parents[1]
 _HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 sys.path.append(str(ROOT / "bench"))                     # what benchmarks and tests share
 
 
-SLOWEST = ("zero", "faults", "studies_runs", "plan", "plan_command", "synthetic_runs", "resume", "evaluate", "fused",
-           "fused_decoder", "fit", "kernels_group_norm", "kernels_layer_norm", "losses", "capture", "summed", "measure",
-           "pairs", "low_precision")
+SLOWEST = ("fused", "resume", "studies_runs", "evaluate", "zero", "fit", "measure", "faults", "plan", "export_copies",
+           "adam", "observe", "exports", "kernels_group_norm", "synthetic_runs", "evaluate_command", "speed", "capture",
+           "single_file", "low_precision", "fuzz", "assets", "measured_inputs", "joined", "summed", "fused_decoder",
+           "prompts_change", "demo", "report", "bench_gates", "bad_input", "pairs", "plan_command", "wiring", "stops",
+           "study_resumes")
 
 
 def pytest_configure(config):

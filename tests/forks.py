@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 from sidfast.common.environment import prepare_environment  # noqa: E402
 
 prepare_environment()
+os.fsync = os.fstat                                      # (as in conftest.py)
 
 # Loaded once, for all that are forked: also what is loaded late, with the first engine, export and report.
 import deepspeed.module_inject.auto_ep_layer  # noqa: E402
