@@ -80,6 +80,10 @@ def test_training(folder, monkeypatch, write_config, tmp_path, capsys):
         assert train.main(["--config", str(config), "--out", str(run), "--set", f"train.steps={steps}"]) == 0
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
     assert cli.main(["export", "--run", str(run), "--out", str(tmp_path / "export"), "--dtype", "fp32"]) == 0
+    assert cli.main(["export", "--run", str(run), "--out", str(tmp_path / "plain"), "--dtype", "fp32", "--plain"]) == 0
+    capsys.readouterr()
+    line = fails(capsys, cli.main, "export", "--run", run, "--out", tmp_path / "x.safetensors", "--single-file")
+    assert "a second text encoder (Stable Diffusion XL)" in line
     pipe, one_step = load_pipeline(tmp_path / "export", "cpu")
     teacher, z = load_teacher(folder), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     encoder = TextEncoder(teacher, torch.float32)
@@ -88,6 +92,9 @@ def test_training(folder, monkeypatch, write_config, tmp_path, capsys):
         want = generate(pipe.unet, z, encoder(encoder.tokenize(PROMPTS)), objective)
     got = pipe(PROMPTS, latents=z, output_type="latent").images
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    plain, s = in_diffusers(tmp_path / "plain"), objective.schedule.coefficients(torch.tensor([objective.t_init]))[1]
+    stock = plain(PROMPTS, timesteps=[objective.t_init], guidance_scale=0, latents=s * z, output_type="latent").images
+    torch.testing.assert_close(stock, want, rtol=0, atol=1e-5)
     assert one_step and not torch.allclose(pipe.unet.conv_in.weight, teacher.network.conv_in.weight)
     torch.save((z, got), tmp_path / "want.pt")
     script = ("import sys, torch; sys.modules['sidfast'] = None; from diffusers import DiffusionPipeline; "

@@ -18,7 +18,8 @@ from sidfast.common.sizes import pair
 from sidfast.method.conditions import Conditions
 from sidfast.method.schedule import Schedule
 
-NAMES = {"unet": "UNet", "transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder"}
+NAMES = {"unet": "UNet", "transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder",
+         "text_encoder_2": "second text encoder"}
 
 
 @dataclass(eq=False)

@@ -87,6 +87,8 @@ def original_layout(pipe):
 
 def check_convertible(pipe):
     """Raise UserError for a pipeline that differs from Stable Diffusion 1.x and 2.x in what the file does not say."""
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        _refuse("the pipeline has a second text encoder (Stable Diffusion XL)", "one")
     second = bool(pipe.unet.config.use_linear_projection)
     for part, fixed in (_V2 if second else _V1).items():
         config = getattr(pipe, part).config
