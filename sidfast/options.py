@@ -138,7 +138,8 @@ def _report(parser):
 
 def _export(parser):
     parser.add_argument("--run", required=True, dest="folder", metavar="RUN", help="run directory")
-    parser.add_argument("--checkpoint", metavar="PATH", help="a folder of RUN/checkpoints (the newest)")
+    parser.add_argument("--checkpoint", metavar="STEP",
+                        help="step-00000500 of RUN/checkpoints, or the path of any (the newest)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"), help="of the weights (fp16)")
     parser.add_argument("--teacher", metavar="DIR", help="where the run's teacher is now, if it was moved")
     kind = parser.add_mutually_exclusive_group()

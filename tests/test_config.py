@@ -1,6 +1,7 @@
 """Configuration files: defaults, overrides, and one clear line for every mistake."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_file_and_overrides(tmp_path):
     assert config.data.prompts == "a b=c.txt" and config.speed.tf32 is False
     assert config.optimizer.fake_score.lr == 1e-5 and config.optimizer.generator.lr == 1e-6
     assert config.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize("overrides, blamed", [
+    (["loss.alpha=1", "train.stepz=3"], "--set train.stepz=3: unknown key train.stepz"),
+    (["train.batch_size=5", "loss.alpha=1"], "--set train.batch_size=5: train.batch_size (5) must be a multiple"),
+    (['noise={"density": "x"}'], '--set noise={"density": "x"}: noise.density: '),
+    (["train.batch_size=many"], "--set train.batch_size=many: train.batch_size: "),
+    (["deepspeed.zero_stage=2"], "--set deepspeed.zero_stage=2: deepspeed.zero_stage: DeepSpeed knows no such key"),
+    (["train.log_every=5", "train.log_every=-1"], "--set train.log_every=-1: train.log_every: ")], ids=str)
+def test_an_override_at_fault_is_named(tmp_path, overrides, blamed):
+    with pytest.raises(UserError, match=re.escape(blamed)):
+        load_config(written(tmp_path, SMALLEST), overrides)
+
+
+def test_a_file_at_fault_is_named(tmp_path):
+    path = written(tmp_path, SMALLEST | {"noise": {"std": 0.7}})
+    with pytest.raises(UserError, match=re.escape(f"{path}: noise.std has no meaning")):
+        load_config(path, ["loss.alpha=1.2"])
 
 
 def test_later_override_wins(tmp_path):
@@ -115,7 +134,7 @@ NOT_FINITE = ("guidance.kappa1=NaN", "guidance.kappa4=Infinity", "loss.alpha=-In
 
 @pytest.fixture(params=("file", "set"))
 def mistake(request, tmp_path):
-    """A function: the message, less the file's name, for wrong `key=value`s in the file or as overrides."""
+    """A function: the message, less the name of the file or of the option, for wrong `key=value`s in either."""
     def find(*settings):
         values = json.loads(json.dumps(SMALLEST))
         if request.param == "file":
@@ -123,8 +142,9 @@ def mistake(request, tmp_path):
                 put(values, *setting.split("=", 1))
         path = written(tmp_path, values)
         text = message(path, *(settings if request.param == "set" else ()))
-        assert text.startswith(f"{path}: "), text
-        return text.removeprefix(f"{path}: ")
+        places = [f"{path}: "] if request.param == "file" else [f"--set {setting}: " for setting in settings]
+        [place] = [place for place in places if text.startswith(place)]
+        return text.removeprefix(place)
     return find
 
 

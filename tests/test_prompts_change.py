@@ -123,12 +123,14 @@ def test_a_run_ends_with_a_checkpoint(config, tmp_path, name):
         assert len(losses(out)) == step + 3 and losses(out) == losses(tmp_path / "whole")
 
 
-def test_two_processes_end_at_one_step(config, tmp_path):
+def test_two_processes_end_and_save_at_one_step(config, tmp_path):
     out, path, port = tmp_path / "run", tmp_path / "p.txt", free_port()
-    processes = [Forked("train", ["--config", config, "--out", out], port, RANK=str(rank), LOCAL_RANK=str(rank),
+    options = ["--config", config, "--out", out, "--set", "train.save_minutes=1e-6"]
+    processes = [Forked("train", options, port, RANK=str(rank), LOCAL_RANK=str(rank),
                         WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1") for rank in range(2)]
     wait_for_steps(out, processes[0])
     CHANGES["replaced"](path)
     step = ended(processes, out, path)
     state = json.loads((out / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
     assert len(state["extra"]["sums"]) == 2
+    assert len(list((out / "checkpoints").glob("step-*"))) == 2  # (of those by the clock, `keep`)

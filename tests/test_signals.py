@@ -15,8 +15,30 @@ from conftest import ROOT, environment, wait_for_lines
 from sidfast.monitoring import shutdown as stop_module
 from sidfast.monitoring.shutdown import Stop
 
+ANSWERS = {"saves": (True, False, "stopping after this step and saving; again: stop now without saving"),
+           "nothing to save": (False, False, "stopping after this step; again: stop now"),
+           "ending": (True, True, "the run is over and writes its last files; again: stop now")}
+
+
+@pytest.mark.parametrize("saves, ending, words", ANSWERS.values(), ids=ANSWERS)
+def test_control_c_is_answered_at_once(monkeypatch, capfd, saves, ending, words):
+    """By the first process alone."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for rank in "01":
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            with Stop() as stop:
+                stop.saves, stop.ending = saves, ending
+                signal.raise_signal(signal.SIGINT)
+            assert capfd.readouterr().err == (f"\nsidfast: {words}\n" if rank == "0" else "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 
 def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
+    """But for one that comes with the first, as launchers pass it on; and after a SIGTERM as well."""
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)             # (ignored, if run in the background)
     try:
@@ -25,6 +47,8 @@ def test_control_c_stops_in_order_and_a_second_one_at_once(monkeypatch):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)          # (a launcher sends it after)
             assert stop.should_stop() == "SIGINT"
+            signal.raise_signal(signal.SIGINT)
+            monkeypatch.setattr(stop_module, "_SOON", 0)
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

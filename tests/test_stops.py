@@ -7,20 +7,23 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, losses
 from helpers_checkpoint import EXTRA, STATE, write_checkpoint
+from helpers_input import fails
 from helpers_training import train_here
 
+from sidfast import train
 from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.store import by_age, complete, content_fault, step_folder
 from sidfast.common.errors import UserError
 from sidfast.config.schema import load_config
 from sidfast.monitoring.spikes import Spikes
 from sidfast.runs import lock
-from sidfast.runs.directory import open_run
+from sidfast.runs.directory import is_complete, open_run
 from sidfast.teachers.fingerprint import fingerprint
 from sidfast.teachers.load import load_teacher
 from sidfast.teachers.paths import DiscreteBetas
@@ -42,14 +45,15 @@ def signal_in_step(number, which):
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
-def test_a_stopped_run_has_saved(write_config, tmp_path, capsys, which):
-    """Its last step, though no checkpoint was due; and its export is not written."""
+def test_a_stopped_run_has_saved(write_config, tmp_path, capfd, which):
+    """Its last step, though no checkpoint was due; and its export is not written. Ctrl-C is answered first."""
     config, out = write_config(**{"train.steps": 50}), tmp_path / "run"
     train_here(config, out, patches=[signal_in_step(3, which)])
     assert [folder.name for folder in by_age(out / "checkpoints")] == ["step-00000003"]
     assert [step for step, *_ in losses(out)] == [1, 2, 3] and not (out / "export").exists()
     assert f"stopped by {which.name} after step 3; the last checkpoint is {out}/checkpoints/step-00000003, the same " \
-           "command goes on from there" in capsys.readouterr().err
+           "command goes on from there" in (said := capfd.readouterr().err)
+    assert ("sidfast: stopping after this step and saving" in said) == (which == signal.SIGINT)
 
 
 def test_a_signal_in_the_last_step_is_too_late(write_config, tmp_path, capsys):
@@ -61,6 +65,43 @@ def test_a_signal_in_the_last_step_is_too_late(write_config, tmp_path, capsys):
     assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == [
         f"step-{step:08d}.png" for step in (0, 2, 3)]
     assert (tmp_path / "run" / "export" / "model_index.json").is_file()
+
+
+def test_intervals_of_0_and_checkpoints_by_the_clock(capsys, write_config, tmp_path):
+    """0 stands for the start and the end alone. Started again, the run does nothing again but what is not there."""
+    config, out = write_config(**{"train.steps": 3, "train.log_every": 0, "train.sample_every": 0, "train.samples": 1,
+                                  "train.save_every": 0, "train.save_minutes": 1e-9, "train.keep": 9}), tmp_path / "run"
+    train_here(config, out)
+    assert [step for step, *_ in losses(out)] == [3]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-00000000.png", "step-00000003.png"]
+    assert [folder.name for folder in by_age(out / "checkpoints")] == [f"step-0000000{n}" for n in (3, 2, 1)]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != lock.NAME}
+
+    assert train_here(config, out) is None
+    assert "already at step 3 of 3: nothing is left to train" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert is_complete(out, load_config(config), 3)
+    for change in ("evaluation.images=200", "train.samples=2"):
+        assert not is_complete(out, load_config(config, [change]), 3)
+    (out / "samples" / "step-00000003.png").unlink()
+    assert not is_complete(out, load_config(config), 3)
+
+    line = fails(capsys, train.main, "--config", config, "--out", tmp_path / "new", "--set",
+                 f"model.teacher={out / 'export'}")
+    assert f"model.teacher: {out / 'export'} is a student, and a student is not a teacher" in line
+    other = fails(capsys, train.main, "--config", config, "--out", out, "--set", "loss.alpha=1.1")
+    assert other.endswith(f"; choose another --out (and --resume {out}/checkpoints/step-00000003 to start from its "
+                          "weights)")
+
+
+@pytest.mark.parametrize("minutes, saved", [(1e6, []), (10.0, [3, 6])])
+def test_a_checkpoint_is_due_by_the_first_process_s_clock(monkeypatch, minutes, saved):
+    """Once each time, counted from the one before."""
+    config, clock = SimpleNamespace(train=SimpleNamespace(save_minutes=minutes)), iter(range(0, 10_000, 200))
+    monkeypatch.setattr("sidfast.training.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for run, want in ((object(), saved), (None, [])):
+        loop = SimpleNamespace(config=config, run=run, _saved=next(clock))
+        assert [step for step in range(1, 8) if Loop._asks_to_save(loop)] == want
 
 
 # ---- one job at a time
@@ -200,8 +241,9 @@ BOUND = {"optimizer.generator.lr": 2e-3, "optimizer.fake_score.eps": 1e-5, "loss
          "model.resolution": 32, "deepspeed.bf16.enabled": True, "deepspeed.fp16.enabled": True,
          "deepspeed.gradient_clipping": 1.0, "deepspeed.generator.gradient_clipping": 1.0,
          "speed.share_generator_forward": True}
-FREE = {"train.steps": 30, "train.log_every": 7, "train.save_every": 5, "train.keep": 3, "train.samples": 1,
-        "train.micro_batch": 4, "train.fake_score_factor": 2, "train.spike": None, "evaluation.every": 5,
+FREE = {"train.steps": 30, "train.log_every": 7, "train.save_every": 5, "train.save_minutes": 5.0, "train.keep": 3,
+        "train.samples": 1, "train.micro_batch": 4, "train.fake_score_factor": 2, "train.spike": None,
+        "evaluation.every": 5,
         "speed.tf32": False, "speed.gradient_checkpointing": True, "deepspeed.zero_optimization.stage": 2}
 
 

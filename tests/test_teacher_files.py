@@ -184,6 +184,13 @@ def test_layers_that_are_not_used(folder, tiny_teacher):
         load_teacher(folder)
 
 
+def test_an_export_names_its_teacher_by_the_whole_path(write_config, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, kept in (("teacher", str(tmp_path / "teacher")), ("owner/model", "owner/model")):
+        assert describe_distillation(load_config(write_config(), [f"model.teacher={name}"]), 1)["teacher"] == kept
+
+
 def test_results_of_older_runs_stay_comparable(write_config):
     """The hash of a run's settings does not see the keys that older runs do not have, unless they are set."""
     config = load_config(write_config())

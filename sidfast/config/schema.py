@@ -6,13 +6,14 @@ config/deepspeed.py) and is passed through as it stands, once for each engine.
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from sidfast.common.errors import UserError
-from sidfast.common.explain import explain
+from sidfast.common.explain import explain, first_fault
 from sidfast.common.parse import check_finite, parse_json
 from sidfast.common.records import Measure
 from sidfast.common.shipped import find_config, shipped
@@ -82,8 +83,9 @@ class Train(Section):
     fake_score_factor: int = Field(1, ge=1, description="the fake score's update takes so many micro-batches' images "
                                                         "in a pass: fewer networks keep activations in it")
     seed: int = Field(0, ge=0, description="of prompts, noise and timesteps")
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    log_every: int = Field(10, ge=0, description="steps between lines of metrics.jsonl; 0 for one at the end alone")
     save_every: int = Field(500, ge=0, description="steps between checkpoints, and exports with them; 0 for none")
+    save_minutes: float = Field(0, ge=0, description="minutes after which a checkpoint is due in any case; 0 for never")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     hang_timeout: float = Field(1800, gt=0, description="seconds without progress after which a process is taken to "
                                                         "hang and the run ends")
@@ -92,7 +94,7 @@ class Train(Section):
                                                    "loss scale)")
     spike: float | None = Field(10, gt=1, description="a loss above this multiple of its running median is written to "
                                                       "spikes.jsonl; null for never")
-    sample_every: int = Field(500, ge=1, description="steps between sample grids")
+    sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 for those of start and end alone")
     samples: int = Field(8, ge=0, description="images in a sample grid; 0 for none")
     tracker: Literal["wandb"] | None = Field(
         None, description="another place for numbers, samples and configuration besides metrics.jsonl and TensorBoard: "
@@ -116,6 +118,11 @@ class Train(Section):
         """Images per GPU and pass of an update, "fake_score" or "generator"; 1 stands for "auto"."""
         images = 1 if self.micro_batch == "auto" else self.micro_batch
         return images * (self.fake_score_factor if update == "fake_score" else 1)
+
+    @property
+    def saves(self):
+        """Whether there are any checkpoints."""
+        return bool(self.save_every or self.save_minutes)
 
     @property
     def total_steps(self):
@@ -243,7 +250,7 @@ def load_config(path, overrides=()):
     values = read_values(path)
     for override in overrides:
         _override(values, override)
-    return with_own_assets(build_config(values, path))
+    return with_own_assets(build_config(values, path, overrides))
 
 
 def with_own_assets(config):
@@ -267,15 +274,32 @@ def read_values(path):
     return values
 
 
-def build_config(values, source):
-    """A Config from nested dictionaries; `source` names them in messages. Keys of older versions count as what they are
-    called now (renamed.json). Raises UserError."""
+def build_config(values, source, overrides=()):
+    """A Config from nested dictionaries; `source` names them in messages, and where they are at fault the `overrides`
+    among them. Keys of older versions count as what they are called now (renamed.json). Raises UserError."""
     try:
         return Config.model_validate(_renamed(values, source))
     except RecursionError:
         raise UserError(f"{source}: sections are nested too deep") from None
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error, Config)}") from None
+        message = explain(error, Config)
+        raise UserError(f"{_at_fault(first_fault(error), message, overrides) or source}: {message}") from None
+
+
+def _at_fault(fault, message, overrides):
+    """The option --set behind a fault: the last whose key is at fault, or is named by the message; None without any."""
+    place = ".".join(str(part) for part in fault["loc"])
+    for text in reversed(overrides):
+        key = text.partition("=")[0]
+        unknown = fault["type"] == "extra_forbidden" and f"{key}.".startswith(f"{place}.")
+        if unknown or f"{place}.".startswith(f"{key}."):
+            return f"--set {text}"
+    for text in reversed(overrides):
+        parts = text.partition("=")[0].split(".")
+        named = "|".join(re.escape(".".join(parts[:n])) for n in range(2, len(parts) + 1))
+        if named and re.search(rf"(?<![\w.])({named})(?![\w.])", message):
+            return f"--set {text}"
+    return None
 
 
 def _renamed(values, source):

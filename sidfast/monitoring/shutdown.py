@@ -3,6 +3,7 @@
 Also the tie to DeepSpeed's launcher, whose processes must not train on without it: two jobs would write one folder.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -11,23 +12,31 @@ import time
 import psutil
 import torch
 
+from sidfast.common.errors import speaks
+
 FAULT = "a fault"                                        # in place of a signal's name
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _FAULT_NUMBER = 1000                                     # above those of signals
 _PR_SET_PDEATHSIG = 1
+_SOON = 1                                                # seconds: a launcher passes on the Ctrl-C that came by itself
 
 
 class Stop:
-    """Says at every step whether to stop; `with` it, signals are its own."""
+    """Says at every step whether to stop; `with` it, signals are its own.
+
+    `saves`: whether a stop saves first; `ending`: whether the last step has been made; `save_due`: whether any process
+    asked for a checkpoint (`should_stop`).
+    """
 
     def __init__(self, last=False):
         """`last`: the process ends with this run, and its exit code says how the run ended: signals that come later
         change nothing."""
-        self._last, self._asked, self._agreement = last, 0, None
+        self._last, self._asked, self._interrupted, self._agreement = last, 0, None, None
+        self.saves, self.ending, self.save_due = True, False, False
 
     def __enter__(self):
         """A collective call, in the main thread."""
-        self._flag = torch.zeros((), dtype=torch.int32)
+        self._flags = torch.zeros(2, dtype=torch.int32)  # (the signal, whether a checkpoint is due)
         several = torch.distributed.get_world_size() > 1
         self._group = torch.distributed.new_group(backend="gloo") if several else None
         self._launcher, self._looked = _tie_to_launcher(), 0.0
@@ -43,22 +52,23 @@ class Stop:
         for number, handler in self._handlers.items():   # (Python gives its own handlers up before it has ended)
             signal.signal(number, signal.SIG_IGN if self._last else handler)
 
-    def should_stop(self, fault=False):
+    def should_stop(self, fault=False, save=False):
         """The name of the signal that ends the run, or None; a collective call at the end of each step. FAULT if any
-        process has a `fault`: it will soon be unable to go on.
+        process has a `fault`: it will soon be unable to go on. `save`: this process asks for a checkpoint.
 
         The answer is that to the question of the step before, so that no process waits for another: a signal ends the
         run two steps later at most, and with the same step everywhere.
         """
         self._look_for_launcher()
         asked = _FAULT_NUMBER if fault else self._asked
+        before, self._flags = self._answer(), torch.tensor([asked, save], dtype=torch.int32)
         if self._group is None:
-            return _name(asked)
-        before = self._answer()
-        self._flag = torch.tensor(asked, dtype=torch.int32)
-        self._agreement = torch.distributed.all_reduce(self._flag, torch.distributed.ReduceOp.MAX, self._group,
-                                                       async_op=True)
-        return _name(before)
+            before = self._flags.tolist()
+        else:
+            self._agreement = torch.distributed.all_reduce(self._flags, torch.distributed.ReduceOp.MAX, self._group,
+                                                           async_op=True)
+        self.save_due = bool(before[1])
+        return _name(before[0])
 
     @property
     def asked(self):
@@ -73,12 +83,25 @@ class Stop:
         if self._agreement is not None:
             self._agreement.wait()
             self._agreement = None
-        return int(self._flag)
+        return self._flags.tolist()
 
     def _ask(self, number, frame):
-        if number == self._asked == signal.SIGINT:       # Ctrl-C for the second time: now
-            raise KeyboardInterrupt
         self._asked = self._asked or number
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+            self._answer_at_once()
+        elif now - self._interrupted > _SOON:            # Ctrl-C for the second time: now
+            raise KeyboardInterrupt
+
+    def _answer_at_once(self):
+        what = "the run is over and writes its last files" if self.ending else "stopping after this step"
+        what += " and saving; again: stop now without saving" if self.saves and not self.ending else "; again: stop now"
+        if speaks():
+            with contextlib.suppress(OSError):           # (print might have been interrupted itself)
+                os.write(2, f"\nsidfast: {what}\n".encode())
 
     def _look_for_launcher(self):
         """A run whose `deepspeed` command was ended stops as if the signal had reached it."""

@@ -164,6 +164,11 @@ def save_tokenizer(tokenizer, folder):
         (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
 
 
+def is_student(folder):
+    """Whether a folder is an export of a distilled generator."""
+    return (Path(folder) / _DISTILLATION).is_file() or is_one_step(folder)
+
+
 def is_one_step(folder):
     """Whether a folder is an export: its model_index.json names the one-step pipeline, or its distillation.json says
     that a stock pipeline has such a generator."""

@@ -18,6 +18,7 @@ from sidfast.checkpoints.store import by_age, checkpoint_fault
 from sidfast.common.errors import RunError, UserError
 from sidfast.common.files import is_temporary, replacing, sweep, write_atomically
 from sidfast.common.records import EVALUATIONS, LINES, read_evaluations, read_lines, read_metrics
+from sidfast.config.schema import build_config
 from sidfast.monitoring.trackers import open_trackers
 from sidfast.publishing.export import read_distillation
 from sidfast.publishing.grid import save_grid
@@ -76,6 +77,23 @@ def _check_folders(out):
     if lacks_checkpoints(out):
         raise UserError(f"--out {out}: holds an export, but its checkpoints are gone; put them back, or choose another "
                         "--out")
+
+
+def is_complete(out, config, step):
+    """Whether a run that has made its last step lacks nothing that a start with `config` would make: export, samples,
+    measures, report."""
+    out = Path(out)
+    before = build_config(read_own(out)["config"], out / "config.json")
+    same = (before.evaluation, before.train.samples) == (config.evaluation, config.train.samples)
+    measured = not config.evaluation.images or read_evaluations(out).get("end", {}).get("step") == step
+    sampled = not config.train.samples or sample_of(out, step).is_file()
+    exported = read_distillation(out / "export").get("step") == step
+    return same and measured and sampled and exported and (out / "report.html").is_file()
+
+
+def sample_of(out, step):
+    """The file of a run's sample grid of a step."""
+    return Path(out) / "samples" / f"step-{step:08d}.png"
 
 
 def lacks_checkpoints(out):
@@ -145,21 +163,18 @@ class RunDirectory:
 
     def sample(self, step, picture):
         """Save a sample grid (of `image_grid`)."""
-        with self.attempt("a sample grid"), replacing(self._sample_of(step)) as file:
+        with self.attempt("a sample grid"), replacing(sample_of(self.out, step)) as file:
             save_grid(picture, file)
         self._track("image", step, picture)
 
     def has_sample(self, step):
         """Whether the sample grid of a step is there."""
-        return self._sample_of(step).is_file()
+        return sample_of(self.out, step).is_file()
 
     def has_measures(self, step):
         """Whether metrics.jsonl has the evaluation of a step."""
         return any(line["step"] == step and any(key.startswith("evaluation/") for key in line)
                    for line in read_lines(self.out / "metrics.jsonl"))
-
-    def _sample_of(self, step):
-        return self.out / "samples" / f"step-{step:08d}.png"
 
     def evaluation(self, name, values=None):
         """Get (without `values`) or set the evaluation called `name`; kept in evaluation.json."""

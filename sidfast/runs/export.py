@@ -28,10 +28,11 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, single_file=False, plain=False):
     """Write the average that a checkpoint holds to the folder `out`, as training writes RUN/export; all or nothing.
 
-    `checkpoint`: its folder, or None for the run's newest. `teacher`: where the run's teacher is now, if it was moved.
-    `single_file`: write one .safetensors file in the original layout of Stable Diffusion instead; `plain`: write a
-    stock pipeline of diffusers (`plain_pipeline`). Returns (the number of updates, the noise level sigma at which the
-    generator starts). Raises UserError for a folder that is no run or no complete checkpoint, for a teacher that is not
+    `checkpoint`: its folder, the name of one in the run's folder checkpoints, or None for the run's newest. `teacher`:
+    where the run's teacher is now, if it was moved. `single_file`: write one .safetensors file in the original layout
+    of Stable Diffusion instead; `plain`: write a stock pipeline of diffusers (`plain_pipeline`). Returns (the number of
+    updates, the noise level sigma at which the generator starts). Raises UserError for a folder that is no run or no
+    complete checkpoint, for a teacher that is not
     there, for a teacher or checkpoint of another run, and for an `out` that holds anything but an export.
     """
     run, out = Path(run), Path(out)
@@ -95,7 +96,9 @@ def _find(run, checkpoint):
         if found is None:
             raise UserError(f"--run {run}: has no complete checkpoint yet")
         return found
-    fault = checkpoint_fault(Path(checkpoint)) or content_fault(Path(checkpoint))
+    own = run / "checkpoints" / checkpoint
+    path = own if own.is_dir() and not os.path.exists(checkpoint) else Path(checkpoint)
+    fault = checkpoint_fault(path) or content_fault(path)
     if fault:
         raise UserError(f"--checkpoint {checkpoint}: no complete checkpoint ({fault})")
-    return Path(checkpoint)
+    return path

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from sidfast.checkpoints.format import read_state
-from sidfast.checkpoints.store import checksum
+from sidfast.checkpoints.store import by_age, checksum
 from sidfast.common.errors import UserError
 from sidfast.common.records import read_run, recorded
 from sidfast.config.schema import build_config
@@ -20,9 +20,9 @@ from sidfast.teachers.fingerprint import TEACHER, describe_teacher, teacher_chan
 
 PROMPTS = "data.prompts"
 # What may differ when a run goes on: how long, how often and how it runs, not what it computes.
-_FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.keep", "train.sample_every",
-         "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout", "train.max_skipped",
-         "train.spike", "train.tracker", "evaluation", "speed", "deepspeed")
+_FREE = ("train.steps", "train.images", "train.log_every", "train.save_every", "train.save_minutes", "train.keep",
+         "train.sample_every", "train.samples", "train.micro_batch", "train.fake_score_factor", "train.hang_timeout",
+         "train.max_skipped", "train.spike", "train.tracker", "evaluation", "speed", "deepspeed")
 _SHARED = "speed.share_generator_forward"                # a variant of the method
 _LATER = ((_SHARED, False), ("data.prompts_column", None), ("model.variant", None), ("model.revision", None))
 # (keys that older runs do not have, at their defaults)
@@ -40,8 +40,10 @@ def check_settings(path, config):
     moved = {TEACHER} & known.keys() | ({PROMPTS} & known.keys() if Path(config.data.prompts).is_file() else set())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not is_free(key) and key not in moved:
+            newest = next(iter(by_age(path.parent / "checkpoints")), None)
+            instead = f" (and --resume {newest} to start from its weights)" if newest else ""
             raise UserError(f"--out {path.parent}: holds a run with another configuration ({key} is "
-                            f"{old.get(key)!r} there and {new.get(key)!r} here); choose another --out")
+                            f"{old.get(key)!r} there and {new.get(key)!r} here); choose another --out{instead}")
 
 
 def describe_inputs(config, teacher):
@@ -53,8 +55,11 @@ def describe_inputs(config, teacher):
 def locate_inputs(config):
     """{key of the configuration: absolute path}, or the name as given of what is not a file or folder here (a hub
     id)."""
-    return {key: os.path.abspath(name) if os.path.exists(name) else name
-            for key, name in ((TEACHER, config.model.teacher), (PROMPTS, config.data.prompts))}
+    return {key: _locate(name) for key, name in ((TEACHER, config.model.teacher), (PROMPTS, config.data.prompts))}
+
+
+def _locate(name):
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def check_inputs(out, inputs):
@@ -130,7 +135,7 @@ def describe_distillation(config, step, inputs=None):
     rest = {key: value for key, value in flatten(values).items()
             if not is_free(key) and not key.startswith("guidance.") and (key, value) not in _LATER}
     settings = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    return {"teacher": config.model.teacher, "guidance": values["guidance"], "seed": seed, "step": step,
+    return {"teacher": _locate(config.model.teacher), "guidance": values["guidance"], "seed": seed, "step": step,
             "settings": settings} | ({"inputs": inputs} if inputs else {})
 
 

@@ -202,7 +202,7 @@ def _config(values, file, variant, seed, source):
         train.pop("steps", None)
         train |= {"images": file.images, "seed": seed, "samples": file.evaluation.samples}
     config = with_own_assets(build_config(values | {"evaluation": {}}, source))
-    if not config.train.save_every:
+    if not config.train.saves:
         raise UserError(f"{source}: train.save_every is 0; a study needs checkpoints to go on after an interruption")
     if not config.data.prompts.startswith("shapes:"):
         return config

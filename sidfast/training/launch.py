@@ -16,6 +16,7 @@ from sidfast.common.records import read_evaluations
 from sidfast.config.schema import Config
 from sidfast.evaluation.metrics import title
 from sidfast.monitoring.shutdown import Stop
+from sidfast.runs.directory import is_complete
 from sidfast.runs.lock import claimed
 from sidfast.training.preflight import Plan, agree, check_config, preflight
 from sidfast.training.trainer import train
@@ -49,8 +50,19 @@ def launch(plan: Plan, device: torch.device, stop: Stop | None = None, profile: 
     step = read_state(checkpoint)["extra"]["step"] if checkpoint else 0
     if step >= steps:
         tell(f"the run is already at step {step} of {steps}: nothing is left to train")
-    with stop or Stop() as stop:
+        if _agreed(lambda: is_complete(plan.out, plan.config, step)):
+            return read_evaluations(plan.out).get("end")
+    stop = stop or Stop()
+    stop.saves = plan.config.train.saves
+    with stop:
         return train(plan, device, stop, profile)
+
+
+def _agreed(question):
+    """The first process's answer, on all of them."""
+    answer = [comm.get_rank() == 0 and question()]
+    torch.distributed.broadcast_object_list(answer)
+    return answer[0]
 
 
 def join() -> torch.device:

@@ -66,7 +66,7 @@ class Loop:
         self.bar = tqdm(total=total * size, initial=self.progress.images, unit="img", unit_scale=True, desc="distil",
                         disable=self.run is None, mininterval=1, smoothing=0.1)
         self._clock, self._timed = time.perf_counter(), self.progress.step
-        self._warm = not self.config.train.save_every
+        self._warm, self._saved = not self.config.train.saves, time.monotonic()
 
     def __call__(self):
         """Train. Returns the name of the signal that ended the run early, or None. Raises Diverged."""
@@ -80,12 +80,13 @@ class Loop:
         while progress.step < train.total_steps and not stopped:
             self._step()
             last = progress.step == train.total_steps
-            if progress.step % train.log_every == 0 or last:
+            if is_due(progress.step, train.log_every) or last:
                 self._log()
-            stopped = self.services.stop.should_stop(fault=self.state.batches.fault() is not None)
+            stop = self.services.stop
+            stopped = stop.should_stop(self.state.batches.fault() is not None, self._asks_to_save())
             stopped = None if last else stopped
-            saving = bool(train.save_every) and (progress.step % train.save_every == 0 or last)
-            if saving or (stopped and train.save_every):
+            saving = train.saves and (is_due(progress.step, train.save_every) or stop.save_due or last)
+            if saving or (stopped and train.saves):
                 self._save()
             self._show(saving, looking=not stopped)
             self.services.profiler.step()
@@ -156,8 +157,16 @@ class Loop:
             self.bar.set_postfix(fake=f"{values['fake_score_loss']:.4g}", gen=f"{values['generator_loss']:.4g}",
                                  refresh=False)
 
+    def _asks_to_save(self):
+        """Whether train.save_minutes have passed; by the first process's clock, once each time."""
+        now, minutes = time.monotonic(), self.config.train.save_minutes
+        due = self.run is not None and minutes > 0 and now - self._saved >= 60 * minutes
+        self._saved = now if due else self._saved
+        return due
+
     def _save(self):
         """Begin to save a checkpoint."""
+        self._saved = time.monotonic()
         self.watch.mark(f"step {self.progress.step}, checkpoint")
         with self._apart(), self.phase("checkpoint"):
             self.services.saver.save(
@@ -173,7 +182,7 @@ class Loop:
         `again`, only those samples and measures that are not there. After a stop the next start makes them."""
         train, step, every = self.config.train, self.progress.step, self.config.evaluation.every
         last = step == train.total_steps
-        sampling = looking and bool(train.samples) and (step % train.sample_every == 0 or last)
+        sampling = looking and bool(train.samples) and (is_due(step, train.sample_every) or last)
         measuring = looking and is_measured(step, every, train.total_steps)
         if not (sampling or saving or measuring):
             return
@@ -197,10 +206,15 @@ class Loop:
                 self.preview.evaluate(f"step {step}", student, step, again)
 
 
+def is_due(step, every):
+    """Whether something that is done every `every` steps (0: never) is due after a step."""
+    return bool(every) and step % every == 0
+
+
 def is_measured(step, every, total):
     """Whether an evaluation is made after a step other than the last: every `every` steps (0: never), but not within a
     tenth of that before the end, which is measured anyway."""
-    return bool(every) and step % every == 0 and step < total and 10 * (total - step) >= every
+    return is_due(step, every) and step < total and 10 * (total - step) >= every
 
 
 def with_images(batches, images):

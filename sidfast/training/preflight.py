@@ -22,7 +22,7 @@ from deepspeed import comm
 
 from sidfast.accel.plan import check_speed
 from sidfast.checkpoints.store import check_fits, choose_checkpoint
-from sidfast.common.errors import check_paths, one_line, speaks, tell
+from sidfast.common.errors import UserError, check_paths, one_line, speaks, tell
 from sidfast.config.schema import Config
 from sidfast.data.diversity import some_prompts, training_prompts
 from sidfast.data.lengths import LOOKED_AT, cut_note
@@ -31,6 +31,7 @@ from sidfast.engines.validate import check_sections, validate_deepspeed
 from sidfast.method.synthetic import capture_blocker
 from sidfast.monitoring.trackers import check_tracker
 from sidfast.planning.fit import find_micro_batch
+from sidfast.publishing.export import is_student
 from sidfast.runs.directory import open_run
 from sidfast.runs.evaluate import check_measures
 from sidfast.runs.identity import check_imports, check_inputs, check_origin, describe_inputs
@@ -68,6 +69,7 @@ def check_config(config: Config, processes: int) -> Any:
     check_paths({"model.teacher": config.model.teacher, "data.prompts": config.data.prompts,
                  "evaluation.assets": config.evaluation.assets})
     check_tracker(config.train.tracker)
+    _check_teacher(config.model.teacher, Path(config.model.teacher))
     check_batch(config, processes)
     check_sections(config)
     return training_prompts(config.data.prompts, config.train.seed, config.synthetic, config.data.prompts_column,
@@ -128,8 +130,16 @@ def agree(plan: Plan, device: torch.device) -> Plan:
     return dataclasses.replace(plan, config=config, checkpoint=checkpoint)
 
 
+def _check_teacher(name, folder):
+    """UserError for an export of ours."""
+    if is_student(folder):
+        raise UserError(f"model.teacher: {name} is a student, and a student is not a teacher. Name the teacher it was "
+                        "distilled from; to train it further, add --resume CHECKPOINT of its run")
+
+
 def _check_fit(config, source, teacher):
     """UserError if a teacher does not fit its configuration, or this machine cannot run it so."""
+    _check_teacher(config.model.teacher, teacher.folder)             # (that of a hub id is known only now)
     check_teacher_fits(config, teacher, source)
     check_speed(config.speed, teacher, zero_stages(config),
                 torch.device("cuda" if torch.cuda.is_available() else "cpu"), capture_blocker(config.synthetic))

@@ -167,12 +167,13 @@ def _end(plan, state, services, stopped):
     on the first process, or None. Raises RunError as `_conclude` does."""
     step, run, preview, result = state.progress.step, services.run, services.preview, None
     services.profiler.close()
+    services.stop.ending = True
     with services.watch.paused("the end: writing the last checkpoint, measures"):
         fault = services.saver.wait()
         if not stopped:
             weights = state.ema.gather(lambda name: run is not None)
             if run:
-                if plan.config.train.save_every:
+                if plan.config.train.saves:
                     preview.end(weights, f"{plan.out}/export", step)
                 result = preview.evaluate("end", preview.student(weights), step, again=True)
         if run:
