@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from count_house import FLOORS, LEVEL, family_words, functions, imported, modules, place_of, ups
+from count_house import FLOORS, KNOW_FAMILIES, LEVEL, family_words, functions, imported, modules, place_of, ups
 
 PACKAGE = modules("sidfast")
 
@@ -38,6 +38,11 @@ def test_the_paper_needs_the_kernels_alone():
 def test_files_and_functions_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
     assert [found for found in functions(path) if found[0] > 60] == []
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if place_of(path) not in KNOW_FAMILIES], ids=name_of)
+def test_families_of_teachers_are_known_to_teachers_alone(path):
+    assert family_words(path.read_text(encoding="utf-8")) == []
 
 
 def test_few_files_in_training():

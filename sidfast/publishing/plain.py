@@ -6,6 +6,7 @@ are the latents that the pipeline is given. They are s z (eq. 4), so the caller 
 
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 
@@ -53,7 +54,7 @@ def plain_pipeline(teacher: Teacher, network: nn.Module) -> DiffusionPipeline:
 def describe_plain(teacher: Teacher, pipe: DiffusionPipeline, t_init: int, resolution=None) -> dict[str, Any]:
     """What a caller of `plain_pipeline` needs: the class of the pipeline, t_init, s of eq. 4, and [C, H, W] of its
     latents (JSON values); `resolution`: of the images, as `model.resolution`."""
-    scale = (1 - pipe.scheduler.alphas_cumprod[t_init].item()) ** 0.5
+    scale = teacher.schedule.coefficients(torch.tensor([t_init]))[1].item()
     return {"pipeline": type(pipe).__name__, "t_init": t_init, "noise_scale": scale,
             "shape": list(teacher.latent_shape(resolution))}
 
