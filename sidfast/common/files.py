@@ -209,6 +209,7 @@ def take_lock(path):
 
     Where the file system has no locks, the lock is a file in this machine's temporary folder that stands for `path`,
     and a line on standard error says so. Raises OSError where the file cannot be made, UserError for a link.
+    (The package filelock 4.3 takes hard links and pipes, gives up where there are no locks, and leaves the file.)
     """
     place = path
     while True:
