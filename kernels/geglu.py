@@ -13,7 +13,7 @@ from sidfast.kernels.backend import require, share, tile_of, triton_runs_on, wid
 from sidfast.kernels.channel_stats import sum_rows
 
 
-def geglu_reference(x):
+def geglu_reference(x: torch.Tensor) -> torch.Tensor:
     """x [..., 2F]. Returns y [..., F] in x's type."""
     a, g = widen(x).chunk(2, -1)
     return (a * (g * (0.5 + 0.5 * torch.erf(g * 0.5**0.5)))).to(x.dtype)         # (a g alone might overflow)
@@ -62,7 +62,7 @@ def _geglu_backward_kernel(p_dy, p_x, p_dx, p_sums, T, F, blocks, SUMS: tl.const
         tl.store(p + F, tl.sum(b_sum_g, 0), mask=o_f < F)
 
 
-def geglu_forward(x):
+def geglu_forward(x: torch.Tensor) -> torch.Tensor:
     """y [..., F] in x's type for x [..., 2F], contiguous (ValueError if not)."""
     require("geglu_forward", (x, x.shape))
     T, F = x.shape[:-1].numel(), x.shape[-1] // 2
@@ -71,7 +71,8 @@ def geglu_forward(x):
     return y
 
 
-def geglu_backward(dy, x, sums_type=None):
+def geglu_backward(dy: torch.Tensor, x: torch.Tensor, sums_type: torch.dtype | None = None
+                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx, sums) of geglu_forward: dx has x's shape and type, sums [2F] are its sums over rows, in
     `sums_type`, or None without.
 
@@ -99,7 +100,7 @@ class _Geglu(torch.autograd.Function):
         return geglu_backward(dy.contiguous(), x, x.dtype if ctx.needs_input_grad[1] else None)
 
 
-def geglu(x, bias_in_x=None):
+def geglu(x: torch.Tensor, bias_in_x: torch.Tensor | None = None) -> torch.Tensor:
     """The first half of x times the exact GELU of the second: [..., 2F] -> [..., F], in any of fp32, bf16, fp16.
 
     bias_in_x [2F]: what x contains already, and what gets its gradient here (in x's type). Differentiable. ValueError

@@ -14,6 +14,8 @@ reads x and dy twice, first for sums over positions; with dz = dy silu'(z),
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,9 @@ _TILE = {"BS": 16, "BC": 64, "num_warps": 2}
 _SUMS = {"BS": CHUNK, "BC": 32, "num_warps": 2}
 
 
-def group_norm_reference(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None):
+def group_norm_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-5,
+                         silu: bool = False, shift: torch.Tensor | None = None, other: torch.Tensor | None = None
+                         ) -> torch.Tensor:
     """x [N, ..., C1], other [N, ..., C2]; weight, bias [C1 + C2]; shift [N, C1 + C2]. Returns y [N, ..., C1 + C2]."""
     u = widen(x) if other is None else torch.cat((widen(x), widen(other)), -1)
     if shift is not None:
@@ -216,7 +220,9 @@ def _each(xs, N, S, tile):
         seam += C1
 
 
-def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=False):
+def group_norm_forward(xs: Sequence[torch.Tensor], stats: Sequence[torch.Tensor], weight: torch.Tensor,
+                       bias: torch.Tensor, groups: int, eps: float, shift: torch.Tensor | None = None,
+                       silu: bool = False) -> tuple[torch.Tensor, Any]:
     """y [N, ..., C] and what backward needs, from one or two inputs and their statistics.
 
     xs: [N, ..., C1] and perhaps [N, ..., C2], contiguous; stats: add_channel_stats' for each; weight, bias [C1 + C2];
@@ -241,7 +247,10 @@ def group_norm_forward(xs, stats, weight, bias, groups, eps, shift=None, silu=Fa
     return y, (channel, rstd)
 
 
-def group_norm_backward(dy, xs, saved, weight, bias, groups, silu=False, residuals=None, affine=True, shift=False):
+def group_norm_backward(dy: torch.Tensor, xs: Sequence[torch.Tensor], saved: Any, weight: torch.Tensor,
+                        bias: torch.Tensor, groups: int, silu: bool = False,
+                        residuals: Sequence[torch.Tensor | None] | None = None, affine: bool = True, shift: bool = False
+        ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dxs, dweight [C], dbias [C], dshift [N, C]) of group_norm_forward; all but dxs in weight's type.
 
     residuals: for each input None or a gradient of its shape, added into its dx. Without `affine` dweight and dbias,
@@ -298,7 +307,10 @@ class _GroupNorm(torch.autograd.Function):
         return dxs[0], None, dother, None, dshift, dweight, dbias, None, None, None
 
 
-def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=None, stats=None, other_stats=None):
+def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float = 1e-5,
+               silu: bool = False, shift: torch.Tensor | None = None, other: torch.Tensor | None = None,
+               stats: torch.Tensor | None = None, other_stats: torch.Tensor | None = None
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(y, x, other): GroupNorm of x [N, ..., C1], or of x and `other` [N, ..., C2] concatenated, plus shift [N, C];
     then SiLU or not. Whatever else reads x and other should read those returned: their gradients are then added inside
     the backward kernel.
@@ -312,5 +324,5 @@ def group_norm(x, weight, bias, groups, eps=1e-5, silu=False, shift=None, other=
         raise ValueError(f"group_norm: {C} channels do not divide into {groups} groups")
     if not triton_runs_on(x):
         return group_norm_reference(x, weight, bias, groups, eps, silu, shift, other), x, other
-    x, other, shift, weight, bias = (None if v is None else v.contiguous() for v in (x, other, shift, weight, bias))
-    return _GroupNorm.apply(x, stats, other, other_stats, shift, weight, bias, groups, eps, silu)
+    tensors = [None if v is None else v.contiguous() for v in (x, other, shift, weight, bias)]
+    return _GroupNorm.apply(tensors[0], stats, tensors[1], other_stats, *tensors[2:], groups, eps, silu)

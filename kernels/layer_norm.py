@@ -19,7 +19,9 @@ from sidfast.kernels.backend import UNFUSED, require, share, triton_runs_on, wid
 from sidfast.kernels.channel_stats import column_sums, sum_rows
 
 
-def layer_norm_reference(x, weight, bias, eps=1e-5, residual=None, bias_of_x=None):
+def layer_norm_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
+                         residual: torch.Tensor | None = None, bias_of_x: torch.Tensor | None = None
+                         ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual [..., C]; weight, bias, bias_of_x [C]. Returns h and y, both [..., C] in x's type."""
     h = sum((widen(v) for v in (bias_of_x, residual) if v is not None), widen(x)).to(x.dtype)
     centred = widen(h) - widen(h).mean(-1, keepdim=True)
@@ -102,7 +104,9 @@ def _tile(C, elements):
     return UNFUSED | {"BT": BT, "BC": BC, "num_warps": min(8 if BC <= 8192 else 16, BT * BC // 512)}
 
 
-def layer_norm_forward(x, weight, bias, eps, residual=None, bias_of_x=None):
+def layer_norm_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+                       residual: torch.Tensor | None = None, bias_of_x: torch.Tensor | None = None
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(h, y, mean [T], rstd [T]) for x and residual [..., C] of T rows, weight, bias, bias_of_x [C], all contiguous.
 
     h and y have x's shape and type, h is x itself with nothing to add; mean and rstd are fp32. ValueError for shapes
@@ -120,7 +124,9 @@ def layer_norm_forward(x, weight, bias, eps, residual=None, bias_of_x=None):
     return h, y, mean, rstd
 
 
-def layer_norm_backward(dy, h, mean, rstd, weight, residual=None, affine=True):
+def layer_norm_backward(dy: torch.Tensor, h: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor,
+                        residual: torch.Tensor | None = None, affine: bool = True
+                        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dh, dweight, dbias, dh_sum) of layer_norm_forward.
 
     residual: a gradient of h's shape that is added to dh. dh has h's shape and type; dweight, dbias and dh_sum, the sum
@@ -160,7 +166,9 @@ class _LayerNorm(torch.autograd.Function):
             sums, need_sums, strict=True)), None
 
 
-def layer_norm(x, weight, bias, eps=1e-5, residual=None, bias_of_x=None):
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5,
+               residual: torch.Tensor | None = None, bias_of_x: torch.Tensor | None = None
+               ) -> tuple[torch.Tensor, torch.Tensor]:
     """(h, y): h = x + bias_of_x + residual (x itself without them), y = LayerNorm of h over the last dimension.
 
     x, residual [..., C], weight, bias, bias_of_x [C], in any of fp32, bf16, fp16; h and y have x's type. Differentiable
@@ -168,5 +176,5 @@ def layer_norm(x, weight, bias, eps=1e-5, residual=None, bias_of_x=None):
     """
     if not triton_runs_on(x):
         return layer_norm_reference(x, weight, bias, eps, residual, bias_of_x)
-    x, residual, *vectors = (None if v is None else v.contiguous() for v in (x, residual, weight, bias, bias_of_x))
-    return _LayerNorm.apply(x, residual, *vectors, eps)
+    tensors = [None if v is None else v.contiguous() for v in (x, residual, weight, bias, bias_of_x)]
+    return _LayerNorm.apply(*tensors, eps)

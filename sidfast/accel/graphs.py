@@ -1,6 +1,8 @@
 """CUDA graphs: what launches the same kernels on the same memory every time, replayed without Python's overhead."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ class GraphedStep:
         self._replay()
         return self._outputs
 
-    def fits(self, tensors):
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether tensors have the shapes of `inputs`."""
         return [value.shape for value in tensors] == [static.shape for static in self._inputs]
 
@@ -44,7 +46,7 @@ class Graphs:
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, function):
+    def capture(self, function: Callable) -> tuple[Callable, Any]:
         """A function as a CUDA graph: (replay, what it returned), tensors that every replay overwrites.
 
         Raises torch's RuntimeError for what no graph can hold. `warm_up` first.
@@ -56,7 +58,7 @@ class Graphs:
         return graph.replay, result
 
 
-def warm_up(step, device, times):
+def warm_up(step: Callable, device: torch.device, times: int) -> None:
     """Run a step so many times, on a side stream as capture will (libraries initialise per stream)."""
     if device.type != "cuda":
         for _ in range(times):
@@ -70,12 +72,12 @@ def warm_up(step, device, times):
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def sequential(first, second, device):
+def sequential(first: Callable, second: Callable, device: torch.device) -> tuple[Any, Any]:
     """(first(), second())."""
     return first(), second()
 
 
-def concurrent(first, second, device):
+def concurrent(first: Callable, second: Callable, device: torch.device) -> tuple[Any, Any]:
     """(first(), second()) at the same time on a GPU, so that the kernels of one run in the gaps between the other's.
 
     Their backward passes do likewise: autograd runs each where the forward pass ran. What `second` reads must live

@@ -3,6 +3,8 @@
 Launching the kernels of a one-step pass takes longer than running them.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -35,7 +37,7 @@ class Replayed:
         return self._step(*tensors).clone()
 
 
-def fuse_pipeline(pipe, rows, name):
+def fuse_pipeline(pipe: Any, rows: int, name: str) -> None:
     """Make a loaded pipeline run on the fused kernels, for batches that bring `rows` rows to the UNet.
 
     Raises UserError, naming the model, where there is no GPU or a network that they do not cover.

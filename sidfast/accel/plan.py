@@ -1,9 +1,12 @@
 """How the networks run: what the `speed` section asks for, and what this machine and this teacher allow."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from sidfast.accel.attention import choose_attention
 from sidfast.accel.prepacked import pass_layout, refresh
@@ -31,11 +34,11 @@ class Speed:
     attention_ms: dict = field(default_factory=dict)     # of the candidates, where they were timed
     notes: tuple = ()
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """For config.json."""
         return asdict(self)
 
-    def prepare(self, unet):
+    def prepare(self, unet: Any) -> nn.Module:
         """Make a UNet (of diffusers) run as decided, in place, and return it.
 
         Raises ValueError for one that the fused kernels do not cover (`fuse`), and what `compile_regions` raises.
@@ -48,13 +51,15 @@ class Speed:
             compile_regions(unet)
         return unet
 
-    def refresh(self, unet):
+    def refresh(self, unet: nn.Module) -> None:
         """To be called for a network that `prepare` has seen once its weights are there, and whenever they change."""
         if self.packed:
             refresh(unet)
 
 
-def resolve_acceleration(section, teacher, latent_shape, rows, stages, dtype, device, capturing=None):
+def resolve_acceleration(section: Any, teacher: Any, latent_shape: tuple[int, int, int], rows: int,
+                         stages: Sequence[int], dtype: torch.dtype, device: torch.device, capturing: str | None = None
+                         ) -> Speed:
     """The Speed of a run. `section`: the configuration's `speed`; latent_shape: (C, H, W); `rows`: of the largest pass;
     `stages`: ZeRO's, per engine; `capturing`: what speaks against CUDA graphs besides, or None.
 
@@ -79,16 +84,18 @@ def resolve_acceleration(section, teacher, latent_shape, rows, stages, dtype, de
                  section.share_generator_forward, packed, timed, notes)
 
 
-def largest_pass(config, micro_batch):
+def largest_pass(config: Any, micro_batch: int) -> int:
     """Rows of a run's largest pass: images times texts."""
     g, factor = config.guidance, config.train.fake_score_factor
     return micro_batch * max(factor * passes([g.kappa1]), passes([g.kappa2, g.kappa3]), passes([g.kappa4]))
 
 
-def check_speed(section, teacher, stages, device, capturing=None):
+def check_speed(section: Any, teacher: Any, stages: Sequence[int], device: torch.device, capturing: str | None = None
+                ) -> tuple[bool, bool, bool, tuple[str, ...]]:
     """What of a Speed follows without running anything: (fused, cuda_graphs, overlap, notes). Raises the same
     UserErrors."""
-    notes, gpu, sharded = [], device.type == "cuda", 3 in stages
+    notes: list[str] = []
+    gpu, sharded = device.type == "cuda", 3 in stages
     kernels_run = gpu or (INTERPRETED and section.fused is True)                 # (interpreted if asked for: for tests)
     reason = fuse_blocker(teacher.network) if kernels_run else "there is no GPU here"
     if section.compile and section.fused is True:
@@ -126,7 +133,7 @@ def _wanted(key, value, reason, notes):
     return value is True or (value == "auto" and not reason)
 
 
-def compile_regions(unet):
+def compile_regions(unet: nn.Module) -> None:
     """torch.compile for the blocks of a UNet one by one, in place: the whole takes minutes and is no faster.
 
     Raises torch's RuntimeError where Python is none that it supports; errors of the compilation come in the first pass.

@@ -15,6 +15,7 @@ kernels raise ValueError.
 """
 
 import torch
+from torch import nn
 
 from sidfast.accel.prepacked import channels_last, concat_rows
 from sidfast.kernels.channel_stats import add_channel_stats, column_sums
@@ -25,7 +26,8 @@ from sidfast.kernels.upsample import combine_taps, interleave, separate, separat
 _aten = torch.ops.aten
 
 
-def conv(x, weight, packed=None, bias=None, residual=None, stride=1):
+def conv(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+         residual: torch.Tensor | None = None, stride: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """y = conv(x) + bias + residual [N, H', W', K], and its statistics for the next GroupNorm.
 
     x [N, H, W, C]; weight [K, C, 3, 3] (padding 1), [K, C, 1, 1] or [K, C]; `packed`: the same channels last, made in
@@ -34,7 +36,8 @@ def conv(x, weight, packed=None, bias=None, residual=None, stride=1):
     return _Conv.apply(x, weight, packed, bias, residual, stride)
 
 
-def upsample_conv(x, weight, packed, bias):
+def upsample_conv(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None, bias: torch.Tensor
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
     """conv of x at twice the size, nearest neighbour, plus bias; and its statistics for the next GroupNorm.
 
     x [N, H, W, C]; weight [K, C, 3, 3] (padding 1); `packed`: `combine_taps` of it, made in either pass if None; bias
@@ -43,7 +46,9 @@ def upsample_conv(x, weight, packed, bias):
     return _UpsampleConv.apply(x, weight, packed, bias)
 
 
-def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=None):
+def group_norm(x: torch.Tensor, stats: torch.Tensor, norm: nn.Module, silu: bool = False,
+               shift: torch.Tensor | None = None, skip: torch.Tensor | None = None,
+               skip_stats: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(y, x, skip): GroupNorm `norm` (a module) of x + shift, with `skip` as further channels, then SiLU or not.
 
     x [N, H, W, C1], skip [N, H, W, C2]; stats of both from `conv`; shift [N, C1 + C2]; y [N, H, W, C1 + C2]. Use the
@@ -52,27 +57,28 @@ def group_norm(x, stats, norm, silu=False, shift=None, skip=None, skip_stats=Non
     return fused_group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, shift, skip, stats, skip_stats)
 
 
-def layer_norm(x, norm, bias_of_x=None, residual=None):
+def layer_norm(x: torch.Tensor, norm: nn.Module, bias_of_x: torch.Tensor | None = None,
+               residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(h, y): h = x + bias_of_x + residual, y = LayerNorm `norm` (a module) of h; all [N, S, C], `bias_of_x` [C]."""
     return fused_layer_norm(x, norm.weight, norm.bias, norm.eps, residual, bias_of_x)
 
 
-def add(x, bias_of_x, residual):
+def add(x: torch.Tensor, bias_of_x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """x + bias_of_x + residual, all [N, S, C], `bias_of_x` [C]: for what no norm reads next."""
     return _Add.apply(x, bias_of_x, residual)
 
 
-def linear(x, weight, bias=None):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., C], weight [K, C] or [K, C, 1, 1] -> [..., K]; `bias` [K], detached, has its gradient from GEGLU."""
     return _Linear.apply(x, weight, bias)
 
 
-def joint_linear(x, skip, weight):
+def joint_linear(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
     """x [N, H, W, C1] and skip [N, H, W, C2] (or None), as if concatenated, through weight [K, C1 + C2, 1, 1]."""
     return _JointLinear.apply(x, skip, weight)
 
 
-def projections(x, packed, *weights):
+def projections(x: torch.Tensor, packed: torch.Tensor | None, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """x [N, S, C] through several weights [K, C] in one product: a tuple of [N, S, K]. `packed`: the weights as one,
     made of them if None."""
     return _Projections.apply(x, packed, *weights)

@@ -1,5 +1,7 @@
 """A loss whose gradients are summed over micro-batches outside the engine, as CUDA graphs where those can be had."""
 
+from typing import Any
+
 import torch
 
 from sidfast.accel.graphs import GraphedStep, warm_up
@@ -13,7 +15,7 @@ class GradientBuffers:
     def __init__(self):
         self._kept = {}
 
-    def like(self, flat):
+    def like(self, flat: Any) -> list[torch.Tensor]:
         """Tensors laid out like the buckets of a FlatParameters, fp32; the same ones at every call with one laid out
         alike."""
         key = tuple((c.shape, c.dtype, c.device) for c in flat.buckets)
@@ -97,12 +99,12 @@ class GradientAccumulator:
             raise NothingFinite
         return outcome
 
-    def flush(self, _=None):
+    def flush(self, _: Any = None) -> torch.Tensor:
         """A scalar whose gradients in the buckets are the sums, in the buckets' type; made bucket by bucket, so that an
         engine that moves gradients away (ZeRO stage 2) never has all of them."""
         return sum(_Flush.apply(*pair) for pair in zip(self._sums, self._flat.buckets, strict=True))
 
-    def warm_up(self, *tensors):
+    def warm_up(self, *tensors: torch.Tensor) -> None:
         """Run both passes for real, as is needed before capture. Losses that share memory are best all warmed up before
         the first is captured: what this takes is then given back before the graphs' own memory grows."""
         self._prepare()

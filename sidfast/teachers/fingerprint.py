@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ _NEUTRAL = ("transformers_version", "architectures", "dtype", "torch_dtype", "at
 _PROBES = ("a photo of a cat", "A Red CIRCLE, 42%; it's small-ish.", "\u00fcber na\u00efve \u6771\u4eac", "")
 
 
-def describe_teacher(teacher):
+def describe_teacher(teacher: Any) -> dict[str, Any]:
     """Fingerprints of a Teacher as loaded: the one that runs of older versions have, and {part: hash}.
 
     A part's is of every weight (the sum of its bits, and its first values), and of those settings that are not the
@@ -26,7 +27,7 @@ def describe_teacher(teacher):
     return {TEACHER: fingerprint(teacher), PARTS: parts}
 
 
-def fingerprint(teacher):
+def fingerprint(teacher: Any) -> str:
     """A hash that tells a teacher from others: of its kind of prediction, its noise levels, and some values of each of
     its weights. Older versions know no other."""
     digest = hashlib.sha256(f"{teacher.schedule.prediction_type} {_levels(teacher)}".encode())
@@ -79,11 +80,11 @@ def _words(tokenizer):
     return [sorted(tokenizer.get_vocab().items()), merges, tokenizer.model_max_length, ids["input_ids"]]
 
 
-def teacher_change(before, now):
+def teacher_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Which parts of two teachers differ, in a few words, or None."""
     old, new = before.get(PARTS), now.get(PARTS)
     if isinstance(old, dict) and isinstance(new, dict):
         names = [NAMES.get(part, part) for part in new if old.get(part, new[part]) != new[part]]
-        return f"its {' and '.join(names)} {'differ' if len(names) > 1 else 'differs'}" if names else None
+        return f"its {' and '.join(map(str, names))} {'differ' if len(names) > 1 else 'differs'}" if names else None
     same = before.get(TEACHER, now.get(TEACHER)) == now.get(TEACHER, before.get(TEACHER))
     return None if same else "its weights or noise levels differ"

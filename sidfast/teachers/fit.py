@@ -1,7 +1,11 @@
 """Whether a teacher has the noise levels and sizes that a configuration asks for."""
 
 from sidfast.common.errors import UserError
+from sidfast.config.schema import Config
+from sidfast.config.sections import Noise
 from sidfast.method.densities import NoiseLevels
+from sidfast.method.schedule import Schedule
+from sidfast.teachers.base import Teacher
 from sidfast.teachers.schedulers import check_levels, check_steps
 
 UPDATES = ("fake_score", "generator")                    # in the order they take turns
@@ -9,7 +13,7 @@ TEACHER_STEPS = 50                                       # of the teacher's own 
 _MULTIPLE = 8                                            # of the sides that StableDiffusionPipeline draws
 
 
-def noise_levels(schedule, section):
+def noise_levels(schedule: Schedule, section: Noise) -> dict[str, NoiseLevels]:
     """{update: NoiseLevels} of a configuration's `noise`. Raises ValueError for what the teacher does not have."""
     levels = {}
     for update in UPDATES:
@@ -18,7 +22,7 @@ def noise_levels(schedule, section):
     return levels
 
 
-def check_teacher_fits(config, teacher, source):
+def check_teacher_fits(config: Config, teacher: Teacher, source: str) -> None:
     """Raise UserError, naming the source of the configuration, for noise levels or sizes that the teacher lacks.
 
     `teacher`: a Teacher, or a teacher without weights (`load_meta_teacher`).

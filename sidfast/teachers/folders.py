@@ -1,6 +1,7 @@
 """Where a teacher is: a folder, or a model of the hub, of which the files that are needed are downloaded."""
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sidfast.common.errors import UserError, first_reason, tell
@@ -12,7 +13,8 @@ _FILE = re.compile(r"\.(safetensors|ckpt|pt|pth|bin|pkl|onnx|gguf|json|zip|tar)$
 _USUAL_VARIANT = "fp16"                                  # downloaded where there are no plain weights
 
 
-def find_teacher(name, variant=None, revision=None, what="model.teacher", choose=None):
+def find_teacher(name: str, variant: str | None = None, revision: str | None = None, what: str = "model.teacher",
+                 choose: Callable[[Path], Sequence[str]] | None = None) -> Path:
     """The folder of a teacher given as a folder or as a hub id (downloaded unless cached).
 
     `variant`: of the weights to download; `revision`: branch, tag or commit on the hub; `choose(folder)`: looks at what
@@ -28,13 +30,13 @@ def find_teacher(name, variant=None, revision=None, what="model.teacher", choose
     return _from_hub(what, name, variant, revision, choose)
 
 
-def find_network(name, what):
+def find_network(name: str, what: str) -> Path:
     """The folder of one network with its tokenizer, such as a CLIP's, given as a folder or as a hub id (downloaded
     unless cached). A path that is not there is returned as it is. Raises UserError, which `what` opens."""
     return _from_hub(what, name, parts="") if is_hub_id(name) else Path(name)
 
 
-def is_hub_id(name):
+def is_hub_id(name: str) -> bool:
     """Whether a name is one of the hub (owner/name), and no path: neither it nor a folder that it would be in is
     here."""
     try:
@@ -54,7 +56,7 @@ def _from_hub(what, name, *args, **options):
                         f"({first_reason(error)})") from None
 
 
-def check_hub_id(name, what):
+def check_hub_id(name: str, what: str) -> None:
     """Raise UserError for a name that is not an owner/name of the hub, or that is a path: a path is never looked up."""
     path = Path(name)
     if path.is_file() or _FILE.search(name):
@@ -76,14 +78,14 @@ def _explain_file(name, path):
             f"in Python: diffusers.StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(NEW)")
 
 
-def find_cached(name, revision=None):
+def find_cached(name: str, revision: str | None = None) -> Path:
     """The folder of a hub id in the cache of this machine; nothing is downloaded. Raises what the hub library does."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, revision=revision, local_files_only=True))
 
 
-def find_readme(name, revision=None):
+def find_readme(name: str, revision: str | None = None) -> Path | None:
     """The README.md of a teacher's folder, or of a hub id in the cache on this machine; None if it is not there."""
     path = Path(name) / README
     if path.is_file():
@@ -99,7 +101,8 @@ def find_readme(name, revision=None):
     return Path(found) if isinstance(found, str) else None
 
 
-def download(name, variant=None, revision=None, choose=None, parts="*/"):
+def download(name: str, variant: str | None = None, revision: str | None = None,
+             choose: Callable[[Path], Sequence[str]] | None = None, parts: str = "*/") -> Path:
     """The folder of a hub id's files in the cache, as far as a pipeline needs them; no code and no pickle.
 
     `choose`: as for `find_teacher`; `parts`: pattern of the folders of networks, "" for the model's own. Weights of a

@@ -10,7 +10,7 @@ from sidfast.teachers.families import ARCHITECTURES
 from sidfast.teachers.tokenizer import build_tokenizer
 
 
-def write_random_teacher(architecture, folder, device, seed=0):
+def write_random_teacher(architecture: str, folder: str | Path, device: torch.device, seed: int = 0) -> None:
     """Write a pipeline of one of ARCHITECTURES with random weights, fp16, about 2 GB, to `folder`.
 
     All or nothing. Raises UserError for a folder that is not empty, or cannot be made.

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ _MOST_STEPS = 100_000
 _NAMES = "DDIM, DDPM, PNDM, Euler, DPM-Solver"
 
 
-def load_schedulers(folder, config: dict, what: str, changes: dict):
+def load_schedulers(folder: Path, config: dict, what: str, changes: dict) -> tuple[Any, Any]:
     """(diffusers' DDPMScheduler with the noise levels of a teacher, the DDIMScheduler that samples it).
 
     `config`: scheduler_config.json as a dictionary; `changes`: values in the place of those there. Raises UserError,
@@ -51,7 +53,7 @@ def load_schedulers(folder, config: dict, what: str, changes: dict):
     return scheduler, sampler
 
 
-def check_changes(cls, changes: dict) -> None:
+def check_changes(cls: Any, changes: dict) -> None:
     """Raise UserError for values of the configuration's model.scheduler that a scheduler of diffusers does not know."""
     known = sorted(set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"})
     for key, value in changes.items():
@@ -76,7 +78,7 @@ def _check_levels(a2, own, where):
                         "(it may not know rescale_betas_zero_snr); name one of those as _class_name")
 
 
-def check_levels(schedule, levels, where):
+def check_levels(schedule: Any, levels: dict[str, int], where: str) -> None:
     """Raise UserError, which `where` opens, for one of the timesteps {key of the configuration: t} that has no signal,
     if the network predicts epsilon: eq. 2 divides by the signal."""
     for key, t in levels.items():
@@ -87,7 +89,7 @@ def check_levels(schedule, levels, where):
                             "v_prediction")
 
 
-def check_steps(scheduler, steps, where):
+def check_steps(scheduler: Any, steps: int, where: str) -> None:
     """Raise UserError, which `where` opens, if sampling in so many steps with a scheduler of diffusers begins at a
     timestep that the network does not have, or at one without any signal although it predicts epsilon."""
     levels = getattr(scheduler, "alphas_cumprod", None)

@@ -11,6 +11,8 @@ for which they would assume wrong ones is refused.
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -54,7 +56,8 @@ _OPEN_CLIP = {"embeddings.token_embedding.": "token_embedding.", "final_layer_no
               ".self_attn.": ".attn.", ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj."}
 
 
-def write_single_file(pipe, path, dtype=torch.float16, about=None):
+def write_single_file(pipe: Any, path: str | Path, dtype: torch.dtype = torch.float16,
+                      about: dict[str, Any] | None = None) -> None:
     """Write a one-step pipeline to `path`, replacing a file there once the new one is complete.
 
     `about`: JSON values for the file's metadata. Raises UserError for a pipeline that this layout has no place for.
@@ -71,7 +74,7 @@ def write_single_file(pipe, path, dtype=torch.float16, about=None):
         save_file(tensors, new, metadata)
 
 
-def original_layout(pipe):
+def original_layout(pipe: Any) -> dict[str, torch.Tensor]:
     """{name: tensor} of a pipeline's UNet, VAE and text encoder in the original layout (`check_convertible`)."""
     tensors = {f"model.diffusion_model.{_unet_name(name, pipe.unet)}": value
                for name, value in pipe.unet.state_dict().items()}
@@ -85,7 +88,7 @@ def original_layout(pipe):
     return tensors | {f"cond_stage_model.transformer.text_model.{name}": value for name, value in text.items()}
 
 
-def check_convertible(pipe):
+def check_convertible(pipe: Any) -> None:
     """Raise UserError for a pipeline that differs from Stable Diffusion 1.x and 2.x in what the file does not say."""
     if getattr(pipe, "text_encoder_2", None) is not None:
         _refuse("the pipeline has a second text encoder (Stable Diffusion XL)", "one")

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -14,14 +15,14 @@ _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 _WORD_END = "</w>"
 
 
-def words():
+def words() -> list[str]:
     """Every word that a caption can hold, in a fixed order."""
     links = " ".join(link for pair in shapes.RELATIONS.values() for link in pair).split()
     every = ["a", "on", "background", *links, *shapes.SIZES, *shapes.COLORS, *shapes.SHAPES, *shapes.BACKGROUNDS]
     return list(dict.fromkeys(every))
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """The tokenizer of the shapes world: a word of its captions is one token, other words are spelt out."""
     vocabulary = dict.fromkeys([*_CHARACTERS, *(c + _WORD_END for c in _CHARACTERS)])
     merges = []

@@ -7,8 +7,10 @@ is refused with a line that says what to do about it, before anything is built f
 import codecs
 import json
 import math
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementati
 _MOST_BYTES, _MOST_LAYERS = 2**20, 4096                  # of a configuration; in a network
 
 
-def refuse_pickles(folder, what, loader, load_from=None):
+def refuse_pickles(folder: Path, what: str, loader: str, load_from: str | Path | None = None) -> None:
     """Raise UserError for a folder whose weights exist as pickles only.
 
     `what` opens the message; `loader` is the class that reads `load_from` (default: `folder`) and writes safetensors.
@@ -40,7 +42,7 @@ def refuse_pickles(folder, what, loader, load_from=None):
             f"{loader}.from_pretrained({str(load_from or folder)!r}, use_safetensors=False).save_pretrained(NEW)")
 
 
-def refuse_code(folder, what):
+def refuse_code(folder: Path, what: str) -> None:
     """Raise UserError for a pipeline folder whose model_index.json, or a part of it, asks for code of its own."""
     index = read_index(folder, what)
     name = index.get("_class_name")
@@ -53,7 +55,7 @@ def refuse_code(folder, what):
                             f"from {' or '.join(_LIBRARIES)}; code of a model's own is not run")
 
 
-def read_index(folder, what):
+def read_index(folder: Path, what: str) -> dict[str, Any]:
     """model_index.json of a pipeline folder as a dictionary. Raises UserError if it is none, or names a part that is
     not a folder right inside."""
     path = Path(folder) / "model_index.json"
@@ -64,7 +66,7 @@ def read_index(folder, what):
     return index
 
 
-def check_parts(folder, what, parts):
+def check_parts(folder: Path, what: str, parts: Iterable[str]) -> None:
     """Raise UserError for a pipeline folder with one of `parts` whose configuration is no JSON object (libraries would
     look for another one on the hub), or asks for code."""
     for path in sorted(folder / part / name for part in parts for name in ("config.json", "scheduler_config.json")):
@@ -72,7 +74,7 @@ def check_parts(folder, what, parts):
             refuse_harm(read_config(path, what), what, path)
 
 
-def read_config(path, what):
+def read_config(path: Path, what: str) -> dict[str, Any]:
     """A configuration of someone else's, a JSON object, as a dictionary. Raises UserError, which `what` opens."""
     try:
         if path.exists() and not path.is_file():         # (to read a pipe would wait for ever)
@@ -93,10 +95,10 @@ def read_config(path, what):
     return value
 
 
-def refuse_harm(config, what, path):
+def refuse_harm(config: Any, what: str, path: Path) -> None:
     """Raise UserError for a network's configuration (a dictionary from `path`) that asks for code, or for more layers
     than can be built."""
-    layers = {}
+    layers: dict[str, Any] = {}
     for key, value in _entries(config):
         if value and key in _REFUSED:
             raise UserError(f"{what}: {path} asks for {_REFUSED[key]} ({key}), which is refused; plain weights for the "
@@ -116,7 +118,7 @@ def refuse_harm(config, what, path):
             raise UserError(f"{what}: {path} asks for {layers[key]:.4g} layers ({key}), far more than any network has")
 
 
-def build_on_meta(folder, cls, what, variant=None, weights=True):
+def build_on_meta(folder: Path, cls: Any, what: str, variant: str | None = None, weights: bool = True) -> Any:
     """A network of diffusers or transformers without weights, on the meta device, from a folder's config.json.
 
     Nothing is allocated; the sizes are compared with the headers of the folder's weights of a variant if `weights`.
@@ -140,12 +142,12 @@ def build_on_meta(folder, cls, what, variant=None, weights=True):
     return network
 
 
-def library_of(cls):
+def library_of(cls: Any) -> str:
     """"diffusers" or "transformers", by whose functions a class of network is loaded."""
     return "diffusers" if hasattr(cls, "load_config") else "transformers"
 
 
-def attention_of(cls):
+def attention_of(cls: Any) -> dict[str, str]:
     """The option that fixes the attention of a transformers class, for a config.json may name a kernel of the hub."""
     return {"attn_implementation": "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"}
 

@@ -7,7 +7,10 @@ Libraries name them `model.safetensors` (transformers) and `diffusion_pytorch_mo
 import json
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from sidfast.common.errors import UserError
@@ -18,14 +21,14 @@ _NAME = re.compile(rf"({'|'.join(STEMS.values())})(?:\.(?P<file>[\w-]+))?\.safet
 _SHARD = re.compile(r"\d+-of-\d+$")
 
 
-def find_variants(folder):
+def find_variants(folder: Path) -> set[str | None]:
     """The variants in which the weights of a folder exist: a set of names, such as "fp16"; None for plain weights."""
     names = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     found = {match["file"] or match["index"] for match in names if match}
     return {variant for variant in found if variant is None or not _SHARD.search(variant)}
 
 
-def choose_variant(folder, what, wanted=None):
+def choose_variant(folder: Path, what: str, wanted: str | None = None) -> str | None:
     """The variant to load of a folder's weights: `wanted` if it is there, or else plain weights (None), or else the
     only one there is. Raises UserError, which `what` opens, if there are several, or none."""
     found = find_variants(folder)
@@ -34,12 +37,13 @@ def choose_variant(folder, what, wanted=None):
     if len(found) == 1:
         return found.pop()
     if found:
-        raise UserError(f"{what}: {folder} has its weights only as variants ({', '.join(sorted(found))}); choose one "
-                        "with model.variant, or leave one there")
+        names = ", ".join(sorted(map(str, found)))
+        raise UserError(f"{what}: {folder} has its weights only as variants ({names}); choose one with model.variant, "
+                        "or leave one there")
     raise UserError(f"{what}: {folder} has no weights (*.safetensors)")
 
 
-def read_shapes(folder, stem, variant=None):
+def read_shapes(folder: Path, stem: str, variant: str | None = None) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the tensors in a folder's weights, from the headers of the files.
 
     Raises ValueError for an index that names anything but safetensors files of that folder, and for weights that are
@@ -68,12 +72,12 @@ def _shards(folder, index):
     return [folder / name for name in sorted(set(names))]
 
 
-def count_values(shapes):
+def count_values(shapes: dict[str, Sequence[int]]) -> int:
     """The number of values in tensors of these {name: shape}."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def check_exportable(weights, what):
+def check_exportable(weights: dict[str, torch.Tensor], what: str) -> None:
     """Raise UserError for {name: tensor} with values that are not finite, such as those beyond 65504 in fp16."""
     for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
