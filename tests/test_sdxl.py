@@ -96,6 +96,16 @@ def test_training(folder, monkeypatch, write_config, tmp_path, capsys):
     stock = plain(PROMPTS, timesteps=[objective.t_init], guidance_scale=0, latents=s * z, output_type="latent").images
     torch.testing.assert_close(stock, want, rtol=0, atol=1e-5)
     assert one_step and not torch.allclose(pipe.unet.conv_in.weight, teacher.network.conv_in.weight)
+    assert cli.main(["export", "--run", str(run), "--out", str(tmp_path / "plain"), "--dtype", "fp32", "--plain"]) == 0
+    start = json.loads((tmp_path / "plain" / "distillation.json").read_text())["plain"]
+    plain, options = in_diffusers(tmp_path / "plain"), {"timesteps": [start["t_init"]], "guidance_scale": 0}
+    images = plain(PROMPTS, latents=start["noise_scale"] * z, output_type="pt", **options).images
+    assert (images - pipe(PROMPTS, latents=z, output_type="pt").images).abs().max() < 1e-6 and images.std() > 0.01
+    plain.save_pretrained(tmp_path / "copy")
+    again = in_diffusers(tmp_path / "copy")(PROMPTS, latents=start["noise_scale"] * z, output_type="pt", **options)
+    assert torch.equal(again.images, images)
+    monkeypatch.setattr(f"{StableDiffusionXLPipeline.__module__}.is_invisible_watermark_available", lambda: True)
+    assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "plain").watermark is None
     torch.save((z, got), tmp_path / "want.pt")
     script = ("import sys, torch; sys.modules['sidfast'] = None; from diffusers import DiffusionPipeline; "
               "pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True); "

@@ -4,6 +4,7 @@ With timesteps [t_init] and no guidance a DDPMScheduler's only step is eq. 2: it
 are the latents that the pipeline is given. They are s z (eq. 4), so the caller scales the noise.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ def plain_pipeline(teacher: Teacher, network: nn.Module) -> DiffusionPipeline:
         pipe = teacher.family.pipeline_of(teacher.parts | {
             teacher.family.network: network, "scheduler": DDPMScheduler.from_config(scheduler.config, **_EXACT)})
         if type(pipe).__module__.startswith("diffusers."):
+            if "add_watermarker" in signature(type(pipe)).parameters:            # (it would mark images if it could)
+                pipe.register_to_config(add_watermarker=False)
             return pipe
     raise UserError(f"--plain: no pipeline of diffusers makes the images of {teacher.family.name} in one exact step; "
                     "export with its own (without --plain)")
