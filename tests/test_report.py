@@ -18,7 +18,7 @@ from PIL import Image
 from sidfast import cli
 from sidfast.common.files import drop_lock, take_lock
 from sidfast.config.schema import load_config
-from sidfast.evaluation.charts import line_chart
+from sidfast.evaluation.charts import COLORS, inline, line_chart, new_figure
 from sidfast.evaluation.metrics import title
 from sidfast.evaluation.report import _samples, duration
 from sidfast.publishing.grid import image_grid, read_grid, save_grid
@@ -249,6 +249,17 @@ def test_chart_is_drawn_to_scale():
     assert svg == line_chart(*args) and ">teacher</text>" in svg
     (_, y0), (_, y1), (_, y2) = points_of(svg)
     assert y0 - y1 == pytest.approx(y1 - y2, rel=1e-4)
+
+
+def test_colours_of_a_figure_are_the_page_s():
+    """Black lines are the page's ink and white ones its cards, or the dark page would hide or show them too much."""
+    figure, axes = new_figure(3, 2)
+    axes.plot([0, 1], [0, 1], "o-", color="black", markerfacecolor="white")
+    axes.plot([0, 1], [1, 0], color=COLORS[1])
+    svg = inline(figure, 'a "b"')
+    assert "#000000" not in svg and "#ffffff" not in svg and COLORS[1] not in svg
+    assert all(color in svg for color in ("stroke: currentColor", "fill: var(--card)", "stroke: var(--b)"))
+    assert svg.startswith('<svg viewBox="0 0 216 144"') and 'aria-label="a &quot;b&quot;"' in svg
 
 
 # The sizes in pixels in which the page shows the texts of its plots, and their colours.

@@ -71,7 +71,7 @@ class StandIn:
 
     def _log(self, values):
         if self.fault == "log":
-            raise ConnectionError("the network is gone")
+            raise RuntimeError("the network is gone")      # (no OSError)
         self.calls.append(("log", values))
 
 
@@ -84,6 +84,7 @@ def test_wandb_is_told_the_same(write_config, tmp_path, monkeypatch):
     library = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", library)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.setattr("sidfast.runs.directory._now", lambda: "2026-12-01T17:55:03+00:00")  # (of both)
     for name, step in (("a", 0), ("a", 1), ("b", 0)):
         write_run(tmp_path / name, tracked(write_config), step)
     begun = [options for kind, *rest in library.calls if kind == "init" for options in rest]
