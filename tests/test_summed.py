@@ -61,6 +61,7 @@ def test_sums_are_what_an_engine_accumulates(engine, poisoned, captured):
             run(engine, flat=False, **options), run(engine, log if captured else None, **options), strict=True):
         for name in ("loss", "non_finite", "losses", "t"):
             torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-6, atol=0, msg=name)
+        torch.testing.assert_close(got.images, want.images, equal_nan=True)      # of each micro-batch
         torch.testing.assert_close(gradients, want_gradients, rtol=1e-5, atol=1e-7)
     assert want.non_finite == (3 if poisoned else 0)
     again = PASSES if poisoned else []                   # of the second micro-batch and the third
