@@ -56,6 +56,21 @@ def test_a_font_that_has_the_characters_is_taken(monkeypatch):
     assert labels.Label("猫 b", 100, 1).lines == ["\\u732b b"] and labels.Label("a", 100, 1).font.path != other
 
 
+def test_a_font_that_has_the_most_is_taken(monkeypatch):
+    """With ASCII, in which the rest is spelled out: never boxes."""
+    mono, serif = (labels._default_font().replace("DejaVuSans.ttf", name) for name in (
+        "DejaVuSansMono.ttf", "DejaVuSerif.ttf"))
+    fonts, known = {mono: frozenset("猫犬\U0001f984"), serif: labels._ASCII | set("猫犬")}, labels._characters
+    monkeypatch.setattr(labels, "_installed_fonts", lambda: list(fonts))
+    monkeypatch.setattr(labels, "_characters", lambda path: fonts.get(path) or known(path))
+    for text, font, lines in (
+            ("猫 犬 \U0001f984 ab", serif, ["猫 犬 [unicorn face] ab"]), ("猫犬\U0001f984", mono, ["猫犬\U0001f984"]),
+            ("猫犬\U0001f984b", serif, ["猫犬[unicorn face]b"]),
+            ("猫 鳥", serif, ["猫 \\u9ce5"]), ("鳥", labels._default_font(), ["\\u9ce5"])):
+        label = labels.Label(text, 300, 1)
+        assert (label.font.path, label.lines) == (font, lines)
+
+
 def test_last_resort_is_not_a_font():
     """matplotlib brings a font that has a box for every character."""
     assert not any("LastResort" in path for path in labels._installed_fonts())

@@ -97,8 +97,8 @@ def test_training(folder, monkeypatch, write_config, tmp_path, capsys):
     plain, options = in_diffusers(tmp_path / "plain"), {"timesteps": [start["t_init"]], "guidance_scale": 0}
     images = plain(PROMPTS, latents=start["noise_scale"] * z, output_type="pt", **options).images
     assert (images - pipe(PROMPTS, latents=z, output_type="pt").images).abs().max() < 1e-6 and images.std() > 0.01
-    plain.save_pretrained(tmp_path / "copy")
-    again = in_diffusers(tmp_path / "copy")(PROMPTS, latents=start["noise_scale"] * z, output_type="pt", **options)
+    plain.save_pretrained(tmp_path / "again")
+    again = in_diffusers(tmp_path / "again")(PROMPTS, latents=start["noise_scale"] * z, output_type="pt", **options)
     assert torch.equal(again.images, images)
     monkeypatch.setattr(f"{StableDiffusionXLPipeline.__module__}.is_invisible_watermark_available", lambda: True)
     assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "plain").watermark is None

@@ -10,6 +10,7 @@ from PIL import ImageFont
 
 LINE = 16                                                # pixels from line to line
 _SIZE = 11
+_ASCII = frozenset(map(chr, range(32, 127)))
 _MOST = 4000                                             # characters looked at
 
 
@@ -50,19 +51,26 @@ def _spelled(character):
 
 
 def _choose_font(characters):
-    """(DejaVu Sans, or an installed font that has all of the characters if it does not; those to be spelled out.)
-    Without matplotlib, which brings DejaVu and finds fonts: Pillow's own font, for ASCII."""
+    """(DejaVu Sans, or if it lacks some of the characters the installed font that has the most; those to be spelled
+    out.) Without matplotlib, which brings DejaVu and finds fonts: Pillow's own font, for ASCII."""
     try:
         usual = _default_font()
     except ModuleNotFoundError:
         return ImageFont.load_default(_SIZE), {c for c in characters if not c.isascii()}
     missing = characters - _characters(usual)
     seen = {c for c in characters if unicodedata.category(c) not in ("Cc", "Cf", "Mn")}
-    for path in _installed_fonts() if missing & seen else ():
-        if seen <= _characters(path):
-            with contextlib.suppress(OSError):           # (a font of pictures, in sizes of its own)
-                return ImageFont.truetype(path, _SIZE), characters - _characters(path)
+    for path in _ranked(seen, seen - missing) if missing & seen else ():
+        with contextlib.suppress(OSError):               # (a font of pictures, in sizes of its own)
+            return ImageFont.truetype(path, _SIZE), characters - _characters(path)
     return ImageFont.truetype(usual, _SIZE), missing
+
+
+def _ranked(seen, known):
+    """The installed fonts that have more of the characters than are `known` already, the most first. Those that lack
+    some must have ASCII, in which these are spelled out."""
+    shares = {path: len(seen & _characters(path)) for path in _installed_fonts()
+              if _characters(path) >= _ASCII or seen <= _characters(path)}
+    return sorted((path for path in shares if shares[path] > len(known)), key=lambda path: -shares[path])
 
 
 def _default_font():
