@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from sidfast.accel.pipeline import fuse_pipeline
-from sidfast.accel.precision import tf32
+from sidfast.accel.precision import DTYPES, tf32
 from sidfast.common.errors import UserError, one_line, say, speaks
 from sidfast.common.extras import need
 from sidfast.common.files import check_file, drop_lock, remove, sweep, take_lock, write_atomically
@@ -35,7 +33,6 @@ from sidfast.publishing.export import read_distillation
 from sidfast.publishing.load import find_pipeline, load_pipeline, loading_notes, sampler_options
 from sidfast.teachers.clip import most_tokens, prompt_limit
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("sidfast", "torch", "torchmetrics", "torch-fidelity", "diffusers", "transformers")
 
 

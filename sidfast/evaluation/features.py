@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sidfast.common.errors import UserError
+from sidfast.common.errors import UserError, first_reason
 from sidfast.common.extras import need
 from sidfast.data import shapes
 from sidfast.evaluation.preprocessing import Preprocessing, read_preprocessing
 from sidfast.teachers.clip import tokenize
 from sidfast.teachers.compatibility import check_tokenizer
-from sidfast.teachers.folders import find_network, first_reason, is_hub_id
+from sidfast.teachers.folders import find_network, is_hub_id
 from sidfast.teachers.load import check_finite_weights, load_network
 from sidfast.teachers.untrusted import read_config, refuse_pickles
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.v2 import functional as image_ops
 
-from sidfast.common.errors import UserError
-from sidfast.teachers.folders import first_reason
+from sidfast.common.errors import UserError, first_reason
 
 _FILTERS = {2: image_ops.InterpolationMode.BILINEAR, 3: image_ops.InterpolationMode.BICUBIC}   # numbers of Pillow
 _UNSUPPORTED = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_flip_channel_order")

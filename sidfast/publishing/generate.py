@@ -3,8 +3,7 @@
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from sidfast.common.errors import NonFiniteImage, UserError
-from sidfast.teachers.folders import first_reason
+from sidfast.common.errors import NonFiniteImage, UserError, first_reason
 
 _FAULTS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sidfast.common.errors import UserError
+from sidfast.common.errors import UserError, first_reason
 from sidfast.publishing.export import is_one_step, read_start
 from sidfast.publishing.pipeline_class import check_unet, text_to_image_class
 from sidfast.teachers.compatibility import check_tokenizer
-from sidfast.teachers.folders import check_hub_id, download, first_reason
+from sidfast.teachers.folders import check_hub_id, download
 from sidfast.teachers.load import load_network, load_teacher
 from sidfast.teachers.schedulers import check_steps
 from sidfast.teachers.untrusted import check_parts, library_of, read_index, refuse_code, refuse_pickles

@@ -4,8 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
+from sidfast.accel.precision import DTYPES
 from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.saver import WRITE_ERRORS, describe
 from sidfast.checkpoints.store import checkpoint_fault, content_fault, find_checkpoint, read_tensors
@@ -21,8 +20,6 @@ from sidfast.runs.identity import check_origin, describe_distillation
 from sidfast.teachers.fingerprint import TEACHER, describe_teacher, teacher_change
 from sidfast.teachers.load import load_teacher
 from sidfast.teachers.sd_single_file import write_single_file
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export_checkpoint(run, out, checkpoint=None, dtype="fp16", teacher=None, single_file=False, plain=False):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from sidfast.common.errors import UserError
+from sidfast.common.errors import UserError, first_reason
 from sidfast.teachers.base import Teacher
 from sidfast.teachers.compatibility import check_tokenizer
 from sidfast.teachers.families import ARCHITECTURES, family_of
-from sidfast.teachers.folders import check_hub_id, download, find_cached, find_teacher, first_reason
+from sidfast.teachers.folders import check_hub_id, download, find_cached, find_teacher
 from sidfast.teachers.untrusted import attention_of, build_on_meta, library_of, read_index, refuse_pickles
 from sidfast.teachers.weights import choose_variant, find_variants
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from sidfast.common.errors import UserError
-from sidfast.teachers.folders import first_reason
+from sidfast.common.errors import UserError, first_reason
 from sidfast.teachers.paths import PREDICTION_TYPES
 
 _FILE = "scheduler/scheduler_config.json"

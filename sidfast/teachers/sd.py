@@ -7,12 +7,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sidfast.common.errors import UserError
+from sidfast.common.errors import UserError, first_reason
 from sidfast.method.conditions import dtype_of
 from sidfast.teachers import clip
 from sidfast.teachers.base import Family
 from sidfast.teachers.compatibility import Kind, as_diffusers_sizes, check_teacher, given_parts
-from sidfast.teachers.folders import first_reason
 from sidfast.teachers.paths import DiscreteBetas
 from sidfast.teachers.schedulers import check_changes, load_schedulers
 from sidfast.teachers.sd_pipeline import OneStepPipeline

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from sidfast.common.errors import UserError
-from sidfast.teachers.folders import first_reason
+from sidfast.common.errors import UserError, first_reason
 from sidfast.teachers.weights import STEMS, count_values, read_shapes
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
