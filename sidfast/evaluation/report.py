@@ -255,7 +255,8 @@ def _of_card(described):
         values = check(numbers, Evaluation)
     except (OSError, ValueError, TypeError, KeyError):   # another teacher, or another guidance
         return {}
-    return {"teacher": {key: value for key, value in values.items() if key == "images" or key.startswith(_MEANS)}}
+    shown = {key: value for key, value in values.items() if key == "images" or key.startswith(_MEANS)}
+    return {"teacher": shown | {"source": "of its own card"}}
 
 
 def _names(evaluations):
@@ -284,7 +285,7 @@ def _table(evaluations):
     rows = []
     for name, values in evaluations.items():
         step = values.get("step")
-        after = f"after {step:,} updates" if name in ("best", "end") and step is not None else ""
+        after = f"after {step:,} updates" if name in ("best", "end") and step is not None else values.get("source", "")
         rows.append((name, after, values["images"], [_number(values, key) for key in names]))
     return [title(name) for name in names], rows
 
