@@ -73,7 +73,7 @@ class Teacher:
         """The same teacher with other networks as some of its parts."""
         return replace(self, parts=self.parts | parts)
 
-    def sampler(self):
+    def sampler(self) -> Any:
         """A new scheduler for images in several steps."""
         return type(self.sampling).from_config(self.sampling.config)
 
@@ -111,13 +111,14 @@ class Teacher:
         """As Family's."""
         return self.family.prompt_limit(self)
 
-    def conditions(self, n: int, device=None, dtype=None) -> Conditions:
+    def conditions(self, n: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+                   ) -> Conditions:
         """As Family's."""
         return self.family.conditions(self, n, device=device, dtype=dtype)
 
     # pipelines
 
-    def student(self, weights: dict[str, torch.Tensor], resolution=None) -> nn.Module:
+    def student(self, weights: dict[str, torch.Tensor], resolution: int | Sequence[int] | None = None) -> nn.Module:
         """A network like the teacher's, as diffusers has it, that takes over other weights ({name: fp32 tensor}).
 
         `resolution`: of its images, as `model.resolution`. Raises RuntimeError for weights of another network.
@@ -130,11 +131,11 @@ class Teacher:
             network.register_to_config(sample_size=height if height == width else [height, width])
         return network
 
-    def pipeline(self):
+    def pipeline(self) -> Any:
         """As Family's."""
         return self.family.pipeline(self)
 
-    def one_step_pipeline(self, network: nn.Module, t_init: int):
+    def one_step_pipeline(self, network: nn.Module, t_init: int) -> Any:
         """As Family's."""
         return self.family.one_step_pipeline(self, network, t_init)
 
@@ -211,7 +212,8 @@ class Family(ABC):
         return self.encode(teacher, self.tokenize(teacher, [""]).to(teacher.device), size)
 
     @abstractmethod
-    def conditions(self, teacher: Teacher, n: int, device=None, dtype=None) -> Conditions:
+    def conditions(self, teacher: Teacher, n: int, device: torch.device | str | None = None,
+                   dtype: torch.dtype | None = None) -> Conditions:
         """Zeros in the shapes of the Conditions of n samples."""
 
     def capturable(self, teacher: Teacher) -> bool:
@@ -229,16 +231,16 @@ class Family(ABC):
     # diffusers' pipelines
 
     @abstractmethod
-    def pipeline(self, teacher: Teacher):
+    def pipeline(self, teacher: Teacher) -> Any:
         """diffusers' pipeline of the teacher's networks, with the folder's own scheduler. Raises UserError where that
         is none of diffusers."""
 
     @abstractmethod
-    def pipeline_of(self, parts: dict[str, Any], index: dict[str, Any] | None = None):
+    def pipeline_of(self, parts: dict[str, Any], index: dict[str, Any] | None = None) -> Any:
         """diffusers' pipeline of these parts; `index`: a model_index.json, with flags of the pipeline."""
 
     @abstractmethod
-    def one_step_pipeline(self, teacher: Teacher, network: nn.Module, t_init: int):
+    def one_step_pipeline(self, teacher: Teacher, network: nn.Module, t_init: int) -> Any:
         """The pipeline of exports: a generator's network with the teacher's other parts."""
 
     @abstractmethod

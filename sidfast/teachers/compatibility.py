@@ -6,6 +6,8 @@ applies it, or is refused with a line that says why.
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from sidfast.common.errors import UserError
 from sidfast.teachers.untrusted import read_config, read_index, refuse_harm
@@ -26,7 +28,7 @@ class Kind:
     unet: dict[str, tuple] = field(default_factory=dict)
 
     @property
-    def parts(self):
+    def parts(self) -> tuple[str, ...]:
         """The folders that are needed."""
         tokenizers = (name.replace("text_encoder", "tokenizer") for name in self.encoders)
         return "unet", "vae", *self.encoders, *tokenizers, "scheduler"
@@ -53,7 +55,7 @@ _VAE = {
     "latents_std": ((None,), "normalises its latents, which Stable Diffusion pipelines do not undo")}
 
 
-def check_teacher(folder, what, kind):
+def check_teacher(folder: Path, what: str, kind: "Kind") -> dict[str, Any]:
     """{part: configuration} of a folder: JSON objects, and transformers' own of text encoders. Raises UserError, which
     `what` opens, for parts that do not fit, and for anything but a text-to-image model of this Kind."""
     index = read_index(folder, what)
@@ -76,7 +78,7 @@ def check_teacher(folder, what, kind):
     return configs | texts | {"scheduler": scheduler}
 
 
-def given_parts(index):
+def given_parts(index: dict[str, Any]) -> set[str]:
     """The components that a model_index.json names."""
     return {part for part, value in index.items() if isinstance(value, list) and value[:1] != [None]}
 
@@ -136,7 +138,7 @@ def _check_sizes(folder, unet, vae, texts, what, needed):
         raise UserError(f"{what}: {folder}/vae/config.json: scaling_factor must be a number above 0, not {factor!r}")
 
 
-def check_tokenizer(folder, tokenizer, text, what):
+def check_tokenizer(folder: Path, tokenizer: Any, text: Any, what: str) -> None:
     """Raise UserError for a tokenizer of another model than the text encoder with transformers' configuration
     `text`."""
     length, most = tokenizer.model_max_length, text.max_position_embeddings
@@ -156,7 +158,7 @@ def check_tokenizer(folder, tokenizer, text, what):
                         "which only pipelines of diffusers spell out; give a model without it")
 
 
-def as_diffusers_sizes(unet):
+def as_diffusers_sizes(unet: Any) -> Any:
     """Give an old UNet the sample_size that StableDiffusionPipeline gives it: configurations written before diffusers
     0.9 say less than 64 where 64 is meant."""
     written = re.match(r"0\.(\d+)", str(unet.config.get("_diffusers_version")))

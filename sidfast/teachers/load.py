@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from sidfast.common.errors import UserError, first_reason
 from sidfast.teachers.base import Teacher
@@ -19,7 +21,7 @@ _REST_OF_CLIP = re.compile(r"(vision_model|visual_projection|text_projection)\.|
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
-def load_teacher(name, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
+def load_teacher(name: str, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
                  scheduler: dict | None = None) -> Teacher:
     """Load a teacher by folder or hub id; safetensors only.
 
@@ -44,7 +46,7 @@ def load_teacher(name, what: str = _KEY, *, variant: str | None = None, revision
     return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, read_index(folder, what))
 
 
-def load_meta_teacher(name, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
+def load_meta_teacher(name: str, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
                       scheduler: dict | None = None) -> Teacher:
     """The Teacher without weights, its networks on the meta device, of a folder, of a hub id in the cache (nothing is
     downloaded), or of an architecture.
@@ -65,16 +67,16 @@ def load_meta_teacher(name, what: str = _KEY, *, variant: str | None = None, rev
     return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, read_index(folder, what))
 
 
-def load_prompt_limit(name, what: str):
+def load_prompt_limit(name: str, what: str) -> tuple[Any, int]:
     """(Tokenizer, the most tokens of a prompt, start and end included) of a teacher, given as a folder or a hub id, of
     which no weights are downloaded. Raises UserError, which `what` opens, also where prompts may have any length."""
     if not Path(name).is_dir():
         check_hub_id(name, what)
         try:
-            name = download(name, choose=lambda folder: ())
+            name = str(download(name, choose=lambda folder: ()))
         except Exception as error:                       # the hub library raises its own, the network's and the OS's
             raise UserError(f"{what}: not a folder here, and the hub did not give it ({first_reason(error)})") from None
-    limit = load_meta_teacher(str(name), what).prompt_limit()
+    limit = load_meta_teacher(name, what).prompt_limit()
     if limit is None:
         raise UserError(f"{what}: its text encoder takes prompts of any length; leave --teacher out")
     return limit
@@ -125,7 +127,7 @@ def _find_configurations(teacher, revision):
                         f"needed, {hint}") from None
 
 
-def load_network(folder, cls, what, variant=None, **options):
+def load_network(folder: Path, cls: Any, what: str, variant: str | None = None, **options) -> Any:
     """A network of diffusers or transformers from a folder's safetensors, every weight of which is there and finite.
 
     `variant`: of the weights, such as "fp16" (`choose_variant`); `options`: of `from_pretrained`. Raises UserError,
@@ -147,7 +149,7 @@ def load_network(folder, cls, what, variant=None, **options):
     return network
 
 
-def check_finite_weights(network, what):
+def check_finite_weights(network: nn.Module, what: str) -> None:
     """Raise UserError, which `what` opens, for a network with a weight that is not finite."""
     for name, value in network.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():

@@ -1,15 +1,19 @@
 """Stable Diffusion XL."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sidfast.common.errors import UserError
-from sidfast.method.conditions import dtype_of
+from sidfast.method.conditions import Conditions, dtype_of
 from sidfast.teachers import clip
+from sidfast.teachers.base import Teacher
 from sidfast.teachers.compatibility import Kind, check_teacher, given_parts
 from sidfast.teachers.sd import CLIP_L, TEXT_LENGTH, VOCABULARY, StableDiffusion
 
@@ -40,11 +44,11 @@ class StableDiffusionXL(StableDiffusion):
         "sdxl": (_XL, _VAE, (CLIP_L, _OPEN_CLIP_G), 128),
         "sdxl-tiny": (_TINY_UNET, _TINY_VAE, (_TINY, _TINY | {"projection_dim": 8}), 8)}
 
-    def accepts(self, index):
+    def accepts(self, index: dict[str, Any]) -> bool:
         """As Family's: a UNet, and two text encoders."""
         return {"unet", "text_encoder_2"} <= given_parts(index)
 
-    def check(self, folder, what):
+    def check(self, folder: Path, what: str) -> dict[str, Any]:
         """As Family's."""
         configs = check_teacher(folder, what, _KIND)
         unet, text = configs["unet"], configs["text_encoder_2"]
@@ -56,17 +60,17 @@ class StableDiffusionXL(StableDiffusion):
                             f"give {size}: they are of different models")
         return configs
 
-    def predict(self, network, x, t, cond):
+    def predict(self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: Conditions) -> torch.Tensor:
         """As Family's."""
         added = {name: cond[name] for name in ("text_embeds", "time_ids")}
         return network(x.to(dtype_of(cond)), t, cond["encoder_hidden_states"], added_cond_kwargs=added,
                        return_dict=False)[0]
 
-    def tokenize(self, teacher, prompts):
+    def tokenize(self, teacher: Teacher, prompts: Sequence[str]) -> torch.Tensor:
         """As Family's: [N, 2, L], of both tokenizers."""
         return torch.stack([clip.tokenize(teacher.parts[name], prompts) for name in self.tokenizers], 1)
 
-    def encode(self, teacher, ids, size):
+    def encode(self, teacher: Teacher, ids: torch.Tensor, size: tuple[int, int]) -> Conditions:
         """As Family's: states [N, L, D], text_embeds [N, P]; time_ids [N, 6]: the original's size, the crop's corner,
         the image's size, in pixels, of an image that was neither scaled nor cropped."""
         first, second = (encoder(each, output_hidden_states=True) for encoder, each in zip(
@@ -76,30 +80,31 @@ class StableDiffusionXL(StableDiffusion):
         return {"encoder_hidden_states": states, "text_embeds": second.text_embeds,
                 "time_ids": sizes.expand(len(ids), 6).contiguous()}
 
-    def encode_empty(self, teacher, size):
+    def encode_empty(self, teacher: Teacher, size: tuple[int, int]) -> Conditions:
         """As Family's: zeros in the place of texts, unless the pipeline says otherwise."""
         cond = super().encode_empty(teacher, size)
         if teacher.index.get("force_zeros_for_empty_prompt", True):
             cond |= {name: torch.zeros_like(cond[name]) for name in ("encoder_hidden_states", "text_embeds")}
         return cond
 
-    def conditions(self, teacher, n, device=None, dtype=None):
+    def conditions(self, teacher: Teacher, n: int, device: torch.device | str | None = None,
+                   dtype: torch.dtype | None = None) -> Conditions:
         """As Family's."""
         width = teacher.parts["text_encoder_2"].config.projection_dim
         return super().conditions(teacher, n, device, dtype) | {
             name: torch.zeros(n, size, device=device, dtype=dtype)
             for name, size in (("text_embeds", width), ("time_ids", 6))}
 
-    def capturable(self, teacher):
+    def capturable(self, teacher: Teacher) -> bool:
         """As Family's."""
         return True
 
-    def pipeline_of(self, parts, index=None):
+    def pipeline_of(self, parts: dict[str, Any], index: dict[str, Any] | None = None) -> Any:
         """As Family's."""
         flags = {key: value for key, value in (index or {}).items() if key == "force_zeros_for_empty_prompt"}
         return diffusers.StableDiffusionXLPipeline(**parts, **flags, add_watermarker=False)
 
-    def build(self, architecture, **tokens):
+    def build(self, architecture: str, **tokens: int) -> dict[str, nn.Module]:
         """As Family's."""
         unet, vae, texts, side = self.architectures[architecture]
         first, second = (CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=TEXT_LENGTH, **tokens, **text)
@@ -114,6 +119,6 @@ class StableDiffusionXL(StableDiffusion):
                 sample_size=8 * side, scaling_factor=0.13025, force_upcast=True, **vae),
             "text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
 
-    def build_scheduler(self, architecture, changes):
+    def build_scheduler(self, architecture: str, changes: dict[str, Any]) -> Any:
         """As Family's: Stable Diffusion's, of epsilon."""
         return super().build_scheduler("sd15", changes)
