@@ -175,6 +175,14 @@ def test_speed_that_needs_a_gpu(capsys, study_file, tmp_path, setting, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_section_that_deepspeed_does_not_take(capsys, study_file, tmp_path):
+    """Of any variant, and before the first run."""
+    variants = {"a": {}, "b": {"deepspeed.zero_optimization.stage": 9}}
+    line = fails(capsys, study_file(variants=variants), "--out", tmp_path / "out")
+    assert "deepspeed.zero_optimization.stage: " in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_of_a_file_need_an_evaluation(capsys, study_file, tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     settings = {"data.prompts": str(tmp_path / "p.txt")}

@@ -135,18 +135,22 @@ def test_diverging_variant_stops_no_other(smoke, tmp_path):
     values = json.loads(smoke.read_text())
     values |= {"seeds": [0], "variants": {
         "burst": {"optimizer.generator.lr": 1e30, "optimizer.fake_score.lr": 1e30}, "calm": {},
-        "broken": {"deepspeed.zero_optimization.stage": 9}}}
+        "broken": {"synthetic.source": "broken"}}}
+    (tmp_path / "own.py").write_text("from sidfast.method.synthetic import Source\n"
+                                     "class Broken(Source, name='broken'):\n"
+                                     "    def __call__(self, batch):\n"
+                                     "        raise RuntimeError('on purpose')\n")
     path, out = smoke.parent / "diverging.json", tmp_path / "out"
     path.write_text(json.dumps(values))
-    errors = finish(start(path, out, "--jobs", "2"), code=1)
-    assert "broken, seed 0: failed" in errors and "1 of 4" in errors
+    errors = finish(start(path, out, "--jobs", "2", "--import", tmp_path / "own.py"), code=1)
+    assert "broken, seed 0: failed: RuntimeError: on purpose" in errors and "1 of 4" in errors
     runs = {name: v["runs"]["0"] for name, v in json.loads((out / "results.json").read_text())["variants"].items()}
     assert runs["burst"]["status"] == "diverged" and "diverged" in runs["burst"]["message"]
     assert runs["calm"]["status"] == "done" and runs["calm"]["metrics"]["fid_small_clip"] > 0
     assert runs["broken"]["status"] == "failed"
     assert "burst, seed 0: diverged" in (out / "table.md").read_text()
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*/result.json") if "broken" not in str(p)}
-    finish(start(path, out), code=1)
+    finish(start(path, out, "--import", tmp_path / "own.py"), code=1)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
 
 
