@@ -12,7 +12,7 @@ import warnings
 import golden
 import pytest
 import torch
-from conftest import ROOT, Forked, fork_training, losses, start_launcher
+from conftest import ROOT, Forked, fork_training, free_port, losses, start_launcher
 from golden import STEPS
 from helpers_checkpoint import write_checkpoint
 
@@ -59,7 +59,7 @@ def whole(config, tmp_path_factory):
     (stub / "kernels").mkdir()
     (stub / "kernels" / "__init__.py").write_text(
         '__version__ = "0.0.1"\nfrom pathlib import Path\nPath(__file__).with_name("imported").touch()\n')
-    told = finish(start_launcher("sidfast/train.py", "--config", config, "--out", out, port=29721,
+    told = finish(start_launcher("sidfast/train.py", "--config", config, "--out", out, port=free_port(),
                                  PYTHONPATH=os.pathsep.join([str(ROOT), str(stub), os.environ.get("PYTHONPATH", "")])))
     assert (stub / "kernels" / "imported").exists()      # by transformers, which looks at its version
     assert told.count("sidfast: plain PyTorch takes over: no fused kernels: there is no GPU here; no CUDA") == 1
