@@ -99,13 +99,18 @@ def test_prepare(teacher):
     assert isinstance(fuse(copy.deepcopy(teacher.network)), FusedUNet)
 
 
-def test_every_block_runs_compiled(teacher, monkeypatch):
+@pytest.fixture
+def usual_limits():
+    """Of recompilations, afterwards too. (monkeypatch would take these attributes away.)"""
+    limits = {"recompile_limit": 8, "accumulated_recompile_limit": 9, "fail_on_recompile_limit_hit": False}
+    with torch.compiler.config.patch(limits):
+        yield torch.compiler.config
+
+
+def test_every_block_runs_compiled(teacher, monkeypatch, usual_limits):
     """More sizes than torch.compile takes unasked, in each role of training, all networks in one process."""
-    compile_block, config_of_torch = torch.nn.Module.compile, torch.compiler.config
-    for name, value in (("recompile_limit", 8), ("accumulated_recompile_limit", 9),
-                        ("fail_on_recompile_limit_hit", False)):
-        monkeypatch.setattr(config_of_torch, name, value)
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_block, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     config = {"sample_size": 8, "cross_attention_dim": 8, "attention_head_dim": 4, "norm_num_groups": 4,
               "block_out_channels": (8, 12), "layers_per_block": 1,
               "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -121,4 +126,4 @@ def test_every_block_runs_compiled(teacher, monkeypatch):
             step = functools.partial(unet, x.clone().requires_grad_(frozen), *inputs)
             with torch.set_grad_enabled(trained or frozen):
                 assert compiled_blocks(step) == blocks
-    assert config_of_torch.fail_on_recompile_limit_hit and config_of_torch.recompile_limit == 8 * blocks
+    assert usual_limits.fail_on_recompile_limit_hit and usual_limits.recompile_limit == 8 * blocks
