@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (("kernels", "common"), ("method",), ("config", "data", "accel"), ("teachers", "engines"),
-          ("checkpoints", "monitoring", "publishing"), ("evaluation",), ("runs", "toy"), ("planning",), ("training",),
-          ("train", "studies"), ("cli", "options"), ("__main__",))
+          ("checkpoints", "monitoring", "publishing"), ("averages", "evaluation"), ("runs", "toy"), ("planning",),
+          ("training",), ("train", "studies"), ("cli", "options"), ("__main__",))
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 KNOW_FAMILIES = ("teachers", "accel")
 # Of one family of teachers: its networks, its table of noise levels (Adam's betas are none), its kinds of prediction.

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from test_plan import device  # noqa: F401
 
 from sidfast.accel.unet import fuse
+from sidfast.averages.ema import Ema
 from sidfast.checkpoints.format import seal
 from sidfast.checkpoints.store import _share, check_fits, engine_states, read_tensors, restore, snapshot
 from sidfast.common.errors import UserError
 from sidfast.config.schema import Adam, build_config
 from sidfast.engines.adam import CheckedAdam, CheckedSecondMomentAdam, SecondMomentAdam
-from sidfast.engines.ema import Ema
 from sidfast.engines.engine import ENGINES, build_engine, engine_config, gather, master_weights, optimizer_step
 from sidfast.teachers.load import load_teacher
 

@@ -115,7 +115,7 @@ def test_attention_on_the_meta_device(name, more, dtype):
 
 
 def test_many_tensors_at_once():
-    """engines/accumulate.py and engines/ema.py."""
+    """engines/accumulate.py and averages/ema.py."""
     a, b = [torch.ones(2), torch.ones(3)], [torch.full((2,), 3.0), torch.full((3,), 5.0)]
     torch._foreach_lerp_(a, b, 0.5)
     assert a[0].tolist() == [2, 2] and a[1].tolist() == [3, 3, 3]

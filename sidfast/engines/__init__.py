@@ -1,1 +1,1 @@
-"""DeepSpeed engines for generator and fake score, their parameters, gradients, optimizers and averages."""
+"""DeepSpeed engines for generator and fake score, their parameters, gradients and optimizers."""

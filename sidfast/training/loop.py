@@ -9,9 +9,9 @@ from deepspeed import comm
 from tqdm import tqdm
 
 from sidfast.accel.plan import Speed
+from sidfast.averages.ema import Ema
 from sidfast.checkpoints.saver import Saver
 from sidfast.common.errors import NothingFinite
-from sidfast.engines.ema import Ema
 from sidfast.engines.engine import ENGINES, set_learning_rate
 from sidfast.monitoring.observe import Monitor, Profiler
 from sidfast.monitoring.shutdown import Stop
@@ -27,7 +27,7 @@ from sidfast.training.progress import Progress, diverged
 class State:
     """What a run trains, what changes it, and how far it is.
 
-    `engines`: {network: engine}; `copies`: of the generator (engines/lagged.py); `speed`: how the networks run;
+    `engines`: {network: engine}; `copies`: of the generator (averages/lagged.py); `speed`: how the networks run;
     `updates`: {network: Update}, in the order they take turns.
     """
 

@@ -9,13 +9,14 @@ from deepspeed import comm
 from sidfast.accel.graphs import Graphs, concurrent
 from sidfast.accel.plan import largest_pass, resolve_acceleration
 from sidfast.accel.precision import allow_tf32
+from sidfast.averages.ema import Ema
+from sidfast.averages.lagged import COPIES
 from sidfast.checkpoints.format import read_state
 from sidfast.checkpoints.saver import Saver, last_good
 from sidfast.checkpoints.store import read_tensors, restore
 from sidfast.common.channel import Channel
 from sidfast.common.errors import RunError
 from sidfast.engines.accumulate import GradientBuffers
-from sidfast.engines.ema import Ema
 from sidfast.engines.engine import (
     ENGINES,
     build_engine,
@@ -25,7 +26,6 @@ from sidfast.engines.engine import (
     shard,
     zero_stages,
 )
-from sidfast.engines.lagged import COPIES
 from sidfast.engines.update import Networks, fake_score_update, generator_update
 from sidfast.method.equations import drops_prompts
 from sidfast.method.synthetic import SOURCES, build_source, capture_blocker
