@@ -122,6 +122,19 @@ def group(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def known_again():
+    """Takes the densities and sources that a test defines out of the registries afterwards."""
+    from sidfast.method.densities import DENSITIES
+    from sidfast.method.synthetic import SOURCES
+
+    before = dict(DENSITIES), dict(SOURCES)
+    yield
+    for registry, kept in zip((DENSITIES, SOURCES), before, strict=True):
+        registry.clear()
+        registry.update(kept)
+
+
 def environment(port, gpu=False):
     """One thread a process, so that results do not depend on the machine; a port of its own for each test.
 

@@ -46,7 +46,7 @@ def test_the_page_names_what_a_family_says():
     table = PAGE[PAGE.index("| member |"):PAGE.index("`Conditions` are")]
     told = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row)))
     says = {name for name in (*vars(Family), *Family.__annotations__) if not name.startswith("_")}
-    assert told == says - {"parts", "class_of"}          # (which follow from `networks`)
+    assert told == says - {"class_of"}                   # (which follows from `networks`)
 
 
 def test_the_example_is_a_family(example, folder):

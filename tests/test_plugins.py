@@ -7,8 +7,6 @@ from conftest import fork_training, free_port, losses
 from helpers_input import fails
 
 from sidfast import cli, train
-from sidfast.method.densities import DENSITIES
-from sidfast.method.synthetic import SOURCES
 
 MINE = """from dataclasses import dataclass
 
@@ -35,16 +33,6 @@ class Mirrored(Source, name="mirrored"):
 def mine(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path / "mine.py"
-
-
-@pytest.fixture
-def known_again():
-    """Takes what a test registers out of the registries."""
-    before = dict(DENSITIES), dict(SOURCES)
-    yield
-    for registry, kept in zip((DENSITIES, SOURCES), before, strict=True):
-        registry.clear()
-        registry.update(kept)
 
 
 def test_a_run_with_a_density_and_a_source_of_its_own(capsys, write_config, tmp_path, mine, known_again):

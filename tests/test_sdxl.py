@@ -1,5 +1,6 @@
 """Stable Diffusion XL: texts, sizes, training, exports and images as diffusers has them, on a small random one."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -126,6 +127,17 @@ def test_parts_that_do_not_fit(capsys, folder, tmp_path, write_config, change, w
     change(tmp_path / "teacher")
     config = write_config(**{"model.teacher": str(tmp_path / "teacher")})
     assert words in fails(capsys, train.main, "--config", config, "--out", tmp_path / "run")
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_single(teacher):
+    pipe, seen = teacher.one_step_pipeline(copy.deepcopy(teacher.network), 625), []
+    pipe.vae = copy.deepcopy(pipe.vae).half()
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda latents, **options: seen.append(latents.dtype) or decode(latents, **options)
+    pipe("a", output_type="np")
+    pipe.vae.register_to_config(force_upcast=False)
+    pipe("a", output_type="np")
+    assert seen == [torch.float32, torch.float16] and pipe.vae.dtype == torch.float16
 
 
 def test_its_real_size():

@@ -203,19 +203,6 @@ def examples():
     return list(zip(classes, settings, strict=True))
 
 
-@pytest.fixture
-def known_again():
-    """Takes the documentation's classes out of the registries afterwards."""
-    from sidfast.method.densities import DENSITIES
-    from sidfast.method.synthetic import SOURCES
-
-    before = dict(DENSITIES), dict(SOURCES)
-    yield
-    for registry, kept in zip((DENSITIES, SOURCES), before, strict=True):
-        registry.clear()
-        registry.update(kept)
-
-
 def test_documented_extensions_work(tiny_config, known_again):
     from helpers_method import LOG_SIGMA, log_sigma_at, setting
     from test_batches import batches, joined

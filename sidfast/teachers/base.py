@@ -153,11 +153,6 @@ class Family(ABC):
     tokenizers: ClassVar[dict[str, str]]
     architectures: ClassVar[dict[str, Any]]
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The folders of a teacher that are needed."""
-        return *self.networks, *self.tokenizers, "scheduler"
-
     def class_of(self, part: str) -> type[nn.Module]:
         """The class of a network of diffusers or transformers."""
         library, name = self.networks[part].split(".")

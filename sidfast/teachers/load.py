@@ -33,7 +33,7 @@ def load_teacher(name: str, what: str = _KEY, *, variant: str | None = None, rev
         return _check(folder, what, scheduler)[0].networks
 
     folder = find_teacher(name, variant, revision, what, choose)
-    family, configs, schedulers = _check(folder, what, scheduler)
+    family, index, configs, schedulers = _check(folder, what, scheduler)
     for part in family.networks:
         refuse_pickles(folder / part, what, "diffusers.DiffusionPipeline", folder)
     if variant is not None and not any(variant in find_variants(folder / part) for part in family.networks):
@@ -43,7 +43,7 @@ def load_teacher(name: str, what: str = _KEY, *, variant: str | None = None, rev
                 for part in family.networks}
     for module in networks.values():
         module.float().eval().requires_grad_(False)
-    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, read_index(folder, what))
+    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, index)
 
 
 def load_meta_teacher(name: str, what: str = _KEY, *, variant: str | None = None, revision: str | None = None,
@@ -60,11 +60,11 @@ def load_meta_teacher(name: str, what: str = _KEY, *, variant: str | None = None
             networks = family.build(name)
         return _assemble(family, None, networks, {}, (own, own), scheduler)
     folder = _find_configurations(name, revision)
-    family, configs, schedulers = _check(folder, what, scheduler)
+    family, index, configs, schedulers = _check(folder, what, scheduler)
     tokenizers = _load_tokenizers(folder, family, configs, what)
     networks = {part: _without_weights(folder / part, family.class_of(part), what, variant)
                 for part in family.networks}
-    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, read_index(folder, what))
+    return _assemble(family, folder, networks, tokenizers, schedulers, scheduler, index)
 
 
 def load_prompt_limit(name: str, what: str) -> tuple[Any, int]:
@@ -83,10 +83,12 @@ def load_prompt_limit(name: str, what: str) -> tuple[Any, int]:
 
 
 def _check(folder, what, changes):
-    """(Family, configurations, (scheduler for exports, scheduler of the teacher's own images)) of a folder."""
-    family = family_of(read_index(folder, what))
+    """(Family, model_index.json, configurations, (scheduler for exports, scheduler of the teacher's own images)) of a
+    folder."""
+    index = read_index(folder, what)
+    family = family_of(index)
     configs = family.check(folder, what)
-    return family, configs, family.schedulers(folder, configs, what, changes or {})
+    return family, index, configs, family.schedulers(folder, configs, what, changes or {})
 
 
 def _load_tokenizers(folder, family, configs, what):

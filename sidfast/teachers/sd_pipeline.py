@@ -135,12 +135,13 @@ class OneStepPipeline(DiffusionPipeline):
 
     def _decode(self, latents):
         """Pixels [N, 3, H, W] in [-1, 1]. A VAE that overflows in half precision says so (`force_upcast`)."""
-        dtype = self.vae.dtype
-        if dtype == torch.float16 and self.vae.config.get("force_upcast"):
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
+        if upcast:
             self.vae.to(torch.float32)
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         images = self.vae.decode(latents, return_dict=False)[0]
-        self.vae.to(dtype)
+        if upcast:
+            self.vae.to(torch.float16)
         return images
 
     def denoise(self, z, text, pooled=None):
